@@ -1,0 +1,38 @@
+"""tpinv: tensor-parallel layers and collectives whose results are the same bytes at every tensor-parallel size."""
+
+from tpinv.collectives import tree_all_reduce, tree_reduce_scatter
+from tpinv.functional import (
+    column_parallel_linear,
+    layer_norm,
+    rms_norm,
+    row_parallel_linear,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_embedding,
+    vocab_parallel_log_probs,
+)
+from tpinv.layers import ColumnParallelLinear, LayerNorm, RMSNorm, RowParallelLinear, VocabParallelEmbedding
+from tpinv.optim import clip_grad_norm_, grad_norm
+from tpinv.tree import Node, ReductionTree
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ColumnParallelLinear",
+    "LayerNorm",
+    "Node",
+    "RMSNorm",
+    "ReductionTree",
+    "RowParallelLinear",
+    "VocabParallelEmbedding",
+    "clip_grad_norm_",
+    "column_parallel_linear",
+    "grad_norm",
+    "layer_norm",
+    "rms_norm",
+    "row_parallel_linear",
+    "tree_all_reduce",
+    "tree_reduce_scatter",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_embedding",
+    "vocab_parallel_log_probs",
+]

@@ -1,0 +1,41 @@
+"""Who takes part: a process group, this process's rank in it, and its size."""
+
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+
+class Ranks(NamedTuple):
+    """A resolved group: ``group`` is None when there is one rank and nothing to communicate."""
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+
+
+def resolve(group=None) -> Ranks:
+    """``group`` is a ProcessGroup, a one-dimensional DeviceMesh, an already resolved ``Ranks``, or None.
+
+    None means what it means in torch.distributed: the default process group; without one, a single rank.
+
+    Raises:
+        ValueError: a mesh of more than one dimension, or a group that this process is not in.
+    """
+    if isinstance(group, Ranks):
+        return group
+    if group is None and not (dist.is_available() and dist.is_initialized()):
+        return Ranks(None, 0, 1)
+    if isinstance(group, dist.DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"a mesh of dimensions {group.mesh_dim_names or group.ndim} is not one group; pass mesh['tp']")
+        group = group.get_group()
+    group = group if group is not None else dist.group.WORLD
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise ValueError("this process is not a member of the given group; pass the group it belongs to")
+    return Ranks(group if size > 1 else None, rank, size)
+
+
+# torch 2.13 renamed them (same arguments) and warns at each use of the old names; older versions know only those.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

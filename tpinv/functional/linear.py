@@ -1,0 +1,177 @@
+"""Column- and row-parallel linears. Weights [N, K]; M tokens; p ranks; only two of the six products cross a rank boundary:
+
+              y = x W^T (over K)        dx = dy W (over N)         dW = dy^T x (over tokens)   db (over tokens)
+    column    local: one chain          TREE over N, cut by p      one chain                   tree over tokens
+    row       TREE over K, cut by p     local: one chain           one chain                   tree over tokens
+
+Under sequence parallelism dimension 0 of the activations is sharded over the same ranks: a column-parallel linear gathers x
+before its forward and scatters dx, a row-parallel one scatters y and gathers dy. Tokens are whole wherever they are summed.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tpinv import reference
+from tpinv.collectives import Ranks, all_gather, resolve, tree_all_reduce, tree_reduce_scatter
+from tpinv.functional.shapes import output, rows
+from tpinv.tree import ReductionTree
+
+
+def column_parallel_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    tree: ReductionTree,
+    group=None,
+    sequence_parallel: bool = False,
+    stride: int = 1,
+    gather_output: bool = False,
+) -> Tensor:
+    """y = x W^T + b with W sharded over its out-features.
+
+    Args:
+        x: [..., K], the same on every rank; under ``sequence_parallel`` this rank's part of dimension 0.
+        weight: [N/p, K], bias: [N/p] or None; float32, bfloat16 or float16, one dtype for all.
+        tree: orders the sum over N in dx and over tokens in db; N (with stride s, N/s) must have ``tree.leaves`` equal leaves.
+        group: ProcessGroup, one-dimensional DeviceMesh, or None for the default group.
+        stride: s blocks side by side in the weight; 2 for SwiGLU's fc1, whose rank holds [gate_r; up_r]. Leaf j of N then
+            pairs piece j of each block.
+        gather_output: return [..., N] instead of [..., N/p]. Not with stride > 1, whose blocks a gather would interleave.
+
+    Gradients: dx sums over N, which is sharded: tree. dW sums over tokens, whole on every rank: one chain. db: tree over tokens.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, p not dividing the leaves, no equal leaves.
+    """
+    ranks = resolve(group)
+    _check(x, weight, bias, ranks, tree)
+    count = len(tree.owned(ranks.rank, ranks.size))
+    if stride < 1 or weight.shape[0] % (stride * count):
+        tree.leaf_length(weight.shape[0] * ranks.size // max(stride, 1), f"out_features / stride {stride}")
+        raise ValueError(f"stride={stride} must be at least 1 and cut {weight.shape[0]} local out-features into {count} leaves each")
+    if gather_output and stride > 1:
+        raise ValueError(f"gather_output with stride={stride} would interleave the blocks; gather after the activation, or use stride=1")
+    y = _ColumnParallelLinear.apply(x, weight, bias, tree, ranks, sequence_parallel, stride)
+    return gather_last_dim(y, ranks) if gather_output else y
+
+
+def row_parallel_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tree: ReductionTree, group=None, sequence_parallel: bool = False
+) -> Tensor:
+    """y = x W^T + b with W sharded over its in-features.
+
+    Args:
+        x: [..., K/p], this rank's features of every token.
+        weight: [N, K/p], bias: [N] or None, whole on every rank; float32, bfloat16 or float16, one dtype for all.
+        tree: orders the sum over K in y and over tokens in db; K must have ``tree.leaves`` equal leaves.
+        group: ProcessGroup, one-dimensional DeviceMesh, or None for the default group.
+        sequence_parallel: return this rank's part of dimension 0 of y instead of all of it. p must divide that dimension.
+
+    y sums over K, which is sharded: tree; the root is rounded to x's dtype, then the bias is added and rounded.
+    Gradients: dx sums over N, whole: one chain. dW and db sum over tokens, whole on every rank (gathered under
+    ``sequence_parallel``): one chain, and the tree over tokens. The gradient of the bias is the full one on every rank.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, p not dividing the leaves, no equal leaves.
+    """
+    ranks = resolve(group)
+    _check(x, weight, bias, ranks, tree)
+    tree.leaf_length(weight.shape[1] * ranks.size, "in_features")
+    if sequence_parallel and (x.dim() < 2 or x.shape[0] % ranks.size):
+        raise ValueError(f"sequence_parallel scatters dimension 0 of {tuple(x.shape)}, which {ranks.size} ranks must divide; pad the sequence")
+    return _RowParallelLinear.apply(x, weight, bias, tree, ranks, sequence_parallel)
+
+
+def gather_last_dim(x: Tensor, group=None) -> Tensor:
+    """Gathers the last dimension, [..., n/p] -> [..., n]. The gradient is this rank's slice of dy, which is the same on every rank."""
+    return _GatherLastDim.apply(x, resolve(group))
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, ranks: Ranks, tree: ReductionTree) -> None:
+    tree.owned(ranks.rank, ranks.size)
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit: both must end in this rank's in-features (rank {ranks.rank} of {ranks.size})"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)} must be [{weight.shape[0]}], the out-features of weight {tuple(weight.shape)}")
+    reference.check_dtypes(x=x, weight=weight, bias=bias)
+
+
+def _reduce(values: Tensor, lead: torch.Size, tree: ReductionTree, ranks: Ranks, scatter: bool, dtype: torch.dtype) -> Tensor:
+    """Subtree values [S, M, C] -> the sum as [*lead, C], or this rank's part of its dimension 0."""
+    values = values.view(values.shape[0], *lead, values.shape[-1])
+    collective = tree_reduce_scatter if scatter else tree_all_reduce
+    result = collective(values, tree=tree, group=ranks, out_dtype=dtype)
+    return output(result, result.shape)
+
+
+class _ColumnParallelLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, tree, ranks, sequence_parallel, stride):
+        ctx.save_for_backward(x, weight)
+        ctx.args, ctx.has_bias = (tree, ranks, sequence_parallel, stride), bias is not None
+        whole = all_gather(x, ranks) if sequence_parallel else x
+        leaves = len(tree.owned(ranks.rank, ranks.size))
+        y = reference.local_product(rows(whole), weight.t(), leaves, dim=1, stride=stride).to(x.dtype)
+        y = y if bias is None else y + bias
+        return output(y, (*whole.shape[:-1], weight.shape[0]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        tree, ranks, sequence_parallel, stride = ctx.args
+        lead, dy = dy.shape[:-1], rows(dy)
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            values = reference.tree_product(dy, weight, tree, ranks.rank, ranks.size, stride=stride)
+            dx = _reduce(values, lead, tree, ranks, sequence_parallel, x.dtype)
+        if ctx.needs_input_grad[1]:
+            whole = all_gather(x, ranks) if sequence_parallel else x
+            leaves = len(tree.owned(ranks.rank, ranks.size))
+            dw = reference.local_product(dy.t(), rows(whole), leaves, dim=0, stride=stride).to(weight.dtype)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            db = reference.bias_grad(dy, tree)
+        return dx, dw, db, None, None, None, None
+
+
+class _RowParallelLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, tree, ranks, sequence_parallel):
+        ctx.save_for_backward(x, weight)
+        ctx.args, ctx.has_bias = (tree, ranks, sequence_parallel), bias is not None
+        values = reference.tree_product(rows(x), weight.t(), tree, ranks.rank, ranks.size)
+        y = _reduce(values, x.shape[:-1], tree, ranks, sequence_parallel, x.dtype)
+        return y if bias is None else y + bias
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        tree, ranks, sequence_parallel = ctx.args
+        dy = rows(all_gather(dy, ranks) if sequence_parallel else dy)
+        leaves = len(tree.owned(ranks.rank, ranks.size))
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = reference.local_product(dy, weight, leaves, dim=1).to(x.dtype).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            dw = reference.local_product(dy.t(), rows(x), leaves, dim=1).to(weight.dtype)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            db = reference.bias_grad(dy, tree)
+        return dx, dw, db, None, None, None
+
+
+class _GatherLastDim(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, ranks):
+        ctx.ranks = ranks
+        # A fresh tensor, not a view of x: callers such as stock cross-entropy modify logits in place.
+        return all_gather(x, ranks, dim=-1).contiguous() if ranks.size > 1 else x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return dy.chunk(ctx.ranks.size, -1)[ctx.ranks.rank].contiguous(), None

@@ -1,0 +1,17 @@
+"""Two reshapes that every function here needs."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def rows(x: Tensor) -> Tensor:
+    """[..., C] -> [M, C]; also for M = 0."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def output(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """A fresh ``y`` in its final shape, as the output of an autograd.Function. Not a view: autograd forbids callers to modify
+    a view made inside a custom Function in place, which stock Megatron does with logits."""
+    return torch.ops.aten._unsafe_view.default(y, list(shape))

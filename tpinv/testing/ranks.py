@@ -1,0 +1,144 @@
+"""Runs a function on p ranks of one machine, over gloo, with a deadline, in worker processes that are kept for the next call.
+
+Workers come from a fork server that has imported torch (and whatever is named in ``preload``) once: importing Megatron-Core takes
+seconds, and p copies of that on a small machine take longer than the tests. Every run has its own rendezvous and process group.
+A rank that raises, dies or hangs ends the run: the parent stops the workers and raises RankError naming rank and cause.
+"""
+
+import atexit
+import io
+import multiprocessing
+import multiprocessing.connection
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+class RankError(RuntimeError):
+    """A rank raised, died or missed the deadline. The message holds its traceback."""
+
+
+class RankPool:
+    """Worker processes for :meth:`run`. Use as a context manager, or call :meth:`close`.
+
+    Args:
+        preload: modules that the fork server imports once. They must start no threads.
+    """
+
+    def __init__(self, preload: Sequence[str] = ()):
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["tpinv.testing.ranks", *preload])
+        self._workers: list[tuple] = []
+
+    def run(self, function: Callable, ranks: int, *args, timeout: float = 60.0) -> list:
+        """Calls ``function(*args)`` on ranks 0 to ranks-1 of a fresh default process group; returns their results in rank order.
+
+        ``function`` must be importable (defined at the top level of a module); results are moved to the CPU on the way back.
+
+        Raises:
+            RankError: a rank raised, died, or the run took longer than ``timeout`` seconds.
+        """
+        if ranks < 1:
+            raise ValueError(f"ranks={ranks} must be at least 1")
+        while len(self._workers) < ranks:
+            self._workers.append(self._start(len(self._workers)))
+        with tempfile.TemporaryDirectory(prefix="tpinv-") as directory:
+            for rank, (_, pipe) in enumerate(self._workers[:ranks]):
+                pipe.send((function, args, rank, ranks, os.path.join(directory, "store"), timeout))
+            try:
+                return self._collect(ranks, time.monotonic() + timeout, timeout)
+            except BaseException:
+                self.close()  # peers of a failed rank wait in a collective that will never finish
+                raise
+
+    def _start(self, rank: int):
+        here, there = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(there,), name=f"tpinv-rank-{rank}", daemon=True)
+        process.start()
+        there.close()
+        return process, here
+
+    def _collect(self, ranks: int, deadline: float, timeout: float) -> list:
+        results: dict[int, object] = {}
+        pipes = {pipe: rank for rank, (_, pipe) in enumerate(self._workers[:ranks])}
+        while len(results) < ranks:
+            waiting = [pipe for pipe, rank in pipes.items() if rank not in results]
+            ready = multiprocessing.connection.wait(waiting, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                late = [pipes[pipe] for pipe in waiting]
+                raise RankError(f"ranks {late} of {ranks} did not finish within {timeout} s; ranks {sorted(results)} did")
+            for pipe in ready:
+                rank = pipes[pipe]
+                try:
+                    ok, payload = pipe.recv()
+                except EOFError:
+                    process = self._workers[rank][0]
+                    process.join(5)
+                    raise RankError(f"rank {rank} of {ranks} died with exit code {process.exitcode}") from None
+                if not ok:
+                    raise RankError(f"rank {rank} of {ranks} raised:\n{payload}")
+                results[rank] = torch.load(io.BytesIO(payload), weights_only=False, map_location="cpu")
+        return [results[rank] for rank in range(ranks)]
+
+    def close(self) -> None:
+        """Ends the worker processes. The pool can be used again: it starts new ones."""
+        for process, pipe in self._workers:
+            pipe.close()
+            process.terminate()
+        for process, _ in self._workers:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._workers = []
+
+    def __enter__(self) -> "RankPool":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+_shared: RankPool | None = None
+
+
+def run_ranks(function: Callable, ranks: int, *args, timeout: float = 60.0) -> list:
+    """:meth:`RankPool.run` on a pool shared by the whole process: ``run_ranks(f, 4, x)`` returns ``[f(x) of rank 0, ..., of rank 3]``."""
+    global _shared
+    if _shared is None:
+        _shared = RankPool()
+        atexit.register(_shared.close)
+    return _shared.run(function, ranks, *args, timeout=timeout)
+
+
+def _serve(pipe) -> None:
+    torch.set_num_threads(1)  # p ranks share the cores
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(_run_one(*job))
+
+
+def _run_one(function, args, rank, ranks, store, timeout) -> tuple[bool, object]:
+    try:
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
+        )
+        try:
+            result = function(*args)
+            buffer = io.BytesIO()
+            torch.save(result, buffer)
+            dist.barrier()  # nobody tears the group down while a peer still uses it
+        finally:
+            dist.destroy_process_group()
+        return True, buffer.getvalue()
+    except Exception:  # whatever a user's function raises is the parent's to report
+        return False, traceback.format_exc()
