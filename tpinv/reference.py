@@ -54,7 +54,8 @@ def check_dtypes(**tensors: Tensor | None) -> None:
 def chain_matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a [R, k] @ b [k, C]`` in fp32: one chain over k of fixed-shape steps. Returns float32 [R, C].
 
-    The bits of row i depend on ``a[i]``, ``b`` and nothing else, provided C is the same at every TP size.
+    The bits of row i depend on ``a[i]``, ``b`` and nothing else, provided C is the same at every TP size. Autocast is off
+    in here: it would turn these fp32 steps into bf16 ones, also inside an autograd.Function.
     """
     rows, length = a.shape
     out = torch.zeros(rows, b.shape[1], dtype=torch.float32, device=a.device)
@@ -66,7 +67,8 @@ def chain_matmul(a: Tensor, b: Tensor) -> Tensor:
             height = tile.shape[0]
             if height < ROWS:
                 tile = torch.cat([tile, tile.new_zeros(ROWS - height, tile.shape[1])])
-            out[r : r + height] += (tile @ b_step)[:height]
+            with torch.autocast(a.device.type, enabled=False):
+                out[r : r + height] += (tile @ b_step)[:height]
     return out
 
 
