@@ -46,7 +46,7 @@ def vocab_parallel_cross_entropy(
     vocab = logits.shape[-1] * ranks.size
     if not 0.0 <= label_smoothing < 1.0 or (label_smoothing and vocab < 2):
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1), over a vocabulary of at least 2 (here {vocab})")
-    check_ids(target, vocab, "target", ignore_index)
+    target = check_ids(target, vocab, "target", ignore_index)
     smoothing = label_smoothing * vocab / (vocab - 1) if label_smoothing else 0.0
     return _CrossEntropy.apply(logits, target, tree.with_float32_nodes(), ranks, smoothing, ignore_index)
 

@@ -34,16 +34,17 @@ def vocab_parallel_embedding(ids: Tensor, weight: Tensor, *, group=None, sequenc
     reference.check_dtypes(weight=weight)
     if weight.dim() != 2:
         raise ValueError(f"weight {tuple(weight.shape)} must be [V/p, H]")
-    check_ids(ids, weight.shape[0] * ranks.size, "ids")
+    ids = check_ids(ids, weight.shape[0] * ranks.size, "ids")
     if sequence_parallel and (ids.dim() < 1 or ids.shape[0] % ranks.size):
         raise ValueError(f"sequence_parallel scatters dimension 0 of ids {tuple(ids.shape)}, which {ranks.size} ranks must divide")
     return _VocabParallelEmbedding.apply(ids, weight, ranks, sequence_parallel)
 
 
-def check_ids(ids: Tensor, bound: int, name: str, ignore_index: int | None = None) -> None:
-    """ValueError unless ``ids`` are integers in [0, bound) (or ignore_index). On CUDA the range check is asynchronous."""
+def check_ids(ids: Tensor, bound: int, name: str, ignore_index: int | None = None) -> Tensor:
+    """``ids`` as int64; ValueError unless they are integers in [0, bound) (or ignore_index). On CUDA the range check is asynchronous."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"{name} must be integers, got {ids.dtype}")
+    ids = ids.long()  # a rank subtracts its first id, which would wrap around in uint8
     fine = (ids >= 0) & (ids < bound)
     if ignore_index is not None:
         fine |= ids == ignore_index
@@ -52,6 +53,7 @@ def check_ids(ids: Tensor, bound: int, name: str, ignore_index: int | None = Non
     elif not fine.all():
         wrong = ids[~fine]
         raise ValueError(f"{name} must be in [0, {bound}), the global vocabulary; got {wrong[0].item()} and {wrong.numel() - 1} others")
+    return ids
 
 
 def sum_by_id(ids: Tensor, dy: Tensor, rows_here: int) -> Tensor:
