@@ -51,6 +51,8 @@ def column_parallel_linear(
     if stride < 1 or weight.shape[0] % (stride * count):
         tree.leaf_length(weight.shape[0] * ranks.size // max(stride, 1), f"out_features / stride {stride}")
         raise ValueError(f"stride={stride} must be at least 1 and cut {weight.shape[0]} local out-features into {count} leaves each")
+    if sequence_parallel and x.dim() < 2:
+        raise ValueError(f"sequence_parallel gathers dimension 0 of x {tuple(x.shape)}, which must be tokens: pass [tokens, ..., in-features]")
     if gather_output and stride > 1:
         raise ValueError(f"gather_output with stride={stride} would interleave the blocks; gather after the activation, or use stride=1")
     y = _ColumnParallelLinear.apply(x, weight, bias, tree, ranks, sequence_parallel, stride)

@@ -65,6 +65,8 @@ def _norm(x, weight, bias, eps, center, tree, group, sequence_parallel, heads_pa
         raise ValueError(f"x {tuple(x.shape)} must end in the length of weight {tuple(weight.shape)} and of the bias, if any")
     if sequence_parallel and heads_parallel:
         raise ValueError("rows are sharded either by tokens or by heads; set one of sequence_parallel and heads_parallel")
+    if sequence_parallel and x.dim() < 2:
+        raise ValueError(f"sequence_parallel needs x [tokens, ..., {weight.shape[0]}], got {tuple(x.shape)}")
     if heads_parallel and x.dim() < 2:
         raise ValueError(f"heads_parallel needs x [..., heads, {weight.shape[0]}], got {tuple(x.shape)}")
     reference.check_dtypes(x=x)
