@@ -60,8 +60,11 @@ class ColumnParallelLinear(_Sharded):
         dtype=None,
     ):
         super().__init__()
+        if stride < 1 or (gather_output and stride > 1):
+            raise ValueError(f"stride={stride} must be at least 1, and 1 with gather_output={gather_output}")
         tree.leaf_length(out_features // stride, "out_features" if stride == 1 else f"out_features / {stride}")
         self.in_features, self.out_features, self.tree, self.ranks = in_features, out_features, tree, resolve(group)
+        tree.owned(self.ranks.rank, self.ranks.size)  # ValueError now rather than at the first forward
         self.sequence_parallel, self.stride, self.gather_output = sequence_parallel, stride, gather_output
         bound = 1 / math.sqrt(in_features)
         self.weight = self._parameter((out_features, in_features), 0, bound, stride, device, dtype)
@@ -101,6 +104,7 @@ class RowParallelLinear(_Sharded):
         super().__init__()
         tree.leaf_length(in_features, "in_features")
         self.in_features, self.out_features, self.tree, self.ranks = in_features, out_features, tree, resolve(group)
+        tree.owned(self.ranks.rank, self.ranks.size)  # ValueError now rather than at the first forward
         self.sequence_parallel = sequence_parallel
         bound = 1 / math.sqrt(in_features)
         self.weight = self._parameter((out_features, in_features), 1, bound, 1, device, dtype)
