@@ -46,6 +46,8 @@ class RankPool:
         """
         if ranks < 1:
             raise ValueError(f"ranks={ranks} must be at least 1")
+        if not all(process.is_alive() for process, _ in self._workers):
+            self.close()  # one died between runs
         while len(self._workers) < ranks:
             self._workers.append(self._start(len(self._workers)))
         with tempfile.TemporaryDirectory(prefix="tpinv-") as directory:
