@@ -1,0 +1,1 @@
+"""Frameworks that tpinv swaps into. Nothing here is imported unless asked for: ``import tpinv.integrations.megatron``."""

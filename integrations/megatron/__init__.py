@@ -1,0 +1,25 @@
+"""Megatron-Core: ``convert`` a built model in place, or build from specs. Works with megatron-core 0.16.1 and 0.19.2.
+
+    model = convert(GPTModel(...), tree=ReductionTree(8))          # forward, loss, backward: the same bytes at TP = 1, 2, 4, 8
+    optimizer = convert_optimizer(get_megatron_optimizer(...))     # exact gradient norm and clipping
+
+Covered: dense GPTModel and HybridModel of the local spec. Everything else is refused by name (guard.py, convert.py).
+"""
+
+from tpinv.integrations.megatron.convert import convert, is_converted
+from tpinv.integrations.megatron.cpu import on_cpu
+from tpinv.integrations.megatron.guard import padded_vocab_size
+from tpinv.integrations.megatron.hooks import convert_optimizer, install_finalize_filter
+from tpinv.integrations.megatron.specs import TPInvariantSpecProvider, gpt_layer_spec, hybrid_stack_spec
+
+__all__ = [
+    "TPInvariantSpecProvider",
+    "convert",
+    "convert_optimizer",
+    "gpt_layer_spec",
+    "hybrid_stack_spec",
+    "install_finalize_filter",
+    "is_converted",
+    "on_cpu",
+    "padded_vocab_size",
+]

@@ -1,0 +1,168 @@
+"""Megatron-Core's layers with tpinv's arithmetic: subclasses that override ``forward`` and nothing else.
+
+They build, name, shard, initialise and checkpoint their parameters exactly as their stock bases do (whatever the version of
+Megatron-Core), so a built module becomes one by changing its ``__class__`` (convert.py), and a spec by naming it (specs.py).
+Each carries its ``tree``: as a class attribute of the subclass that ``bind`` makes, or set on the instance by ``convert``.
+
+A bias is always added inside and never handed back for the caller to add: the gradient that autograd would give it there is
+``torch.sum``, whose order depends on the shard's width, and under sequence parallelism only a part of the tokens.
+"""
+
+import functools
+
+import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.utils import get_tensor_model_parallel_group_if_none
+from torch import Tensor
+
+from tpinv import functional
+from tpinv.collectives import Ranks
+from tpinv.tree import ReductionTree
+
+ALONE = Ranks(None, 0, 1)
+
+
+class TreeBound:
+    """A class that needs a tree. ``bind`` returns the subclass for one tree, which Megatron can then build without knowing of it."""
+
+    tree: ReductionTree
+
+    @classmethod
+    @functools.cache
+    def bind(cls, tree: ReductionTree) -> type:
+        return type(cls.__name__, (cls,), {"tree": tree, "__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def mark_complete(module: torch.nn.Module) -> None:
+    """The gradients of ``module``'s replicated parameters come out of backward complete: takes off the mark by which Megatron's
+    finalisation would sum them once more over the ranks, and sets the one that hooks.py looks for."""
+    for parameter in module.parameters(recurse=False):
+        if not getattr(parameter, "tensor_model_parallel", False):
+            parameter.sequence_parallel, parameter.tpinv_complete_grad = False, True
+
+
+class TPInvariantColumnParallelLinear(TreeBound, ColumnParallelLinear):
+    """ColumnParallelLinear: dgrad is a tree over out-features. SwiGLU's fc1 is recognised by ``weight.partition_stride`` == 2."""
+
+    def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None):
+        weight = self.weight if weight is None else weight
+        if weight is None or tuple(weight.shape) != (self.output_size_per_partition, self.input_size):
+            found = None if weight is None else tuple(weight.shape)
+            raise ValueError(f"weight of shape {found} must be {(self.output_size_per_partition, self.input_size)}; pass it to forward")
+        gather = self.gather_output if runtime_gather_output is None else runtime_gather_output
+        output = functional.column_parallel_linear(
+            input_,
+            weight,
+            self.bias,
+            tree=self.tree,
+            group=self.tp_group,
+            sequence_parallel=self.sequence_parallel,
+            stride=getattr(weight, "partition_stride", 1),
+            gather_output=gather,
+        )
+        return output, None
+
+
+class TPInvariantRowParallelLinear(TreeBound, RowParallelLinear):
+    """RowParallelLinear: the forward is a tree over in-features; the bias's gradient is complete on every rank."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        mark_complete(self)
+
+    def forward(self, input_: Tensor):
+        output = functional.row_parallel_linear(
+            input_,
+            self.weight,
+            self.bias,
+            tree=self.tree,
+            group=self.tp_group,
+            sequence_parallel=self.sequence_parallel and self.tp_group.size() > 1,
+        )
+        return output, None
+
+
+class TPInvariantVocabParallelEmbedding(TreeBound, VocabParallelEmbedding):
+    """VocabParallelEmbedding: selects in the forward, sums tokens in the order (sequence, batch) in the backward, SP or not."""
+
+    def forward(self, input_: Tensor):
+        scatter = self.reduce_scatter_embeddings and self.tp_group.size() > 1
+        output = functional.vocab_parallel_embedding(input_.t(), self.weight, group=self.tp_group, sequence_parallel=scatter)
+        return output if self.reduce_scatter_embeddings else output.transpose(0, 1)
+
+
+class TPInvariantEmbedding(torch.nn.Embedding):
+    """Learned positions, whole on every rank: gradients in token order instead of torch's atomics."""
+
+    def forward(self, input_: Tensor) -> Tensor:
+        return functional.vocab_parallel_embedding(input_, self.weight, group=ALONE)
+
+
+class _NormMixin(TreeBound):
+    """What a norm must know beside its parameters: who shares its rows."""
+
+    tp_group = None
+    rows_by_sequence = False
+    rows_by_heads = False
+
+    def share_rows(self, tp_group, *, by_sequence: bool = False, by_heads: bool = False) -> None:
+        """Rows are sharded over ``tp_group`` by sequence or heads, or not at all."""
+        self.tp_group, self.rows_by_sequence, self.rows_by_heads = tp_group, by_sequence, by_heads
+        mark_complete(self)
+
+    def _rows(self) -> dict:
+        return {
+            "tree": self.tree,
+            "group": self.tp_group,
+            "sequence_parallel": self.rows_by_sequence,
+            "heads_parallel": self.rows_by_heads,
+        }
+
+
+class TPInvariantRMSNorm(_NormMixin, torch.nn.RMSNorm):
+    """RMSNorm whose weight gradient is a tree over the rows of all ranks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        return functional.rms_norm(x, self.weight, eps, **self._rows())
+
+
+class TPInvariantLayerNorm(_NormMixin, torch.nn.LayerNorm):
+    """LayerNorm whose parameter gradients are trees over the rows of all ranks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x, self.weight, self.bias, self.eps, **self._rows())
+
+
+class TPInvariantNorm(TreeBound):
+    """Builds the norm that ``config.normalization`` names, as Megatron's WrappedTorchNorm does, also under sequence parallelism."""
+
+    by_heads = False
+
+    def __new__(cls, config, hidden_size: int, eps: float = 1e-5, **_):
+        kinds = {"RMSNorm": TPInvariantRMSNorm, "LayerNorm": TPInvariantLayerNorm}
+        if config.normalization not in kinds:
+            raise ValueError(f"normalization={config.normalization!r} is not covered; use one of {sorted(kinds)}")
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        norm = kinds[config.normalization].bind(cls.tree)(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
+        group = get_tensor_model_parallel_group_if_none(None)
+        split = group is not None and group.size() > 1
+        norm.share_rows(group, by_sequence=split and config.sequence_parallel and not cls.by_heads, by_heads=split and cls.by_heads)
+        return norm
+
+
+class TPInvariantQKNorm(TPInvariantNorm):
+    """The same for q_layernorm and k_layernorm: one weight for all heads, and the heads are sharded."""
+
+    by_heads = True
+
+
+def language_model_loss(model: LanguageModule, labels: Tensor, logits: Tensor) -> Tensor:
+    """In place of LanguageModule.compute_language_model_loss: labels [b, s], logits [s, b, V/p] or gathered [s, b, V] -> [b, s]."""
+    gathered = logits.shape[-1] == model.vocab_size
+    group = ALONE if gathered else model.output_layer.tp_group
+    loss = functional.vocab_parallel_cross_entropy(
+        logits, labels.transpose(0, 1).contiguous(), tree=model.tpinv_tree, group=group
+    )
+    return loss.transpose(0, 1).contiguous()

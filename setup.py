@@ -1,0 +1,24 @@
+"""Packaging. ``integrations/`` is installed as ``tpinv.integrations``."""
+
+from setuptools import find_packages, setup
+
+packages = [p for p in find_packages() if p == "tpinv" or p.startswith("tpinv.")]
+integrations = ["tpinv.integrations", *(f"tpinv.integrations.{p}" for p in find_packages("integrations"))]
+
+setup(
+    name="tpinv",
+    version="0.1.0",
+    description="Tensor-parallel layers and collectives whose results are the same bytes at every tensor-parallel size",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    packages=packages + integrations,
+    package_dir={"tpinv": "tpinv", "tpinv.integrations": "integrations"},
+    install_requires=["torch>=2.8", "numpy", "rich>=13"],
+    extras_require={
+        "megatron": ["megatron-core>=0.16.1"],
+        "plot": ["matplotlib>=3.8"],
+        "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6", "ruff"],
+    },
+    entry_points={"console_scripts": ["tpinv = tpinv.cli:main"]},
+)
