@@ -1,0 +1,218 @@
+"""Trains a small GPT with Megatron-Core's own model, DistributedDataParallel and optimizer, and records every tensor of the run.
+
+``train`` is what ``tpinv verify`` runs on each rank of each tensor-parallel size, once with the stock layers and once with tpinv's.
+Everything that is not the subject is equal on purpose: the weights are drawn whole on the CPU and sharded, tokens are bytes of real
+text, dropout is off, gradients are accumulated in fp32, bf16 runs keep fp32 master weights. The recording holds whole tensors,
+put together from the shards, so that runs at different sizes can be compared byte for byte.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from tpinv.integrations.megatron import convert, convert_optimizer, gpt_layer_spec, on_cpu
+from tpinv.integrations.megatron.specs import block_spec
+from tpinv.layers import unshard
+from tpinv.tree import ReductionTree
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the comparison. ``sizes`` are all tensor-parallel sizes compared, so that one model fits every one of them."""
+
+    layers: str  # "stock" or "tpinv"
+    tp: int
+    sequence_parallel: bool
+    sizes: tuple[int, ...]
+    leaves: int = 8
+    variant: str = "llama"  # RMSNorm, SwiGLU, grouped queries, rope; "gpt": LayerNorm, GELU, biases, learned positions
+    dtype: str = "fp32"
+    steps: int = 5
+    micro_batches: int = 1
+    tied: bool = False
+    qk_norm: bool = False
+    num_layers: int = 2
+    seed: int = 1234
+
+    @property
+    def tree(self) -> ReductionTree:
+        return ReductionTree(self.leaves)
+
+    @property
+    def vocab_size(self) -> int:
+        return -(-256 // self.leaves) * self.leaves
+
+    @property
+    def sequence(self) -> int:
+        fits = math.lcm(*self.sizes)
+        return -(-48 // fits) * fits
+
+
+def build_config(run: Run) -> TransformerConfig:
+    """The smallest config in which every sharded dimension has ``leaves`` equal leaves and every size divides the query groups."""
+    groups = math.lcm(*run.sizes)
+    heads = 2 * groups
+    width = 16 if heads <= 16 else 8
+    unit = math.lcm(heads * width, run.leaves)
+    llama = run.variant == "llama"
+    dtype = DTYPES[run.dtype]
+    return TransformerConfig(
+        num_layers=run.num_layers,
+        hidden_size=unit,
+        num_attention_heads=heads,
+        num_query_groups=groups if llama else heads,
+        kv_channels=unit // heads,
+        ffn_hidden_size=2 * unit,
+        normalization="RMSNorm" if llama else "LayerNorm",
+        activation_func=torch.nn.functional.silu if llama else torch.nn.functional.gelu,
+        gated_linear_unit=llama,
+        add_bias_linear=not llama,
+        qk_layernorm=run.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        masked_softmax_fusion=False,
+        tensor_model_parallel_size=run.tp,
+        sequence_parallel=run.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+    )
+
+
+class _TorchNorm:
+    """The stock local norm, which refuses sequence parallelism for want of the mark that Megatron's finalisation looks for."""
+
+    def __new__(cls, config, hidden_size: int, eps: float = 1e-5, **_):
+        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+
+class StockProvider(LocalSpecProvider):
+    """Megatron's local modules, with a norm that can do sequence parallelism without Apex."""
+
+    def layer_norm(self, *_, **__) -> type:
+        return _TorchNorm
+
+
+def build_model(run: Run, config: TransformerConfig) -> GPTModel:
+    torch.manual_seed(run.seed)
+    spec = gpt_layer_spec(config, tree=run.tree) if run.layers == "tpinv" else block_spec(config, StockProvider())
+    model = GPTModel(
+        config,
+        transformer_layer_spec=spec,
+        vocab_size=run.vocab_size,
+        max_sequence_length=run.sequence,
+        position_embedding_type="rope" if run.variant == "llama" else "learned_absolute",
+        share_embeddings_and_output_weights=run.tied,
+    )
+    return convert(model, tree=run.tree) if run.layers == "tpinv" else model
+
+
+def real_text() -> Tensor:
+    """Bytes of text that is on any machine: a module of Python's standard library. int64 [length]."""
+    with open(json.__file__, "rb") as file, open(os.__file__, "rb") as more:
+        return torch.frombuffer(bytearray(file.read() + more.read()), dtype=torch.uint8).long()
+
+
+def train(run: Run) -> dict[str, Tensor] | None:
+    """Trains on this rank. Rank 0 returns the recording, name -> whole tensor on the CPU, in the order in which things are computed.
+
+    initial/NAME, step0/logits, stepI/loss, stepI/grad/NAME for the first and the last step (before clipping), stepI/grad_norm,
+    final/NAME. The others return None. RuntimeError if a replicated parameter or gradient is not the same bytes on all ranks.
+    """
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=run.tp)
+    try:
+        with on_cpu():
+            return _train(run)
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def _train(run: Run) -> dict[str, Tensor] | None:
+    config = build_config(run)
+    gpt = build_model(run, config)
+    model = gpt if run.dtype == "fp32" else Float16Module(config, gpt)
+    model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", lr=3e-3, weight_decay=0.1, clip_grad=1.0, bf16=config.bf16, params_dtype=config.params_dtype),
+        [model],
+    )
+    if run.layers == "tpinv":
+        convert_optimizer(optimizer)
+    record = _Record()
+    record.parameters("initial", gpt)
+    text, size = real_text(), 2 * run.sequence
+    positions = torch.arange(run.sequence).expand(2, -1)
+    mask = torch.ones(1, 1, run.sequence, run.sequence).triu(1).bool()
+    for step in range(run.steps):
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        losses = []
+        for micro_batch in range(run.micro_batches):
+            start = (step * run.micro_batches + micro_batch) * size
+            tokens, labels = (text[start + shift : start + shift + size].view(2, -1) for shift in (0, 1))
+            if step == micro_batch == 0:
+                with torch.no_grad():
+                    record.sharded("step0/logits", model(tokens, positions, mask).float(), dim=-1)
+            loss = model(tokens, positions, mask, labels=labels).mean() / run.micro_batches
+            loss.backward()
+            losses.append(loss.detach().float())
+        finalize_model_grads([model])
+        record.replicated(f"step{step}/loss", torch.stack(losses).sum(0))
+        if step in (0, run.steps - 1):
+            record.parameters(f"step{step}/grad", gpt, "main_grad")
+        _, norm, _ = optimizer.step()
+        record.replicated(f"step{step}/grad_norm", torch.tensor(norm, dtype=torch.float64))
+    record.parameters("final", gpt)
+    return record.tensors if dist.get_rank() == 0 else None
+
+
+class _Record:
+    """Whole tensors, put together over the tensor-parallel ranks."""
+
+    def __init__(self):
+        self.tensors: dict[str, Tensor] = {}
+
+    def parameters(self, prefix: str, model: GPTModel, attribute: str | None = None) -> None:
+        named = list(model.named_parameters())
+        for name, parameter in named if attribute is None else reversed(named):
+            tensor = parameter.detach() if attribute is None else getattr(parameter, attribute)
+            if getattr(parameter, "tensor_model_parallel", False):
+                self.sharded(f"{prefix}/{name}", tensor, parameter.partition_dim, parameter.partition_stride)
+            else:
+                self.replicated(f"{prefix}/{name}", tensor)
+
+    def sharded(self, name: str, tensor: Tensor, dim: int, stride: int = 1) -> None:
+        parts = self._gather(tensor)
+        self.tensors[name] = unshard(parts, dim if dim >= 0 else tensor.dim() + dim, stride).clone()
+
+    def replicated(self, name: str, tensor: Tensor) -> None:
+        first, *others = (part.view(-1).view(torch.uint8) for part in self._gather(tensor))
+        if any(not torch.equal(first, other) for other in others):
+            raise RuntimeError(f"{name} is replicated but not the same bytes on all ranks")
+        self.tensors[name] = tensor.detach().clone()
+
+    @staticmethod
+    def _gather(tensor: Tensor) -> list[Tensor]:
+        tensor = tensor.detach().contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor)
+        return parts
