@@ -1,0 +1,73 @@
+"""Imports point one way: tree <- reference <- kernels <- collectives <- functional <- layers <- integrations."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import tpinv
+
+PACKAGE = Path(tpinv.__file__).parent
+# A module may import its own layer and those to the left; kernels know no process group. testing checks anyone and is used
+# only on top; optim uses the integer side of collectives.
+ALLOWED = {
+    "tree": set(),
+    "reference": {"tree"},
+    "kernels": {"tree", "reference"},
+    "collectives": {"tree", "reference", "kernels"},
+    "functional": {"tree", "reference", "kernels", "collectives"},
+    "layers": {"tree", "reference", "collectives", "functional"},
+    "optim": {"tree", "reference", "collectives"},
+    "testing": {"tree"},
+    "integrations": {"", "tree", "reference", "collectives", "functional", "layers", "optim", "testing"},
+    "__init__": {"tree", "reference", "collectives", "functional", "layers", "optim"},
+}
+
+
+def source_files() -> dict[str, Path]:
+    files = {str(path.relative_to(PACKAGE)): path for path in PACKAGE.rglob("*.py")}
+    integrations = PACKAGE.parent / "integrations"  # installed as tpinv.integrations
+    return files | {str(path.relative_to(PACKAGE.parent)): path for path in integrations.rglob("*.py")}
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of everything a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def layer_of(name: str) -> str:
+    """tpinv.collectives.group.resolve -> collectives; tpinv.ReductionTree -> "" (the top level)."""
+    part = name.split(".")[1]
+    return part if (PACKAGE / part).is_dir() or (PACKAGE / f"{part}.py").exists() or part == "integrations" else ""
+
+
+@pytest.mark.parametrize("name", sorted(source_files()))
+def test_imports_point_one_way(name):
+    layer = name.split("/")[0].removesuffix(".py")
+    if layer in ("cli", "__main__"):  # on top of everything
+        return
+    layers = {layer_of(full) for full in imported(source_files()[name]) if full.split(".")[0] == "tpinv"}
+    assert layers - {layer} <= ALLOWED[layer]
+
+
+def test_what_the_lower_layers_know():
+    for name, path in source_files().items():
+        modules = {full.split(".")[0] for full in imported(path)}
+        full = imported(path)
+        if name == "tree.py":
+            assert modules <= {"collections", "dataclasses", "functools", "typing"}
+        if name == "reference.py" or name.startswith("kernels/"):
+            assert not any(module.startswith("torch.distributed") for module in full), f"{name} knows process groups"
+        if not name.startswith(("integrations", "cli")):
+            assert not modules & {"megatron", "torchtitan"}, f"{name} knows a framework"
+
+
+def test_every_layer_is_listed():
+    assert {name.split("/")[0].removesuffix(".py") for name in source_files()} - {"cli", "__main__"} <= set(ALLOWED)
