@@ -91,9 +91,9 @@ def convert(model: nn.Module | list[nn.Module], *, tree: ReductionTree, tokenize
 
 def _share_rows(name: str, norm: nn.Module, model: MegatronModule) -> None:
     tp_group = model.pg_collection.tp
-    split = tp_group.size() > 1
-    by_heads = split and name.rsplit(".", 1)[-1] in ("q_layernorm", "k_layernorm")
-    norm.share_rows(tp_group, by_sequence=split and model.config.sequence_parallel and not by_heads, by_heads=by_heads)
+    by_heads = name.rsplit(".", 1)[-1] in ("q_layernorm", "k_layernorm")
+    by_sequence = model.config.sequence_parallel and tp_group.size() > 1 and not by_heads
+    norm.share_rows(tp_group, by_sequence=by_sequence, by_heads=by_heads)
 
 
 def _check_modules(plan: list[tuple[str, nn.Module]], tree: ReductionTree) -> None:

@@ -107,7 +107,7 @@ class _NormMixin(TreeBound):
     rows_by_heads = False
 
     def share_rows(self, tp_group, *, by_sequence: bool = False, by_heads: bool = False) -> None:
-        """Rows are sharded over ``tp_group`` by sequence or heads, or not at all."""
+        """Rows are sharded over ``tp_group`` by sequence or heads, or not at all. ``by_heads`` orders the rows, so also at TP = 1."""
         self.tp_group, self.rows_by_sequence, self.rows_by_heads = tp_group, by_sequence, by_heads
         mark_complete(self)
 
@@ -147,8 +147,7 @@ class TPInvariantNorm(TreeBound):
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         norm = kinds[config.normalization].bind(cls.tree)(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
         group = get_tensor_model_parallel_group_if_none(None)
-        split = group is not None and group.size() > 1
-        norm.share_rows(group, by_sequence=split and config.sequence_parallel and not cls.by_heads, by_heads=split and cls.by_heads)
+        norm.share_rows(group, by_sequence=config.sequence_parallel and group.size() > 1 and not cls.by_heads, by_heads=cls.by_heads)
         return norm
 
 
