@@ -1,0 +1,433 @@
+// Tree GEMM for Hopper: out = A B over k, where k is cut into leaves and the leaves are added by the contract's tree.
+//
+// The tree itself is not in this file. tpinv/tree.py says, for every leaf, how many pending values are merged after it
+// (ReductionTree.merges); the host passes that table and this kernel obeys it with a stack.
+//
+// Registers are the whole problem. A thread of a consumer warpgroup holds BN/2 accumulators of its 64 x BN half tile,
+// and a tree of L leaves keeps up to log2(L) finished values pending. So the stack is cached from the top:
+//
+//     top       BN/2 registers (of which the last kTopShared live in shared memory when BN = 256)
+//     slot 0    shared memory when SHARED_SLOTS = 1: written and read only every second pair of leaves
+//     slot 1..  global scratch, one region per CTA, in practice L2
+//
+// Every slot is private to a thread, so parking needs no barrier. While one warpgroup merges, the other one keeps the
+// tensor cores busy with the stages it is ahead, and the producer warp never sees the leaf boundaries at all.
+//
+// One block: two consumer warpgroups (128 rows), one producer warp that drives the copy engine through STAGES stages of
+// 64 k. With CLUSTER = 2 two blocks share a column of tiles and each multicasts half of B. Persistent over units; a unit
+// is a tile, or, in the last partial wave, one of SPLIT subtrees of a tile, whose values the last arriver adds.
+//
+// Compiled at run time (NVRTC, no headers) for sm_90a with these macros:
+//   BN 128 | 192 | 256   columns of a tile           STAGES       depth of the copy pipeline
+//   CLUSTER 1 | 2        blocks that share B         DEPTH        most values ever pending (0: one leaf, no tree)
+//   A_MAJOR, B_MAJOR     0: k contiguous, 1: rows of A (columns of B) contiguous
+//   IN_FP16              inputs fp16, else bf16      OUT          0 fp32, 1 bf16, 2 fp16
+//   BIAS                 a bias follows the root
+//   NODE_BF16            leaves and nodes are rounded to bf16      SHARED_SLOTS 0 | 1      SPLIT 1 | 2 | 4 | 8
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr int kBM = 128, kBK = 64;
+constexpr int kRegs = BN / 2;                                     // accumulators of a thread
+constexpr int kTopShared = (DEPTH > 0 && BN == 256) ? 64 : 0;     // how many of the top's values are in shared memory
+constexpr int kTopRegs = kRegs - kTopShared;
+constexpr int kConsumers = 256;                                   // threads of the two consumer warpgroups
+constexpr int kBytesA = kBM * kBK * 2, kBytesB = BN * kBK * 2;
+constexpr int kSlotVecs = kRegs / 4;                              // a slot is float4[kSlotVecs][kConsumers]
+constexpr int kSharedSlots = DEPTH > 1 ? SHARED_SLOTS : 0;
+
+struct alignas(64) TensorMap { char opaque[128]; };
+
+struct Params {
+    void* out;                // [rows, cols], row stride out_stride elements
+    const void* bias;         // [cols] in the output dtype, or null
+    float4* scratch;          // slots past the shared one: [blocks][DEPTH][kSlotVecs][kConsumers]
+    float4* parts;            // values of split tiles: [tiles][SPLIT][CLUSTER][kSlotVecs][kConsumers]
+    u32* arrivals;            // [tiles][CLUSTER][2], zero before and after every launch
+    long long out_stride;
+    int rows, cols;
+    int leaves, pieces, steps;    // a leaf is `pieces` runs of `steps` stages
+    int tiles_m, tiles_n;         // tiles_m counts clusters
+    int whole;                    // tiles before this one are not split
+    int group;                    // tile rows that share their columns in L2
+    unsigned char merges[64];     // after leaf i of a whole tile, of a part
+    unsigned char part_merges[64];
+};
+
+// -- barriers, copies, matrix instructions --------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 smem_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count));
+}
+__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+// Arrives at the same barrier of block `cta` of the cluster.
+__device__ __forceinline__ void barrier_arrive(u32 bar, u32 cta) {
+    asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(bar), "r"(cta) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 bar, u32 phase) {
+    asm volatile("{\n.reg .pred done;\nagain:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@done bra finished;\nbra again;\nfinished:\n}\n" ::"r"(bar), "r"(phase) : "memory");
+}
+
+__device__ __forceinline__ void copy(u32 to, const TensorMap* map, u32 bar, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+                 ::"r"(to), "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
+}
+__device__ __forceinline__ void copy_to_both(u32 to, const TensorMap* map, u32 bar, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;"
+                 ::"r"(to), "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"((unsigned short)3) : "memory");
+}
+
+// Descriptor of a 128-byte swizzled operand. `leading` is the distance of 64-element blocks along rows when rows are
+// contiguous (unused when k is); the next 8 lines follow after 1024 bytes either way.
+__device__ __forceinline__ u64 operand(u32 address, u32 leading) {
+    return (u64)((address & 0x3ffff) >> 4) | ((u64)(leading >> 4) << 16) | ((u64)(1024 >> 4) << 32) | (1ull << 62);
+}
+
+#define STRING_(x) #x
+#define STRING(x) STRING_(x)
+#define P10(tens) "%" #tens "0, %" #tens "1, %" #tens "2, %" #tens "3, %" #tens "4, %" #tens "5, %" #tens "6, %" #tens "7, %" #tens "8, %" #tens "9, "
+#define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define D32(i) D8(i), D8(i + 8), D8(i + 16), D8(i + 24)
+#define P60 P10() P10(1) P10(2) P10(3) P10(4) P10(5)
+#if BN == 128
+#define ACCUMULATORS P60 "%60, %61, %62, %63"
+#define OPERANDS "%64, %65", "%66"
+#define DALL D32(0), D32(32)
+#elif BN == 192
+#define ACCUMULATORS P60 P10(6) P10(7) P10(8) "%90, %91, %92, %93, %94, %95"
+#define OPERANDS "%96, %97", "%98"
+#define DALL D32(0), D32(32), D32(64)
+#else
+#define ACCUMULATORS P60 P10(6) P10(7) P10(8) P10(9) P10(10) P10(11) "%120, %121, %122, %123, %124, %125, %126, %127"
+#define OPERANDS "%128, %129", "%130"
+#define DALL D32(0), D32(32), D32(64), D32(96)
+#endif
+#if IN_FP16
+#define IN_TYPE "f16"
+#else
+#define IN_TYPE "bf16"
+#endif
+#define WGMMA_(ab, flag)                                                                                                       \
+    "{\n.reg .pred keep;\nsetp.ne.b32 keep, " flag ", 0;\nwgmma.mma_async.sync.aligned.m64n" STRING(BN) "k16.f32." IN_TYPE "." \
+    IN_TYPE " {" ACCUMULATORS "}, " ab ", keep, 1, 1, " STRING(A_MAJOR) ", " STRING(B_MAJOR) ";\n}\n"
+#define WGMMA(operands) WGMMA_(operands)
+
+// d = a b, plus d when `keep`: 64 x BN x 16, one step of a leaf's chain.
+__device__ __forceinline__ void wgmma(float (&d)[kRegs], u64 a, u64 b, int keep) {
+    asm volatile(WGMMA(OPERANDS) : DALL : "l"(a), "l"(b), "r"(keep));
+}
+// Keeps the compiler from moving uses of the accumulators across the asynchronous instructions around this point.
+__device__ __forceinline__ void pin(float (&d)[kRegs]) {
+#pragma unroll
+    for (int i = 0; i < kRegs; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// -- roundings ----------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 pack(float low, float high) {  // two values in the output dtype
+    u32 r;
+#if OUT == 2
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+#endif
+    return r;
+}
+__device__ __forceinline__ float round_out(float x) {
+#if OUT == 2
+    float r;
+    asm("{\n.reg .f16 h;\ncvt.rn.f16.f32 h, %1;\ncvt.f32.f16 %0, h;\n}\n" : "=f"(r) : "f"(x));
+    return r;
+#elif OUT == 1
+    return __uint_as_float(pack(x, x) << 16);
+#else
+    return x;
+#endif
+}
+__device__ __forceinline__ float round_node(float x) {
+#if NODE_BF16
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(r) : "f"(x));
+    return __uint_as_float(r << 16);
+#else
+    return x;
+#endif
+}
+__device__ __forceinline__ float add(float left, float right) { return round_node(__fadd_rn(left, right)); }
+__device__ __forceinline__ float4 add(float4 l, float4 r) {
+    return make_float4(add(l.x, r.x), add(l.y, r.y), add(l.z, r.z), add(l.w, r.w));
+}
+__device__ __forceinline__ float bias_at(const void* bias, int col) {
+#if OUT == 0
+    return ((const float*)bias)[col];
+#elif OUT == 1
+    return __uint_as_float((u32)((const unsigned short*)bias)[col] << 16);
+#else
+    float r;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(((const unsigned short*)bias)[col]));
+    return r;
+#endif
+}
+
+// -- the schedule: which tile and which leaves a unit is --------------------------------------------------------------------
+
+struct Unit { int m, n, tile, part, first, last; };
+
+__device__ __forceinline__ Unit unit_at(const Params& p, int index) {
+    Unit u;
+    u.tile = index, u.part = 0, u.first = 0, u.last = p.leaves;
+    if (SPLIT > 1 && index >= p.whole) {
+        u.tile = p.whole + (index - p.whole) / SPLIT;
+        u.part = (index - p.whole) % SPLIT;
+        u.first = u.part * (p.leaves / SPLIT);
+        u.last = u.first + p.leaves / SPLIT;
+    }
+    int band = u.tile / (p.group * p.tiles_n), inside = u.tile % (p.group * p.tiles_n);
+    int height = min(p.group, p.tiles_m - band * p.group);
+    u.m = band * p.group + inside % height;
+    u.n = inside / height;
+    return u;
+}
+
+// -- a warpgroup's results ----------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float4 four(const float (&x)[kRegs], int i) { return make_float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]); }
+__device__ __forceinline__ void set_four(float (&x)[kRegs], int i, float4 v) { x[4 * i] = v.x, x[4 * i + 1] = v.y, x[4 * i + 2] = v.z, x[4 * i + 3] = v.w; }
+
+// The root: rounded once to the output dtype, then the bias is added and rounded once more. value(j) gives a thread's four
+// values of columns 8 j .. 8 j + 7: two neighbours in one row, two in the row 8 below.
+template <class Value>
+__device__ __forceinline__ void store_root(const Params& p, int row0, int col0, int lane, Value value) {
+    const int q = lane & 3;
+    const int row = row0 + lane / 4;
+    const bool inside[2] = {row < p.rows, row + 8 < p.rows};
+#pragma unroll
+    for (int j = 0; j < BN / 8; j += 2) {
+        const float4 left = value(j), right = value(j + 1);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float v[4] = {half ? left.z : left.x, half ? left.w : left.y, half ? right.z : right.x, half ? right.w : right.y};
+            const int col = col0 + j * 8 + q * 2;
+            const long long line = (long long)(row + 8 * half) * p.out_stride;
+#if BIAS
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int c = col + (i & 1) + (i >> 1) * 8;
+                if (c < p.cols) v[i] = round_out(v[i]) + bias_at(p.bias, c);
+            }
+#endif
+#if OUT == 0
+            float* out = (float*)p.out + line;
+            if (inside[half] && col < p.cols) *(float2*)(out + col) = make_float2(v[0], v[1]);
+            if (inside[half] && col + 8 < p.cols) *(float2*)(out + col + 8) = make_float2(v[2], v[3]);
+#else
+            // Neighbours swap halves, so that four lanes write 32 consecutive bytes.
+            const u32 mine = pack(v[0], v[1]), next = pack(v[2], v[3]);
+            const u32 got = __shfl_xor_sync(0xffffffffu, q & 1 ? mine : next, 1);
+            const int c = col0 + j * 8 + (q & 1 ? 8 : 0) + (q & 2) * 2;
+            if (inside[half] && c < p.cols)
+                *(uint2*)((unsigned short*)p.out + line + c) = q & 1 ? make_uint2(got, next) : make_uint2(mine, got);
+#endif
+        }
+    }
+}
+
+// -- the kernel -------------------------------------------------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+#if CLUSTER > 1
+    __cluster_dims__(CLUSTER, 1, 1)
+#endif
+    tree_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ Params p) {
+    extern __shared__ char raw[];
+    char* shared = (char*)(((u64)raw + 1023) & ~1023ull);  // the swizzle repeats every 1024 bytes
+    char* stage_a = shared;
+    char* stage_b = shared + STAGES * kBytesA;
+    float4* shared_slot = (float4*)(stage_b + STAGES * kBytesB);
+    float4* shared_top = shared_slot + kSharedSlots * kSlotVecs * kConsumers;
+    const u32 full = smem_address(shared_top + kTopShared / 4 * kConsumers), empty = full + STAGES * 8;
+
+    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int cta = CLUSTER > 1 ? blockIdx.x % CLUSTER : 0;
+    const int units = p.whole + (p.tiles_m * p.tiles_n - p.whole) * SPLIT;
+    const int first_unit = blockIdx.x / CLUSTER, unit_step = gridDim.x / CLUSTER;
+
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; s++) {
+            barrier_init(full + 8 * s, 1);              // the producer's expect, then the bytes
+            barrier_init(empty + 8 * s, 8 * CLUSTER);   // every consumer warp of every block that the stage's B went to
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    if (CLUSTER > 1) asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+
+    int stage = 0;
+    u32 phase = 0;
+    if (warpgroup == 2) {  // ---- producer
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (warp == 8 && lane == 0) {
+            for (int index = first_unit; index < units; index += unit_step) {
+                const Unit u = unit_at(p, index);
+                const int row0 = (u.m * CLUSTER + cta) * kBM, col0 = u.n * BN;
+                for (int leaf = u.first; leaf < u.last; leaf++)
+                    for (int piece = 0; piece < p.pieces; piece++)
+                        for (int step = 0; step < p.steps; step++) {
+                            const u32 bar = full + 8 * stage;
+                            barrier_wait(empty + 8 * stage, phase ^ 1);
+                            barrier_expect(bar, kBytesA + kBytesB);
+                            const u32 to_a = smem_address(stage_a) + stage * kBytesA, to_b = smem_address(stage_b) + stage * kBytesB;
+                            const int k = step * kBK;
+#if A_MAJOR == 0
+                            copy(to_a, &map_a, bar, k, leaf, piece, row0);
+#else
+                            for (int i = 0; i < kBM / 64; i++) copy(to_a + i * kBK * 128, &map_a, bar, row0 + 64 * i, k, leaf, piece);
+#endif
+#if B_MAJOR == 0 && CLUSTER == 1
+                            copy(to_b, &map_b, bar, k, leaf, piece, col0);
+#elif B_MAJOR == 0
+                            copy_to_both(to_b + cta * (kBytesB / 2), &map_b, bar, k, leaf, piece, col0 + cta * (BN / 2));
+#elif CLUSTER == 1
+                            for (int i = 0; i < BN / 64; i++) copy(to_b + i * kBK * 128, &map_b, bar, col0 + 64 * i, k, leaf, piece);
+#else
+                            for (int i = 0; i < BN / 64; i++)
+                                copy_to_both(to_b + i * kBK * 128 + cta * (kBK / 2) * 128, &map_b, bar, col0 + 64 * i, k + cta * (kBK / 2), leaf, piece);
+#endif
+                            if (++stage == STAGES) stage = 0, phase ^= 1;
+                        }
+            }
+        }
+    } else {  // ---- consumers
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        const int thread = threadIdx.x;  // 0 .. 255
+        float acc[kRegs];
+        float top[DEPTH > 0 ? kTopRegs : 1];
+        float4* scratch = p.scratch + (long long)blockIdx.x * DEPTH * kSlotVecs * kConsumers + thread;
+
+        for (int index = first_unit; index < units; index += unit_step) {
+            const Unit u = unit_at(p, index);
+            const bool split = SPLIT > 1 && index >= p.whole;
+            const int row0 = (u.m * CLUSTER + cta) * kBM + warpgroup * 64 + (warp & 3) * 16, col0 = u.n * BN;
+            int pending = 0;  // values on the stack; the last of them is `top`
+
+            for (int leaf = u.first; leaf < u.last; leaf++) {
+                const int length = p.pieces * p.steps;
+                int before = -1;
+                for (int step = 0; step < length; step++) {
+                    barrier_wait(full + 8 * stage, phase);
+                    const u32 at_a = smem_address(stage_a) + stage * kBytesA + warpgroup * 8192;  // 64 rows either way
+                    const u32 at_b = smem_address(stage_b) + stage * kBytesB;
+                    pin(acc);
+                    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                    for (int k = 0; k < kBK / 16; k++)
+                        wgmma(acc, operand(at_a + k * (A_MAJOR ? 2048 : 32), A_MAJOR ? kBK * 128 : 16),
+                              operand(at_b + k * (B_MAJOR ? 2048 : 32), B_MAJOR ? kBK * 128 : 16), step > 0 || k > 0);
+                    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
+                    pin(acc);
+                    // The step before this one has been read: its stage is free in every block that shares B.
+                    if (before >= 0 && lane < CLUSTER) barrier_arrive(empty + 8 * before, lane);
+                    before = stage;
+                    if (++stage == STAGES) stage = 0, phase ^= 1;
+                }
+                asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+                pin(acc);
+                if (lane < CLUSTER) barrier_arrive(empty + 8 * before, lane);
+
+                // The leaf is finished: the tree says how many pending values are its left siblings now.
+                if (NODE_BF16) {
+#pragma unroll
+                    for (int i = 0; i < kRegs; i++) acc[i] = round_node(acc[i]);
+                }
+#if DEPTH > 0
+                int count = split ? p.part_merges[leaf - u.first] : p.merges[leaf];
+                if (count > 0) {
+#pragma unroll
+                    for (int i = 0; i < kTopRegs; i++) acc[i] = add(top[i], acc[i]);
+#pragma unroll
+                    for (int i = 0; i < kTopShared / 4; i++)
+                        set_four(acc, kTopRegs / 4 + i, add(shared_top[i * kConsumers + thread], four(acc, kTopRegs / 4 + i)));
+                    pending--;
+#if DEPTH > 1
+                    for (; count > 1; count--) {
+                        pending--;
+                        if (pending < kSharedSlots) {
+#pragma unroll
+                            for (int i = 0; i < kSlotVecs; i++) set_four(acc, i, add(shared_slot[i * kConsumers + thread], four(acc, i)));
+                        } else {
+                            const float4* from = scratch + (long long)pending * kSlotVecs * kConsumers;
+#pragma unroll
+                            for (int i = 0; i < kSlotVecs; i++) set_four(acc, i, add(from[i * kConsumers], four(acc, i)));
+                        }
+                    }
+#endif
+                }
+#if DEPTH > 1
+                else if (pending > 0) {  // park the top: the next value takes its place
+                    const int slot = pending - 1;
+                    float4* to = slot < kSharedSlots ? shared_slot + thread : scratch + (long long)slot * kSlotVecs * kConsumers;
+#pragma unroll
+                    for (int i = 0; i < kTopRegs / 4; i++) to[i * kConsumers] = make_float4(top[4 * i], top[4 * i + 1], top[4 * i + 2], top[4 * i + 3]);
+#pragma unroll
+                    for (int i = 0; i < kTopShared / 4; i++) to[(kTopRegs / 4 + i) * kConsumers] = shared_top[i * kConsumers + thread];
+                }
+#endif
+                if (leaf + 1 < u.last) {
+#pragma unroll
+                    for (int i = 0; i < kTopRegs; i++) top[i] = acc[i];
+#pragma unroll
+                    for (int i = 0; i < kTopShared / 4; i++) shared_top[i * kConsumers + thread] = four(acc, kTopRegs / 4 + i);
+                    pending++;
+                }
+#endif
+            }
+
+#if SPLIT > 1
+            if (split) {
+                // Publish this subtree's value; whoever arrives last adds all of them, so no block ever waits for another.
+                const long long tile = u.tile - p.whole;
+                float4* parts = p.parts + ((tile * SPLIT) * CLUSTER + cta) * kSlotVecs * kConsumers + thread;
+                const long long next = (long long)CLUSTER * kSlotVecs * kConsumers;
+#pragma unroll
+                for (int i = 0; i < kSlotVecs; i++) parts[u.part * next + i * kConsumers] = four(acc, i);
+                __threadfence();
+                asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
+                __shared__ u32 arrived[2];
+                u32* arrivals = p.arrivals + (tile * CLUSTER + cta) * 2 + warpgroup;
+                if (thread % 128 == 0) arrived[warpgroup] = atomicAdd(arrivals, 1);
+                asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
+                const bool last = arrived[warpgroup] == SPLIT - 1;
+                asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");  // read before the next unit writes it
+                if (last) {
+                    __threadfence();
+                    if (thread % 128 == 0) *arrivals = 0;
+                    store_root(p, row0, col0, lane, [&](int i) {
+                        float4 v[SPLIT];
+#pragma unroll
+                        for (int s = 0; s < SPLIT; s++) v[s] = __ldcg(parts + s * next + i * kConsumers);
+#pragma unroll
+                        for (int width = SPLIT / 2; width > 0; width /= 2)
+#pragma unroll
+                            for (int s = 0; s < width; s++) v[s] = add(v[2 * s], v[2 * s + 1]);
+                        return v[0];
+                    });
+                }
+                continue;
+            }
+#endif
+            store_root(p, row0, col0, lane, [&](int i) { return four(acc, i); });
+        }
+    }
+    // A block must not exit while its neighbour can still arrive at its barriers.
+    __syncwarp();
+    if (CLUSTER > 1) asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}

@@ -1,0 +1,146 @@
+"""Compiles, loads and launches the CUDA sources of csrc/ at run time, with what a torch wheel already brings.
+
+The sources include no header, so NVRTC is enough: no nvcc, no build step, and each specialization (a set of macros) is
+compiled when it is first needed and kept on disk. Kernels are launched through the driver (libcuda), on torch's current
+stream and in its context, so they take part in CUDA graphs like any other kernel.
+
+Nothing here knows a tree or a matrix.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_TENSOR_DTYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
+_SWIZZLE_128B, _L2_PROMOTION_256B = 3, 3
+
+
+def cache_dir() -> Path:
+    """Where compiled kernels and tuned choices live: $TPINV_CACHE, or tpinv under the user's cache directory."""
+    base = os.environ.get("TPINV_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tpinv"
+    path = Path(base)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Ranks share the cache: a reader sees the old file or the new one, never half of it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_bytes(data)
+    part.replace(path)
+
+
+@functools.cache
+def source(name: str) -> str:
+    """Text of csrc/``name``: from the installed package, or from the checkout beside it. FileNotFoundError otherwise."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "csrc", package.parent / "csrc"):
+        if (folder / name).is_file():
+            return (folder / name).read_text()
+    raise FileNotFoundError(f"csrc/{name} lies neither in {package} nor beside it; reinstall tpinv")
+
+
+# -- NVRTC -------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    # torch's stub finds its own NVRTC through its rpath; after that the soname resolves wherever the wheel put it.
+    stub = Path(torch.__file__).parent / "lib" / "libcaffe2_nvrtc.so"
+    if stub.is_file():
+        ctypes.CDLL(str(stub), mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(f"libnvrtc.so.{torch.version.cuda.split('.')[0]}")
+
+
+def compile_source(name: str, macros: dict[str, int], arch: str) -> bytes:
+    """csrc/``name`` compiled for ``arch`` ("sm_90a") with ``macros``: the cubin, from the disk cache where it can.
+
+    RuntimeError with the compiler's log when it does not compile.
+    """
+    lib = _nvrtc()
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    lib.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    options = [f"--gpu-architecture={arch}", "--std=c++17", *(f"-D{k}={v}" for k, v in sorted(macros.items()))]
+    text = source(name)
+    key = hashlib.sha256("\0".join([text, *options, f"{major.value}.{minor.value}"]).encode()).hexdigest()[:32]
+    cached = cache_dir() / f"{Path(name).stem}-{key}.cubin"
+    if cached.is_file():
+        return cached.read_bytes()
+    program = ctypes.c_void_p()
+    lib.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None)
+    failed = lib.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*(o.encode() for o in options)))
+    if failed:
+        size = ctypes.c_size_t()
+        lib.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        lib.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"NVRTC {major.value}.{minor.value} rejected {name} with {options}:\n{log.value.decode()}")
+    size = ctypes.c_size_t()
+    lib.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    cubin = ctypes.create_string_buffer(size.value)
+    lib.nvrtcGetCUBIN(program, cubin)
+    lib.nvrtcDestroyProgram(ctypes.byref(program))
+    write_atomically(cached, cubin.raw)
+    return cubin.raw
+
+
+# -- the driver --------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(status: int, call: str) -> None:
+    if status:
+        name = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(name))
+        raise RuntimeError(f"{call} failed with {status}: {(name.value or b'unknown').decode()}")
+
+
+@functools.cache
+def load(name: str, function: str, macros: tuple[tuple[str, int], ...], arch: str, shared_bytes: int, device: int) -> ctypes.c_void_p:
+    """The function of a compiled source, loaded into the context of CUDA device ``device``."""
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # makes sure that torch has created the context
+        module, handle = ctypes.c_void_p(), ctypes.c_void_p()
+        _check(_driver().cuModuleLoadData(ctypes.byref(module), compile_source(name, dict(macros), arch)), "cuModuleLoadData")
+        _check(_driver().cuModuleGetFunction(ctypes.byref(handle), module, function.encode()), "cuModuleGetFunction")
+        _check(_driver().cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED, shared_bytes), "cuFuncSetAttribute")
+    return handle
+
+
+def launch(function: ctypes.c_void_p, grid: int, threads: int, shared_bytes: int, stream: int, *arguments) -> None:
+    """Launches a 1-D grid. ``arguments`` are ctypes structures or scalars, copied by the driver before this returns."""
+    pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+    status = _driver().cuLaunchKernel(
+        function, grid, 1, 1, threads, 1, 1, shared_bytes, ctypes.c_void_p(stream), pointers, None
+    )
+    _check(status, "cuLaunchKernel")
+
+
+@functools.lru_cache(maxsize=8192)
+def tensor_map(pointer: int, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]):
+    """A descriptor for the copy engine: innermost dimension first, unit stride there, the others in elements.
+
+    Boxes are 128-byte swizzled; what lies outside the tensor reads as zero. Pointer and strides must be multiples of 16
+    bytes (RuntimeError from the driver otherwise).
+    """
+    rank = len(sizes)
+    # The descriptor must lie on a 64-byte boundary, which ctypes does not promise.
+    buffer = (ctypes.c_char * 192)()
+    shift = -ctypes.addressof(buffer) % 64
+    descriptor = (ctypes.c_char * 128).from_buffer(buffer, shift)
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.byref(descriptor), _TENSOR_DTYPES[dtype], rank, ctypes.c_void_p(pointer),
+        (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*(2 * s for s in strides)),
+        (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*([1] * rank)), 0, _SWIZZLE_128B, _L2_PROMOTION_256B, 0,
+    )  # fmt: skip
+    _check(status, f"cuTensorMapEncodeTiled(sizes={sizes}, strides={strides}, box={box})")
+    return descriptor

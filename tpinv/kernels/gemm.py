@@ -1,0 +1,237 @@
+"""The tree GEMM in Triton: any GPU, any strides, every dtype, and the interpreter on a CPU.
+
+One flat loop runs over all k of all leaves of a unit, so that the loads of the next leaf are in flight while the last one
+is merged. At a leaf's end the contract's table says how many pending values to merge; the stack is at most DEPTH tiles in
+registers. That is what small M (decode) wants, where tiles are tiny and only the bytes of W count; at large M the
+registers run out and csrc/sm90_tree_gemm.cu takes over with the same bits.
+
+SPLIT > 1 cuts a tile's leaves into subtrees for as many programs; each publishes its value and the last to arrive adds them
+up. No program waits for another one.
+
+The accumulator enters every dot as an operand that is carried around the loop. Writing ``left + dot(a, b)`` instead would
+let Triton's Combine pass turn it into ``dot(a, b, left)``: another tree.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from tpinv.kernels.counters import arrivals
+from tpinv.kernels.problem import Problem, most_pending
+
+
+@triton.jit
+def _round_node(x, NODE_BF16: tl.constexpr):
+    if NODE_BF16:
+        return x.to(tl.bfloat16).to(tl.float32)
+    else:
+        return x
+
+
+@triton.jit
+def _pop(slot, acc, pending, count, POSITION: tl.constexpr, NODE_BF16: tl.constexpr):
+    """Merges the pending value at POSITION of the stack into ``acc`` if it is on top and still to be merged."""
+    take = (count > 0) & (pending == POSITION + 1)
+    acc = tl.where(take, _round_node(slot + acc, NODE_BF16), acc)
+    return acc, pending - take.to(tl.int32), count - take.to(tl.int32)
+
+
+@triton.jit
+def _perfect_sum(ptr, stride, FIRST: tl.constexpr, COUNT: tl.constexpr, NODE_BF16: tl.constexpr):
+    """The perfect tree over COUNT published values. ``.cg``: they were written by other multiprocessors."""
+    if COUNT == 1:
+        return tl.load(ptr + FIRST * stride, cache_modifier=".cg")
+    else:
+        left = _perfect_sum(ptr, stride, FIRST, COUNT // 2, NODE_BF16)
+        right = _perfect_sum(ptr, stride, FIRST + COUNT // 2, COUNT // 2, NODE_BF16)
+        return _round_node(left + right, NODE_BF16)
+
+
+@triton.jit
+def _store_root(out_ptr, bias_ptr, value, row, col, rows, cols, out_row, BIAS: tl.constexpr):
+    """Rounds the root once to the output dtype; then adds the bias and rounds once more. row and col are broadcastable."""
+    value = value.to(out_ptr.dtype.element_ty)
+    if BIAS:
+        bias = tl.load(bias_ptr + col, mask=col < cols, other=0.0)
+        value = (value.to(tl.float32) + bias.to(tl.float32)).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row.to(tl.int64) * out_row + col, value, mask=(row < rows) & (col < cols))
+
+
+@triton.jit(do_not_specialize=["rows", "cols", "steps", "part_leaves"])
+def tree_gemm_kernel(
+    a_ptr, b_ptr, out_ptr, bias_ptr, parts_ptr, arrivals_ptr, merges_ptr,
+    rows, cols, length, steps, pieces, part_leaves, a_row, a_k, a_piece, b_col, b_k, b_piece, out_row,
+    DEPTH: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
+    NODE_BF16: tl.constexpr, PRECISION: tl.constexpr, RAGGED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """out [rows, cols] = a b^T over the leaves of one subtree. merges_ptr: int32, for the leaves of one part.
+
+    Grid: tiles * SPLIT. SWAP computes the tile transposed, so that narrow batches fill the matrix instructions' N.
+    """
+    tiles_m = tl.cdiv(rows, BM)
+    tiles_n = tl.cdiv(cols, BN)
+    tile = tl.program_id(0) // SPLIT
+    part = tl.program_id(0) % SPLIT
+    band = tile // (GROUP * tiles_n)
+    height = min(tiles_m - band * GROUP, GROUP)
+    inside = tile % (GROUP * tiles_n)
+    m = (band * GROUP + inside % height) * BM + tl.arange(0, BM)
+    n = (inside // height) * BN + tl.arange(0, BN)
+    ks = tl.arange(0, BK)
+    # Rows past the end read row 0 again: their results are not stored, and an unmasked load is a faster one.
+    a_tile = a_ptr + tl.where(m < rows, m, 0).to(tl.int64)[:, None] * a_row + (ks * a_k)[None, :]
+    b_tile = b_ptr + tl.where(n < cols, n, 0).to(tl.int64)[:, None] * b_col + (ks * b_k)[None, :]
+
+    if SWAP:
+        acc = tl.zeros((BN, BM), tl.float32)
+    else:
+        acc = tl.zeros((BM, BN), tl.float32)
+    if DEPTH > 0:
+        s0 = acc
+    if DEPTH > 1:
+        s1 = acc
+    if DEPTH > 2:
+        s2 = acc
+    if DEPTH > 3:
+        s3 = acc
+    if DEPTH > 4:
+        s4 = acc
+    if DEPTH > 5:
+        s5 = acc
+    pending = 0
+
+    leaf_steps = steps * pieces
+    first = part.to(tl.int64) * part_leaves
+    for i in range(part_leaves * leaf_steps):
+        leaf = i // leaf_steps
+        in_leaf = i % leaf_steps
+        piece = in_leaf // steps
+        at = (in_leaf % steps) * BK
+        k = (first + leaf) * length + at
+        a_at = a_tile + (k * a_k + piece * a_piece)
+        b_at = b_tile + (k * b_k + piece * b_piece)
+        if RAGGED:  # the last step of a run must not read into the next leaf
+            a = tl.load(a_at, mask=(at + ks < length)[None, :], other=0.0)
+            b = tl.load(b_at, mask=(at + ks < length)[None, :], other=0.0)
+        else:
+            a = tl.load(a_at)
+            b = tl.load(b_at)
+        if SWAP:
+            acc = tl.dot(b, a.T, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+        if DEPTH > 0:
+            if in_leaf == leaf_steps - 1:
+                acc = _round_node(acc, NODE_BF16)
+                count = tl.load(merges_ptr + leaf)
+                if DEPTH > 5:
+                    acc, pending, count = _pop(s5, acc, pending, count, 5, NODE_BF16)
+                if DEPTH > 4:
+                    acc, pending, count = _pop(s4, acc, pending, count, 4, NODE_BF16)
+                if DEPTH > 3:
+                    acc, pending, count = _pop(s3, acc, pending, count, 3, NODE_BF16)
+                if DEPTH > 2:
+                    acc, pending, count = _pop(s2, acc, pending, count, 2, NODE_BF16)
+                if DEPTH > 1:
+                    acc, pending, count = _pop(s1, acc, pending, count, 1, NODE_BF16)
+                acc, pending, count = _pop(s0, acc, pending, count, 0, NODE_BF16)
+                s0 = tl.where(pending == 0, acc, s0)
+                if DEPTH > 1:
+                    s1 = tl.where(pending == 1, acc, s1)
+                if DEPTH > 2:
+                    s2 = tl.where(pending == 2, acc, s2)
+                if DEPTH > 3:
+                    s3 = tl.where(pending == 3, acc, s3)
+                if DEPTH > 4:
+                    s4 = tl.where(pending == 4, acc, s4)
+                if DEPTH > 5:
+                    s5 = tl.where(pending == 5, acc, s5)
+                pending += 1
+                acc = tl.zeros_like(acc)
+    if DEPTH > 0:
+        value = s0
+    else:
+        value = _round_node(acc, NODE_BF16)
+
+    if SWAP:
+        row = m[None, :]
+        col = n[:, None]
+        inner = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+    else:
+        row = m[:, None]
+        col = n[None, :]
+        inner = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+    if SPLIT == 1:
+        _store_root(out_ptr, bias_ptr, value, row, col, rows, cols, out_row, BIAS)
+    else:
+        published = parts_ptr + (tile * SPLIT).to(tl.int64) * (BM * BN) + inner
+        tl.store(published + part * (BM * BN), value)
+        tl.debug_barrier()  # every warp has stored before one thread announces it
+        before = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel")
+        if before == SPLIT - 1:
+            tl.debug_barrier()
+            root = _perfect_sum(published, BM * BN, 0, SPLIT, NODE_BF16)
+            _store_root(out_ptr, bias_ptr, root, row, col, rows, cols, out_row, BIAS)
+            tl.store(arrivals_ptr + tile, 0)
+
+
+@dataclass(frozen=True)
+class TritonConfig:
+    """A tile of rows x cols over k in steps; parts: subtrees a tile's leaves are split into, one program each."""
+
+    rows: int
+    cols: int
+    k: int
+    warps: int
+    stages: int
+    parts: int = 1
+    swap: bool = False
+    group: int = 8
+
+    @property
+    def name(self) -> str:
+        return "triton-" + "-".join(str(int(v)) for v in asdict(self).values())
+
+
+# What every other configuration must equal, byte by byte. It spills at large depth and nobody should time it.
+CANONICAL = TritonConfig(64, 64, 64, 4, 3)
+CANONICAL_FP32 = TritonConfig(64, 64, 32, 4, 2)
+MAX_DEPTH = 6
+
+
+def canonical(problem: Problem) -> TritonConfig:
+    return CANONICAL_FP32 if problem.a.dtype == torch.float32 else CANONICAL
+
+
+_merges: dict[tuple, torch.Tensor] = {}
+
+
+def _merges_on(device: torch.device, merges: tuple[int, ...]) -> torch.Tensor:
+    key = (device, merges)
+    if key not in _merges:
+        _merges[key] = torch.tensor(merges, dtype=torch.int32).to(device)
+    return _merges[key]
+
+
+def run(problem: Problem, config: TritonConfig) -> None:
+    """Fills ``problem.out`` on the current stream, or on the CPU under the interpreter."""
+    a, b, out = problem.a, problem.b, problem.out
+    merges = problem.splits[config.parts]
+    tiles = triton.cdiv(problem.rows, config.rows) * triton.cdiv(problem.cols, config.cols)
+    parts = arrived = out
+    if config.parts > 1:
+        parts = torch.empty(tiles * config.parts * config.rows * config.cols, dtype=torch.float32, device=out.device)
+        arrived = arrivals(tiles, out.device) if out.is_cuda else torch.zeros(tiles, dtype=torch.int32)
+    tree_gemm_kernel[(tiles * config.parts,)](
+        a, b, out, out if problem.bias is None else problem.bias, parts, arrived, _merges_on(out.device, merges),
+        problem.rows, problem.cols, problem.length, triton.cdiv(problem.length, config.k), problem.pieces, len(merges),
+        a.stride(0), a.stride(1), problem.piece_stride * a.stride(1),
+        b.stride(0), b.stride(1), problem.piece_stride * b.stride(1), out.stride(0),
+        DEPTH=most_pending(merges), SPLIT=config.parts,
+        BIAS=problem.bias is not None, NODE_BF16=problem.node_bf16, PRECISION=problem.precision,
+        RAGGED=problem.length % config.k != 0, BM=config.rows, BN=config.cols, BK=config.k, SWAP=config.swap, GROUP=config.group,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
