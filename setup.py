@@ -1,5 +1,7 @@
 """Packaging. ``integrations/`` is installed as ``tpinv.integrations``."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 packages = [p for p in find_packages() if p == "tpinv" or p.startswith("tpinv.")]
@@ -9,7 +11,7 @@ setup(
     name="tpinv",
     version="0.1.0",
     description="Tensor-parallel layers and collectives whose results are the same bytes at every tensor-parallel size",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     packages=packages + integrations,
@@ -18,7 +20,7 @@ setup(
     extras_require={
         "megatron": ["megatron-core>=0.16.1"],
         "plot": ["matplotlib>=3.8"],
-        "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6", "ruff"],
+        "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6", "ruff==0.17.6", "triton; platform_system == 'Linux'"],
     },
     entry_points={"console_scripts": ["tpinv = tpinv.cli:main"]},
 )

@@ -122,9 +122,7 @@ class RowParallelLinear(_Sharded):
 class VocabParallelEmbedding(_Sharded):
     """A table [num_embeddings, embedding_dim] sharded over its rows. Arguments: :func:`tpinv.vocab_parallel_embedding`."""
 
-    def __init__(
-        self, num_embeddings: int, embedding_dim: int, *, group=None, sequence_parallel: bool = False, device=None, dtype=None
-    ):
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, group=None, sequence_parallel: bool = False, device=None, dtype=None):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.ranks = num_embeddings, embedding_dim, resolve(group)
         self.sequence_parallel = sequence_parallel

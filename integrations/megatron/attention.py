@@ -11,7 +11,6 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
 
 
-
 class TPInvariantDotProductAttention(DotProductAttention):
     """DotProductAttention, one (batch, query group) pair at a time. Dropout is refused at conversion."""
 

@@ -125,7 +125,9 @@ def _linear_problems(name: str, module: nn.Module, tree: ReductionTree) -> list[
     if not column and not module.input_is_parallel:
         problems.append(f"{name}: input_is_parallel=False is not covered; pass this rank's features")
     if module.weight is not None and not hasattr(module.weight, "partition_stride"):
-        problems.append(f"{name}: its weight has no partition_stride, which tells SwiGLU's fc1 from others; build with perform_initialization=True")
+        problems.append(
+            f"{name}: its weight has no partition_stride, which tells SwiGLU's fc1 from others; build with perform_initialization=True"
+        )
     stride = getattr(module.weight, "partition_stride", 1)
     try:
         tree.leaf_length(module.output_size // stride if column else module.input_size, f"{name}'s {'out' if column else 'in'}put_size")
@@ -137,5 +139,3 @@ def _linear_problems(name: str, module: nn.Module, tree: ReductionTree) -> list[
 def is_converted(model: nn.Module) -> bool:
     """Whether ``model`` (wrapped or not) has been through :func:`convert` or was built from tpinv's specs and then converted."""
     return any(isinstance(getattr(m, "tpinv_tree", None), ReductionTree) for m in model.modules())
-
-

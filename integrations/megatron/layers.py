@@ -161,7 +161,5 @@ def language_model_loss(model: LanguageModule, labels: Tensor, logits: Tensor) -
     """In place of LanguageModule.compute_language_model_loss: labels [b, s], logits [s, b, V/p] or gathered [s, b, V] -> [b, s]."""
     gathered = logits.shape[-1] == model.vocab_size
     group = ALONE if gathered else model.output_layer.tp_group
-    loss = functional.vocab_parallel_cross_entropy(
-        logits, labels.transpose(0, 1).contiguous(), tree=model.tpinv_tree, group=group
-    )
+    loss = functional.vocab_parallel_cross_entropy(logits, labels.transpose(0, 1).contiguous(), tree=model.tpinv_tree, group=group)
     return loss.transpose(0, 1).contiguous()

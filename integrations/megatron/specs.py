@@ -120,9 +120,7 @@ def stack_spec(config, provider: LocalSpecProvider) -> ModuleSpec:
         submodules=HybridStackSubmodules(
             attention_layer=ModuleSpec(
                 module=TransformerLayer,
-                submodules=TransformerLayerSubmodules(
-                    input_layernorm=norm, self_attention=attention, self_attn_bda=get_bias_dropout_add
-                ),
+                submodules=TransformerLayerSubmodules(input_layernorm=norm, self_attention=attention, self_attn_bda=get_bias_dropout_add),
             ),
             mlp_layer=ModuleSpec(
                 module=MLPLayer,

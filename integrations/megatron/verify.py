@@ -7,8 +7,10 @@ put together from the shards, so that runs at different sizes can be compared by
 """
 
 import json
+import logging
 import math
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -138,6 +140,8 @@ def train(run: Run) -> dict[str, Tensor] | None:
     initial/NAME, step0/logits, stepI/loss, stepI/grad/NAME for the first and the last step (before clipping), stepI/grad_norm,
     final/NAME. The others return None. RuntimeError if a replicated parameter or gradient is not the same bytes on all ranks.
     """
+    warnings.simplefilter("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=run.tp)
     try:
         with on_cpu():
@@ -180,7 +184,7 @@ def _train(run: Run) -> dict[str, Tensor] | None:
         if step in (0, run.steps - 1):
             record.parameters(f"step{step}/grad", gpt, "main_grad")
         _, norm, _ = optimizer.step()
-        record.replicated(f"step{step}/grad_norm", torch.tensor(norm, dtype=torch.float64))
+        record.replicated(f"step{step}/grad_norm", torch.tensor(norm, dtype=torch.float32))
     record.parameters("final", gpt)
     return record.tensors if dist.get_rank() == 0 else None
 

@@ -52,7 +52,9 @@ def column_parallel_linear(
         tree.leaf_length(weight.shape[0] * ranks.size // max(stride, 1), f"out_features / stride {stride}")
         raise ValueError(f"stride={stride} must be at least 1 and cut {weight.shape[0]} local out-features into {count} leaves each")
     if sequence_parallel and x.dim() < 2:
-        raise ValueError(f"sequence_parallel gathers dimension 0 of x {tuple(x.shape)}, which must be tokens: pass [tokens, ..., in-features]")
+        raise ValueError(
+            f"sequence_parallel gathers dimension 0 of x {tuple(x.shape)}, which must be tokens: pass [tokens, ..., in-features]"
+        )
     if gather_output and stride > 1:
         raise ValueError(f"gather_output with stride={stride} would interleave the blocks; gather after the activation, or use stride=1")
     y = _ColumnParallelLinear.apply(x, weight, bias, tree, ranks, sequence_parallel, stride)
@@ -82,7 +84,9 @@ def row_parallel_linear(
     _check(x, weight, bias, ranks, tree)
     tree.leaf_length(weight.shape[1] * ranks.size, "in_features")
     if sequence_parallel and (x.dim() < 2 or x.shape[0] % ranks.size):
-        raise ValueError(f"sequence_parallel scatters dimension 0 of {tuple(x.shape)}, which {ranks.size} ranks must divide; pad the sequence")
+        raise ValueError(
+            f"sequence_parallel scatters dimension 0 of {tuple(x.shape)}, which {ranks.size} ranks must divide; pad the sequence"
+        )
     return _RowParallelLinear.apply(x, weight, bias, tree, ranks, sequence_parallel)
 
 

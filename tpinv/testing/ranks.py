@@ -131,9 +131,7 @@ def _serve(pipe) -> None:
 
 def _run_one(function, args, rank, ranks, store, timeout) -> tuple[bool, object]:
     try:
-        dist.init_process_group(
-            "gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
-        )
+        dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout))
         try:
             result = function(*args)
             buffer = io.BytesIO()

@@ -1,0 +1,42 @@
+# Two commands do everything on a fresh machine: make demo, make test.
+# PYTHON picks the interpreter (3.10 or newer), TORCH the build of torch to install.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+MEGATRON_NEW := $(VENV)/megatron-core-0.19.2
+export OMP_NUM_THREADS ?= 1
+export PYTHONWARNINGS ?= ignore
+
+.PHONY: demo test lint verify-all clean
+
+demo: $(VENV)/.ready  ## train a Megatron GPT at TP = 1, 2, 4, stock and tpinv, and compare every byte
+	$(BIN)/tpinv show --leaves 8 --tp 4
+	$(BIN)/tpinv verify --tp 1,2,4 --sequence-parallel --dtype bf16 --json verify.json --plot verify.png
+
+test: $(VENV)/.ready $(MEGATRON_NEW)/.ready lint  ## lint, every test, and the Megatron tests again with megatron-core 0.19.2
+	$(BIN)/python -m pytest
+	PYTHONPATH=$(MEGATRON_NEW) $(BIN)/python -m pytest -m megatron
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+verify-all: $(VENV)/.ready $(MEGATRON_NEW)/.ready  ## every combination that the README's table claims; about half an hour on two cores
+	$(BIN)/python -m tests.verify_all
+
+$(VENV)/.ready: setup.py pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[megatron,plot,test]"
+	touch $@
+
+# The newest release asks for Python 3.12, but is pure Python but for a part that nothing here uses: its wheel runs unpacked.
+$(MEGATRON_NEW)/.ready: $(VENV)/.ready
+	rm -rf $(MEGATRON_NEW)
+	$(BIN)/pip download --quiet --python-version 3.12 --only-binary=:all: --no-deps --dest $(MEGATRON_NEW) megatron-core==0.19.2
+	cd $(MEGATRON_NEW) && for wheel in *.whl; do ../bin/python -m zipfile -e "$$wheel" . && rm "$$wheel"; done
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info verify.json verify.png

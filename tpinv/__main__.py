@@ -1,0 +1,5 @@
+import sys
+
+from tpinv.cli import main
+
+sys.exit(main())

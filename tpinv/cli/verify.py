@@ -1,0 +1,191 @@
+"""``tpinv verify``: the claim, checked on this machine. Trains a real model at several tensor-parallel sizes, with the stock layers and
+with tpinv, and compares every logit, loss, gradient, gradient norm and final parameter with those of TP = 1, byte for byte.
+
+Exit status 0 only if tpinv differs nowhere and the stock run differs somewhere: a comparison that cannot fail proves nothing.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import warnings
+from dataclasses import asdict, dataclass, field
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+from tpinv.testing import RankPool, compare
+from tpinv.tree import ReductionTree
+
+FRAMEWORKS = {"megatron": "tpinv.integrations.megatron.verify"}
+VARIANTS = "llama (default): RMSNorm, SwiGLU, grouped queries, rope; gpt: LayerNorm, GELU, biases, learned positions"
+COLUMNS = {"layers": "left", "TP": "right", "SP": "left", "differing": "right", "first that differs": "left", "loss per step": "left"}
+
+
+@dataclass
+class Row:
+    """One run, compared with TP = 1 of the same layers."""
+
+    layers: str
+    tp: int
+    sp: bool
+    tensors: int
+    differing: int
+    first_difference: str | None
+    first_ulp: int
+    max_ulp: int
+    losses: list[float]
+    ulps: dict[str, int] = field(default_factory=dict)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--framework", default="megatron", choices=sorted(FRAMEWORKS), help="whose model and training loop (default megatron)"
+    )
+    parser.add_argument("--tp", default="1,2,4,8", help="tensor-parallel sizes, compared with 1 (default 1,2,4,8)")
+    parser.add_argument("--sequence-parallel", action="store_true", help="run every size above 1 with sequence parallelism as well")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of parameters and activations (default fp32)")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps (default 5)")
+    parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches per step (default 1)")
+    parser.add_argument("--leaves", type=int, default=8, help="leaves of the tree, a multiple of every size (default 8; 24 for 3 and 6)")
+    parser.add_argument("--variant", default="llama", choices=["llama", "gpt"], help=VARIANTS)
+    parser.add_argument("--tied", action="store_true", help="share the embedding with the output layer")
+    parser.add_argument("--qk-norm", action="store_true", help="normalise queries and keys")
+    parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw a heat map of all tensors to FILE.png (needs matplotlib)")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds that one run may take (default 600)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    sizes = _sizes(arguments)
+    tree = ReductionTree(arguments.leaves)
+    for size in sizes:
+        tree.owned(0, size)
+    if arguments.plot:
+        importlib.import_module("matplotlib")  # before the work, not after it
+    console = Console()
+    console.print(
+        f"[bold]{tree.fingerprint}[/]  {arguments.framework} {arguments.variant}{' tied' if arguments.tied else ''}"
+        f"{' qk-norm' if arguments.qk_norm else ''} {arguments.dtype}, {arguments.steps} steps of {arguments.micro_batches} micro-batches"
+    )
+    rows = _compare_all(arguments, sizes, console)
+    console.print(_table(rows))
+    ok = _verdict(rows, console)
+    if arguments.json:
+        listed = [{name: value for name, value in asdict(row).items() if name != "ulps"} for row in rows]
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump({"fingerprint": tree.fingerprint, "ok": ok, "rows": listed}, file, indent=1)
+    if arguments.plot:
+        from tpinv.cli.plot import heat_map
+
+        heat_map(rows, arguments.plot, f"{arguments.framework} {arguments.variant} {arguments.dtype}, {tree.fingerprint}")
+    return 0 if ok else 1
+
+
+def _sizes(arguments: argparse.Namespace) -> tuple[int, ...]:
+    try:
+        sizes = sorted({1, *(int(size) for size in arguments.tp.split(","))})
+    except ValueError:
+        raise ValueError(f"--tp {arguments.tp!r} must be integers separated by commas, such as 1,2,4,8") from None
+    if sizes[0] < 1 or len(sizes) < 2:
+        raise ValueError(f"--tp {arguments.tp!r} must name at least one size above 1, such as 1,2,4,8")
+    if arguments.steps < 1 or arguments.micro_batches < 1:
+        raise ValueError(f"--steps {arguments.steps} and --micro-batches {arguments.micro_batches} must be at least 1")
+    return tuple(sizes)
+
+
+def _compare_all(arguments: argparse.Namespace, sizes: tuple[int, ...], console: Console) -> list[Row]:
+    layouts = [(size, sp) for size in sizes for sp in ((False, True) if arguments.sequence_parallel and size > 1 else (False,))]
+    module = FRAMEWORKS[arguments.framework]
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True
+    )
+    rows = []
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the workers: importing Megatron-Core without a GPU warns a lot
+    with warnings.catch_warnings(), bar, RankPool(preload=[module]) as pool:
+        warnings.simplefilter("ignore")
+        task = bar.add_task(f"importing {arguments.framework}", total=2 * len(layouts))
+        try:
+            framework = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{arguments.framework} cannot be imported ({error}); pip install 'tpinv[{arguments.framework}]'") from error
+        for layers in ("stock", "tpinv"):
+            reference = None
+            for size, sp in layouts:
+                bar.update(task, description=f"{layers}  TP={size}{'  SP' if sp else ''}")
+                recording = pool.run(
+                    framework.train, size, _settings(framework, arguments, sizes, layers, size, sp), timeout=arguments.timeout
+                )[0]
+                reference = recording if reference is None else reference
+                rows.append(_row(layers, size, sp, recording, reference))
+                bar.advance(task)
+    return rows
+
+
+def _settings(framework, arguments: argparse.Namespace, sizes: tuple[int, ...], layers: str, size: int, sp: bool):
+    return framework.Run(
+        layers=layers,
+        tp=size,
+        sequence_parallel=sp,
+        sizes=sizes,
+        leaves=arguments.leaves,
+        variant=arguments.variant,
+        dtype=arguments.dtype,
+        steps=arguments.steps,
+        micro_batches=arguments.micro_batches,
+        tied=arguments.tied,
+        qk_norm=arguments.qk_norm,
+    )
+
+
+def _row(layers: str, size: int, sp: bool, recording: dict[str, Tensor], reference: dict[str, Tensor]) -> Row:
+    """Compares a recording with that of TP = 1. What was drawn before training must be equal, or the comparison would be unfair."""
+    if recording.keys() != reference.keys():
+        raise RuntimeError(f"{layers} TP={size} recorded other tensors than TP=1: {sorted(recording.keys() ^ reference.keys())}")
+    differences = {name: compare(recording[name], reference[name]) for name in reference}
+    unfair = [name for name, difference in differences.items() if name.startswith("initial/") and difference]
+    if unfair:
+        raise RuntimeError(f"{layers} TP={size} did not start from the weights of TP=1: {unfair}")
+    computed = {name: difference for name, difference in differences.items() if not name.startswith("initial/")}
+    wrong = {name: difference.max_ulp for name, difference in computed.items() if difference}
+    first = next(iter(wrong), None)
+    losses = [recording[name].item() for name in recording if name.endswith("/loss")]
+    return Row(
+        layers, size, sp, len(computed), len(wrong), first, wrong.get(first, 0), max(wrong.values(), default=0), losses,
+        {name: wrong.get(name, 0) for name in computed},
+    )  # fmt: skip
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(title="tensors whose bytes differ from TP=1", title_justify="left")
+    for name, justify in COLUMNS.items():
+        table.add_column(name, justify=justify, overflow="fold")
+    previous = None
+    for row in rows:
+        if previous not in (None, row.layers):
+            table.add_section()
+        previous = row.layers
+        if row.tp == 1:
+            found, first = "reference", ""
+        else:
+            color = "red" if row.differing else "green"
+            found = f"[{color}]{row.differing} of {row.tensors}[/]"
+            first = f"{row.first_difference}  ({row.first_ulp} ulp; at most {row.max_ulp} anywhere)" if row.differing else ""
+        table.add_row(row.layers, str(row.tp), "on" if row.sp else "off", found, first, " ".join(f"{loss:.6f}" for loss in row.losses))
+    return table
+
+
+def _verdict(rows: list[Row], console: Console) -> bool:
+    ours = sum(row.differing for row in rows if row.layers == "tpinv")
+    stock = sum(row.differing for row in rows if row.layers == "stock")
+    if ours:
+        console.print("[red]tpinv differs: this is a bug, or a part of the model that tpinv does not cover[/]")
+    elif not stock:
+        console.print("[red]the stock layers do not differ either, so this run proves nothing; use more steps or larger sizes[/]")
+    else:
+        count = sum(row.tensors for row in rows if row.layers == "tpinv" and row.tp > 1)
+        console.print(f"[green]tpinv: the same bytes in all {count} comparisons[/]; stock layers: {stock} of them differ")
+    return not ours and stock > 0
