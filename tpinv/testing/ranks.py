@@ -80,13 +80,18 @@ class RankPool:
                 try:
                     ok, payload = pipe.recv()
                 except EOFError:
-                    process = self._workers[rank][0]
-                    process.join(5)
-                    raise RankError(f"rank {rank} of {ranks} died with exit code {process.exitcode}") from None
-                if not ok:
-                    raise RankError(f"rank {rank} of {ranks} raised:\n{payload}")
+                    self._workers[rank][0].join(5)
+                    raise RankError(self._deaths(ranks)) from None
+                if not ok:  # a peer's lost connection may be reported before the death that caused it
+                    raise RankError(self._deaths(ranks) or f"rank {rank} of {ranks} raised:\n{payload}")
                 results[rank] = torch.load(io.BytesIO(payload), weights_only=False, map_location="cpu")
         return [results[rank] for rank in range(ranks)]
+
+    def _deaths(self, ranks: int) -> str:
+        """What to say about workers that have ended; empty when all are alive (it waits 0.2 s for a death to be known)."""
+        sentinels = {process.sentinel: rank for rank, (process, _) in enumerate(self._workers[:ranks])}
+        dead = sorted(sentinels[s] for s in multiprocessing.connection.wait(list(sentinels), 0.2))
+        return "; ".join(f"rank {rank} of {ranks} died with exit code {self._workers[rank][0].exitcode}" for rank in dead)
 
     def close(self) -> None:
         """Ends the worker processes. The pool can be used again: it starts new ones."""
@@ -132,13 +137,12 @@ def _serve(pipe) -> None:
 def _run_one(function, args, rank, ranks, store, timeout) -> tuple[bool, object]:
     try:
         dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout))
-        try:
-            result = function(*args)
-            buffer = io.BytesIO()
-            torch.save(result, buffer)
-            dist.barrier()  # nobody tears the group down while a peer still uses it
-        finally:
-            dist.destroy_process_group()
+        result = function(*args)
+        buffer = io.BytesIO()
+        torch.save(result, buffer)
+        dist.barrier()  # nobody tears the group down while a peer still uses it
+        dist.destroy_process_group()
         return True, buffer.getvalue()
     except Exception:  # whatever a user's function raises is the parent's to report
+        # The group stays up until the parent ends this worker: without it the peers would fail too, and maybe be heard first.
         return False, traceback.format_exc()
