@@ -3,12 +3,16 @@
 // The tree itself is not in this file. tpinv/tree.py says, for every leaf, how many pending values are merged after it
 // (ReductionTree.merges); the host passes that table and this kernel obeys it with a stack.
 //
-// Registers are the whole problem. A thread of a consumer warpgroup holds BN/2 accumulators of its 64 x BN half tile,
-// and a tree of L leaves keeps up to log2(L) finished values pending. So the stack is cached from the top:
+// Registers are the whole problem. A thread of a consumer warpgroup holds BN/2 accumulators of its 64 x BN half tile, and
+// a tree of L leaves keeps up to log2(L) finished values pending. Up to BN = 192 two sets of accumulators take turns: while the
+// tensor cores work on the first steps of a leaf, the leaf before it is merged, parked or stored, so that neither the tree nor
+// the epilogue leaves them idle. The stack is held where there is room, from its bottom, where values change most often:
 //
-//     top       BN/2 registers (of which the last kTopShared live in shared memory when BN = 256)
-//     slot 0    shared memory when SHARED_SLOTS = 1: written and read only every second pair of leaves
-//     slot 1..  global scratch, one region per CTA, in practice L2
+//     BN <=  64    positions 0 and 1 in registers
+//     BN  = 128    position 0 in registers (192 with both accumulators)
+//     BN  = 192    none
+//     BN  = 256    one set of accumulators; position 0 half in registers, half in shared memory
+//     then         one position in shared memory when SHARED_SLOTS = 1, the others in global scratch, in practice L2
 //
 // Every slot is private to a thread, so parking needs no barrier. While one warpgroup merges, the other one keeps the
 // tensor cores busy with the stages it is ahead, and the producer warp never sees the leaf boundaries at all.
@@ -18,11 +22,11 @@
 // is a tile, or, in the last partial wave, one of SPLIT subtrees of a tile, whose values the last arriver adds.
 //
 // Compiled at run time (NVRTC, no headers) for sm_90a with these macros:
-//   BN 128 | 192 | 256   columns of a tile           STAGES       depth of the copy pipeline
+//   BN 16 ... 256        columns of a tile           STAGES       depth of the copy pipeline
 //   CLUSTER 1 | 2        blocks that share B         DEPTH        most values ever pending (0: one leaf, no tree)
 //   A_MAJOR, B_MAJOR     0: k contiguous, 1: rows of A (columns of B) contiguous
 //   IN_FP16              inputs fp16, else bf16      OUT          0 fp32, 1 bf16, 2 fp16
-//   BIAS                 a bias follows the root
+//   BIAS                 a bias follows the root     SWAP         rows of A are the output's columns: for few tokens, W is A
 //   NODE_BF16            leaves and nodes are rounded to bf16      SHARED_SLOTS 0 | 1      SPLIT 1 | 2 | 4 | 8
 
 typedef unsigned int u32;
@@ -30,19 +34,22 @@ typedef unsigned long long u64;
 
 constexpr int kBM = 128, kBK = 64;
 constexpr int kRegs = BN / 2;                                     // accumulators of a thread
-constexpr int kTopShared = (DEPTH > 0 && BN == 256) ? 64 : 0;     // how many of the top's values are in shared memory
-constexpr int kTopRegs = kRegs - kTopShared;
+constexpr int kRoom = BN <= 64 ? 2 : BN == 192 ? 0 : 1;           // positions of the stack that fit in registers ...
+constexpr int kHeld = DEPTH < kRoom ? DEPTH : kRoom;              // ... and are needed
+constexpr int kHeldShared = (DEPTH > 0 && BN == 256) ? 64 : 0;    // how many values of a held position are in shared memory
+constexpr int kHeldRegs = kRegs - kHeldShared;
 constexpr int kConsumers = 256;                                   // threads of the two consumer warpgroups
 constexpr int kBytesA = kBM * kBK * 2, kBytesB = BN * kBK * 2;
 constexpr int kSlotVecs = kRegs / 4;                              // a slot is float4[kSlotVecs][kConsumers]
-constexpr int kSharedSlots = DEPTH > 1 ? SHARED_SLOTS : 0;
+constexpr int kSlots = DEPTH - kHeld;                             // positions that are not in registers
+constexpr int kSharedSlots = kSlots > 0 ? SHARED_SLOTS : 0;
 
 struct alignas(64) TensorMap { char opaque[128]; };
 
 struct Params {
     void* out;                // [rows, cols], row stride out_stride elements
     const void* bias;         // [cols] in the output dtype, or null
-    float4* scratch;          // slots past the shared one: [blocks][DEPTH][kSlotVecs][kConsumers]
+    float4* scratch;          // positions past the shared one: [blocks][DEPTH][kSlotVecs][kConsumers]
     float4* parts;            // values of split tiles: [tiles][SPLIT][CLUSTER][kSlotVecs][kConsumers]
     u32* arrivals;            // [tiles][CLUSTER][2], zero before and after every launch
     long long out_stride;
@@ -98,7 +105,19 @@ __device__ __forceinline__ u64 operand(u32 address, u32 leading) {
 #define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define D32(i) D8(i), D8(i + 8), D8(i + 16), D8(i + 24)
 #define P60 P10() P10(1) P10(2) P10(3) P10(4) P10(5)
-#if BN == 128
+#if BN == 16
+#define ACCUMULATORS "%0, %1, %2, %3, %4, %5, %6, %7"
+#define OPERANDS "%8, %9", "%10"
+#define DALL D8(0)
+#elif BN == 32
+#define ACCUMULATORS P10() "%10, %11, %12, %13, %14, %15"
+#define OPERANDS "%16, %17", "%18"
+#define DALL D8(0), D8(8)
+#elif BN == 64
+#define ACCUMULATORS P10() P10(1) P10(2) "%30, %31"
+#define OPERANDS "%32, %33", "%34"
+#define DALL D32(0)
+#elif BN == 128
 #define ACCUMULATORS P60 "%60, %61, %62, %63"
 #define OPERANDS "%64, %65", "%66"
 #define DALL D32(0), D32(32)
@@ -217,8 +236,23 @@ __device__ __forceinline__ void store_root(const Params& p, int row0, int col0, 
         for (int half = 0; half < 2; half++) {
             float v[4] = {half ? left.z : left.x, half ? left.w : left.y, half ? right.z : right.x, half ? right.w : right.y};
             const int col = col0 + j * 8 + q * 2;
+#if SWAP  // the tile lies transposed in the output: a column here is a token
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int token = col + (i & 1) + (i >> 1) * 8, feature = row + 8 * half;
+                if (!inside[half] || token >= p.cols) continue;
+                const float x = BIAS ? round_out(v[i]) + bias_at(p.bias, feature) : v[i];
+                const long long at = (long long)token * p.out_stride + feature;
+#if OUT == 0
+                ((float*)p.out)[at] = x;
+#else
+                ((unsigned short*)p.out)[at] = (unsigned short)pack(x, x);
+#endif
+            }
+            continue;
+#endif
             const long long line = (long long)(row + 8 * half) * p.out_stride;
-#if BIAS
+#if BIAS && !SWAP
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int c = col + (i & 1) + (i >> 1) * 8;
@@ -241,6 +275,105 @@ __device__ __forceinline__ void store_root(const Params& p, int row0, int col0, 
     }
 }
 
+// -- the stack ------------------------------------------------------------------------------------------------------------------
+
+struct Stack {
+    float held[kHeld > 0 ? kHeld : 1][kHeldRegs];
+    float4 *shared_held, *shared, *scratch;  // this thread's first element of each
+    int pending;                             // values on the stack
+};
+
+struct Done { int index, leaf; bool last; };  // a finished leaf: its unit, its place in the unit, whether it is the unit's last
+
+// x = pending value + x. The pending value is the left operand: it lies left in the tree.
+__device__ __forceinline__ void pop(Stack& stack, float (&x)[kRegs]) {
+    const int position = --stack.pending;
+    if (position < kHeld) {
+#pragma unroll
+        for (int at = 0; at < kHeld; at++)
+            if (position == at) {
+#pragma unroll
+                for (int i = 0; i < kHeldRegs; i++) x[i] = add(stack.held[at][i], x[i]);
+#pragma unroll
+                for (int i = 0; i < kHeldShared / 4; i++)
+                    set_four(x, kHeldRegs / 4 + i, add(stack.shared_held[i * kConsumers], four(x, kHeldRegs / 4 + i)));
+            }
+    } else if (position - kHeld < kSharedSlots) {
+#pragma unroll
+        for (int i = 0; i < kSlotVecs; i++) set_four(x, i, add(stack.shared[i * kConsumers], four(x, i)));
+    } else {
+        const float4* from = stack.scratch + (long long)(position - kHeld) * kSlotVecs * kConsumers;
+#pragma unroll
+        for (int i = 0; i < kSlotVecs; i++) set_four(x, i, add(from[i * kConsumers], four(x, i)));
+    }
+}
+
+__device__ __forceinline__ void push(Stack& stack, const float (&x)[kRegs]) {
+    const int position = stack.pending++;
+    if (position < kHeld) {
+#pragma unroll
+        for (int at = 0; at < kHeld; at++)
+            if (position == at) {
+#pragma unroll
+                for (int i = 0; i < kHeldRegs; i++) stack.held[at][i] = x[i];
+#pragma unroll
+                for (int i = 0; i < kHeldShared / 4; i++) stack.shared_held[i * kConsumers] = four(x, kHeldRegs / 4 + i);
+            }
+    } else {
+        const int slot = position - kHeld;
+        float4* to = slot < kSharedSlots ? stack.shared : stack.scratch + (long long)slot * kSlotVecs * kConsumers;
+#pragma unroll
+        for (int i = 0; i < kSlotVecs; i++) to[i * kConsumers] = four(x, i);
+    }
+}
+
+// Publishes a subtree's value; whoever arrives last adds all of them, so no block ever waits for another.
+__device__ __forceinline__ void publish(const Params& p, float (&x)[kRegs], const Unit& u, int cta, int warpgroup, int row0, int col0) {
+    const int thread = threadIdx.x;
+    const long long tile = u.tile - p.whole, next = (long long)CLUSTER * kSlotVecs * kConsumers;
+    float4* parts = p.parts + ((tile * SPLIT) * CLUSTER + cta) * kSlotVecs * kConsumers + thread;
+#pragma unroll
+    for (int i = 0; i < kSlotVecs; i++) parts[u.part * next + i * kConsumers] = four(x, i);
+    __threadfence();
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");  // the whole warpgroup has stored
+    __shared__ u32 arrived[2];
+    u32* arrivals = p.arrivals + (tile * CLUSTER + cta) * 2 + warpgroup;
+    if (thread % 128 == 0) arrived[warpgroup] = atomicAdd(arrivals, 1);
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
+    const bool last = arrived[warpgroup] == SPLIT - 1;
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");  // read before the next unit writes it
+    if (!last) return;
+    __threadfence();
+    if (thread % 128 == 0) *arrivals = 0;
+    store_root(p, row0, col0, thread % 32, [&](int i) {
+        float4 v[SPLIT];
+#pragma unroll
+        for (int s = 0; s < SPLIT; s++) v[s] = __ldcg(parts + s * next + i * kConsumers);
+#pragma unroll
+        for (int width = SPLIT / 2; width > 0; width /= 2)
+#pragma unroll
+            for (int s = 0; s < width; s++) v[s] = add(v[2 * s], v[2 * s + 1]);
+        return v[0];
+    });
+}
+
+// What follows a leaf: the tree says how many pending values are its left siblings now. Then it waits in turn, or is the root.
+__device__ __forceinline__ void settle(const Params& p, float (&x)[kRegs], Stack& stack, const Done& done, int cta, int warpgroup) {
+    const bool split = SPLIT > 1 && done.index >= p.whole;
+    if (NODE_BF16) {
+#pragma unroll
+        for (int i = 0; i < kRegs; i++) x[i] = round_node(x[i]);
+    }
+#if DEPTH > 0
+    for (int count = split ? p.part_merges[done.leaf] : p.merges[done.leaf]; count > 0; count--) pop(stack, x);
+    if (!done.last) return push(stack, x);
+#endif
+    const Unit u = unit_at(p, done.index);
+    const int row0 = (u.m * CLUSTER + cta) * kBM + warpgroup * 64 + threadIdx.x / 32 % 4 * 16, col0 = u.n * BN;
+    if (SPLIT > 1 && split) publish(p, x, u, cta, warpgroup, row0, col0);
+    else store_root(p, row0, col0, threadIdx.x % 32, [&](int i) { return four(x, i); });
+}
+
 // -- the kernel -------------------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(384, 1)
@@ -253,8 +386,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     char* stage_a = shared;
     char* stage_b = shared + STAGES * kBytesA;
     float4* shared_slot = (float4*)(stage_b + STAGES * kBytesB);
-    float4* shared_top = shared_slot + kSharedSlots * kSlotVecs * kConsumers;
-    const u32 full = smem_address(shared_top + kTopShared / 4 * kConsumers), empty = full + STAGES * 8;
+    float4* shared_held = shared_slot + kSharedSlots * kSlotVecs * kConsumers;
+    const u32 full = smem_address(shared_held + kHeldShared / 4 * kConsumers), empty = full + STAGES * 8;
 
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int cta = CLUSTER > 1 ? blockIdx.x % CLUSTER : 0;
@@ -308,124 +441,98 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         }
     } else {  // ---- consumers
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-        const int thread = threadIdx.x;  // 0 .. 255
         float acc[kRegs];
-        float top[DEPTH > 0 ? kTopRegs : 1];
-        float4* scratch = p.scratch + (long long)blockIdx.x * DEPTH * kSlotVecs * kConsumers + thread;
+        Stack stack;
+        stack.shared = shared_slot + threadIdx.x;
+        stack.shared_held = shared_held + threadIdx.x;
+        stack.scratch = p.scratch + (long long)blockIdx.x * DEPTH * kSlotVecs * kConsumers + threadIdx.x;
+        stack.pending = 0;
+        int before = -1;  // the stage that was read last
+        const int length = p.pieces * p.steps;
 
-        for (int index = first_unit; index < units; index += unit_step) {
-            const Unit u = unit_at(p, index);
-            const bool split = SPLIT > 1 && index >= p.whole;
-            const int row0 = (u.m * CLUSTER + cta) * kBM + warpgroup * 64 + (warp & 3) * 16, col0 = u.n * BN;
-            int pending = 0;  // values on the stack; the last of them is `top`
-
-            for (int leaf = u.first; leaf < u.last; leaf++) {
-                const int length = p.pieces * p.steps;
-                int before = -1;
-                for (int step = 0; step < length; step++) {
-                    barrier_wait(full + 8 * stage, phase);
-                    const u32 at_a = smem_address(stage_a) + stage * kBytesA + warpgroup * 8192;  // 64 rows either way
-                    const u32 at_b = smem_address(stage_b) + stage * kBytesB;
-                    pin(acc);
-                    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        auto issue = [&](float (&cur)[kRegs], bool keep) {
+            barrier_wait(full + 8 * stage, phase);
+            const u32 at_a = smem_address(stage_a) + stage * kBytesA + warpgroup * 8192;  // 64 rows either way
+            const u32 at_b = smem_address(stage_b) + stage * kBytesB;
+            pin(cur);
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-                    for (int k = 0; k < kBK / 16; k++)
-                        wgmma(acc, operand(at_a + k * (A_MAJOR ? 2048 : 32), A_MAJOR ? kBK * 128 : 16),
-                              operand(at_b + k * (B_MAJOR ? 2048 : 32), B_MAJOR ? kBK * 128 : 16), step > 0 || k > 0);
-                    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
-                    pin(acc);
-                    // The step before this one has been read: its stage is free in every block that shares B.
-                    if (before >= 0 && lane < CLUSTER) barrier_arrive(empty + 8 * before, lane);
-                    before = stage;
-                    if (++stage == STAGES) stage = 0, phase ^= 1;
-                }
-                asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-                pin(acc);
-                if (lane < CLUSTER) barrier_arrive(empty + 8 * before, lane);
-
-                // The leaf is finished: the tree says how many pending values are its left siblings now.
-                if (NODE_BF16) {
-#pragma unroll
-                    for (int i = 0; i < kRegs; i++) acc[i] = round_node(acc[i]);
-                }
-#if DEPTH > 0
-                int count = split ? p.part_merges[leaf - u.first] : p.merges[leaf];
-                if (count > 0) {
-#pragma unroll
-                    for (int i = 0; i < kTopRegs; i++) acc[i] = add(top[i], acc[i]);
-#pragma unroll
-                    for (int i = 0; i < kTopShared / 4; i++)
-                        set_four(acc, kTopRegs / 4 + i, add(shared_top[i * kConsumers + thread], four(acc, kTopRegs / 4 + i)));
-                    pending--;
-#if DEPTH > 1
-                    for (; count > 1; count--) {
-                        pending--;
-                        if (pending < kSharedSlots) {
-#pragma unroll
-                            for (int i = 0; i < kSlotVecs; i++) set_four(acc, i, add(shared_slot[i * kConsumers + thread], four(acc, i)));
-                        } else {
-                            const float4* from = scratch + (long long)pending * kSlotVecs * kConsumers;
-#pragma unroll
-                            for (int i = 0; i < kSlotVecs; i++) set_four(acc, i, add(from[i * kConsumers], four(acc, i)));
-                        }
-                    }
-#endif
-                }
-#if DEPTH > 1
-                else if (pending > 0) {  // park the top: the next value takes its place
-                    const int slot = pending - 1;
-                    float4* to = slot < kSharedSlots ? shared_slot + thread : scratch + (long long)slot * kSlotVecs * kConsumers;
-#pragma unroll
-                    for (int i = 0; i < kTopRegs / 4; i++) to[i * kConsumers] = make_float4(top[4 * i], top[4 * i + 1], top[4 * i + 2], top[4 * i + 3]);
-#pragma unroll
-                    for (int i = 0; i < kTopShared / 4; i++) to[(kTopRegs / 4 + i) * kConsumers] = shared_top[i * kConsumers + thread];
-                }
-#endif
-                if (leaf + 1 < u.last) {
-#pragma unroll
-                    for (int i = 0; i < kTopRegs; i++) top[i] = acc[i];
-#pragma unroll
-                    for (int i = 0; i < kTopShared / 4; i++) shared_top[i * kConsumers + thread] = four(acc, kTopRegs / 4 + i);
-                    pending++;
-                }
-#endif
+            for (int k = 0; k < kBK / 16; k++)
+                wgmma(cur, operand(at_a + k * (A_MAJOR ? 2048 : 32), A_MAJOR ? kBK * 128 : 16),
+                      operand(at_b + k * (B_MAJOR ? 2048 : 32), B_MAJOR ? kBK * 128 : 16), keep || k > 0);
+            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        };
+        // All steps but the newest one are done: the stage of the one before is free in every block that shares B.
+        auto release = [&]() {
+            if (before >= 0 && lane < CLUSTER) barrier_arrive(empty + 8 * before, lane);
+            before = stage;
+            if (++stage == STAGES) stage = 0, phase ^= 1;
+        };
+        auto rest = [&](float (&cur)[kRegs], int from) {
+            for (int step = from; step < length; step++) {
+                issue(cur, step > 0);
+                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                pin(cur);
+                release();
             }
+        };
+        auto drain = [&](float (&last)[kRegs]) {
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            pin(last);
+            if (lane < CLUSTER) barrier_arrive(empty + 8 * before, lane);
+            before = -1;
+        };
 
-#if SPLIT > 1
-            if (split) {
-                // Publish this subtree's value; whoever arrives last adds all of them, so no block ever waits for another.
-                const long long tile = u.tile - p.whole;
-                float4* parts = p.parts + ((tile * SPLIT) * CLUSTER + cta) * kSlotVecs * kConsumers + thread;
-                const long long next = (long long)CLUSTER * kSlotVecs * kConsumers;
-#pragma unroll
-                for (int i = 0; i < kSlotVecs; i++) parts[u.part * next + i * kConsumers] = four(acc, i);
-                __threadfence();
-                asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
-                __shared__ u32 arrived[2];
-                u32* arrivals = p.arrivals + (tile * CLUSTER + cta) * 2 + warpgroup;
-                if (thread % 128 == 0) arrived[warpgroup] = atomicAdd(arrivals, 1);
-                asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
-                const bool last = arrived[warpgroup] == SPLIT - 1;
-                asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");  // read before the next unit writes it
-                if (last) {
-                    __threadfence();
-                    if (thread % 128 == 0) *arrivals = 0;
-                    store_root(p, row0, col0, lane, [&](int i) {
-                        float4 v[SPLIT];
-#pragma unroll
-                        for (int s = 0; s < SPLIT; s++) v[s] = __ldcg(parts + s * next + i * kConsumers);
-#pragma unroll
-                        for (int width = SPLIT / 2; width > 0; width /= 2)
-#pragma unroll
-                            for (int s = 0; s < width; s++) v[s] = add(v[2 * s], v[2 * s + 1]);
-                        return v[0];
-                    });
-                }
-                continue;
+        Unit u = unit_at(p, first_unit);
+        Done done{first_unit, 0, u.first + 1 == u.last};  // the leaf in hand
+        auto advance = [&]() {  // to the next leaf; false at the end
+            if (done.last) {
+                done.index += unit_step;
+                if (done.index >= units) return false;
+                u = unit_at(p, done.index);
+                done.leaf = -1;
             }
-#endif
-            store_root(p, row0, col0, lane, [&](int i) { return four(acc, i); });
+            done.leaf++;
+            done.last = u.first + done.leaf + 1 == u.last;
+            return true;
+        };
+
+#if BN <= 192
+        // Two sets of accumulators take turns, in a fixed order, so that the compiler knows which one is in flight.
+        float other[kRegs];
+        auto follow = [&](float (&cur)[kRegs], float (&prev)[kRegs], const Done& finished) {
+            issue(cur, false);
+            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+            pin(prev);
+            release();
+            settle(p, prev, stack, finished, cta, warpgroup);
+            pin(prev);
+            rest(cur, 1);
+        };
+        rest(acc, 0);
+        while (true) {
+            Done finished = done;
+            if (!advance()) {
+                drain(acc);
+                settle(p, acc, stack, finished, cta, warpgroup);
+                break;
+            }
+            follow(other, acc, finished);
+            finished = done;
+            if (!advance()) {
+                drain(other);
+                settle(p, other, stack, finished, cta, warpgroup);
+                break;
+            }
+            follow(acc, other, finished);
         }
+#else
+        do {
+            rest(acc, 0);
+            drain(acc);
+            settle(p, acc, stack, done, cta, warpgroup);
+        } while (advance());
+#endif
     }
     // A block must not exit while its neighbour can still arrive at its barriers.
     __syncwarp();

@@ -21,25 +21,33 @@ _OUT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_LEAVES = 64
 
 
+def _held(cols: int) -> int:
+    """Positions of the stack that the source keeps in registers for tiles of this width (kRoom)."""
+    return 2 if cols <= 64 else 0 if cols == 192 else 1
+
+
 @dataclass(frozen=True)
 class Sm90Config:
-    """cols: width of a tile. cluster: blocks that share B. parts: subtrees a tile of the last partial wave is split into."""
+    """cols: width of a tile. cluster: blocks that share B. parts: subtrees a tile of the last partial wave is split into.
+    swap: tiles of 128 features by ``cols`` tokens instead of 128 tokens by ``cols`` features."""
 
     cols: int
     stages: int
     cluster: int
     shared_slots: int
     parts: int
+    swap: bool = False
     group: int = 8
 
     @property
     def name(self) -> str:
-        return "sm90-" + "-".join(str(v) for v in asdict(self).values())
+        return "sm90-" + "-".join(str(int(v)) for v in asdict(self).values())
 
     def shared_bytes(self, depth: int) -> int:
-        top = 64 if depth > 0 and self.cols == 256 else 0
-        slots = self.shared_slots if depth > 1 else 0
-        return 1024 + self.stages * (_BM + self.cols) * _BK * 2 + slots * self.cols * 512 + top * _CONSUMERS * 4 + 16 * self.stages
+        held = min(depth, _held(self.cols))
+        held_shared = 64 * _CONSUMERS * 4 if depth > 0 and self.cols == 256 else 0
+        slots = self.shared_slots if depth > held else 0
+        return 1024 + self.stages * (_BM + self.cols) * _BK * 2 + slots * self.cols * 512 + held_shared + 16 * self.stages
 
 
 class _Params(ctypes.Structure):
@@ -63,14 +71,20 @@ def refuses(problem: Problem) -> str | None:
         return f"needs bf16 or fp16 inputs, got {a.dtype} -> {out.dtype}"
     if problem.leaves > MAX_LEAVES:
         return f"holds at most {MAX_LEAVES} leaves, got {problem.leaves}"
-    if problem.cols % 8 or out.stride(0) % 8 or out.data_ptr() % 16:
-        return "writes rows of out in 16-byte pieces"
     for t, major in zip((a, b), problem.major, strict=True):
         if t.stride(major ^ 1) != 1 or t.stride(major) % 8 or t.data_ptr() % 16:
             return "copies need one unit stride, the other a multiple of 8 elements, and 16-byte alignment"
         if (problem.leaves > 1 or problem.pieces > 1) and (problem.length * t.stride(1)) % 8:
             return f"leaves of {problem.length} do not start on 16 bytes"
     return None
+
+
+def fits(problem: Problem, config: Sm90Config) -> bool:
+    """Whether ``config`` can write this output, hold these leaves, and find what it needs in shared memory."""
+    out = problem.out
+    vectors = problem.cols % 8 == 0 and out.stride(0) % 8 == 0 and out.data_ptr() % 16 == 0
+    narrow = config.cols < 64 and problem.major[0 if config.swap else 1] == 1  # copies bring 64 contiguous columns
+    return (vectors or config.swap) and not narrow and config.parts in problem.splits and config.shared_bytes(problem.depth) + 64 <= _SHARED_LIMIT
 
 
 def _operand_map(t: torch.Tensor, major: int, rows: int, problem: Problem):
@@ -92,22 +106,29 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def run(problem: Problem, config: Sm90Config) -> None:
-    """Fills ``problem.out`` on the current stream. The caller has asked :func:`refuses` and checked the split."""
-    device, depth = problem.a.device, problem.depth
-    major_a, major_b = problem.major
-    macros = {
-        "BN": config.cols, "STAGES": config.stages, "CLUSTER": config.cluster, "DEPTH": depth,
+def macros(problem: Problem, config: Sm90Config) -> dict[str, int]:
+    """The specialization of the source that ``config`` needs for ``problem``."""
+    major_a, major_b = reversed(problem.major) if config.swap else problem.major
+    return {
+        "BN": config.cols, "STAGES": config.stages, "CLUSTER": config.cluster, "DEPTH": problem.depth,
         "A_MAJOR": major_a, "B_MAJOR": major_b, "IN_FP16": int(problem.a.dtype == torch.float16),
         "OUT": _OUT[problem.out.dtype], "NODE_BF16": int(problem.node_bf16), "BIAS": int(problem.bias is not None),
-        "SHARED_SLOTS": config.shared_slots, "SPLIT": config.parts,
+        "SHARED_SLOTS": config.shared_slots, "SPLIT": config.parts, "SWAP": int(config.swap),
     }  # fmt: skip
+
+
+def run(problem: Problem, config: Sm90Config) -> None:
+    """Fills ``problem.out`` on the current stream. The caller has asked :func:`refuses` and :func:`fits`."""
+    device, depth = problem.a.device, problem.depth
+    sides = [(problem.a, problem.major[0]), (problem.b, problem.major[1])]
+    (a, major_a), (b, major_b) = reversed(sides) if config.swap else sides
+    rows, cols = a.shape[0], b.shape[0]
     shared = config.shared_bytes(depth)
-    function = cuda.load(_SOURCE, "tree_gemm", tuple(macros.items()), "sm_90a", shared, device.index)
+    function = cuda.load(_SOURCE, "tree_gemm", tuple(macros(problem, config).items()), "sm_90a", shared, device.index)
 
     blocks = _multiprocessors(device.index) // config.cluster * config.cluster
-    tiles_m = -(-problem.rows // (_BM * config.cluster))
-    tiles_n = -(-problem.cols // config.cols)
+    tiles_m = -(-rows // (_BM * config.cluster))
+    tiles_n = -(-cols // config.cols)
     tiles, clusters = tiles_m * tiles_n, blocks // config.cluster
     whole = tiles if config.parts == 1 else tiles // clusters * clusters
     split_tiles = tiles - whole
@@ -120,32 +141,35 @@ def run(problem: Problem, config: Sm90Config) -> None:
     bias = problem.bias.data_ptr() if problem.bias is not None else None
     params = _Params(
         problem.out.data_ptr(), bias, scratch.data_ptr(), parts.data_ptr(), counters.data_ptr(), problem.out.stride(0),
-        problem.rows, problem.cols, problem.leaves, problem.pieces, -(-problem.length // _BK), tiles_m, tiles_n, whole,
+        rows, cols, problem.leaves, problem.pieces, -(-problem.length // _BK), tiles_m, tiles_n, whole,
         max(1, config.group // config.cluster),
     )  # fmt: skip
     params.merges[: problem.leaves] = problem.merges
     part = problem.splits[config.parts]
     params.part_merges[: len(part)] = part
 
-    map_a = _operand_map(problem.a, major_a, _BK if major_a else _BM, problem)
-    map_b = _operand_map(problem.b, major_b, (_BK if major_b else config.cols) // config.cluster, problem)
+    map_a = _operand_map(a, major_a, _BK if major_a else _BM, problem)
+    map_b = _operand_map(b, major_b, (_BK if major_b else config.cols) // config.cluster, problem)
     units = whole + split_tiles * config.parts
     grid = min(blocks, units * config.cluster)
     cuda.launch(function, grid, _THREADS, shared, stream, map_a, map_b, params)
 
 
 def candidates(problem: Problem) -> list[Sm90Config]:
-    """Configurations worth timing for ``problem``."""
-    depth = problem.depth
+    """Configurations worth timing for ``problem``: many tokens want wide tiles, few want W streamed past them."""
+    shapes = []
+    if problem.rows <= 128:
+        cols = max(16, 1 << (problem.rows - 1).bit_length())
+        shapes += [(cols, 1, slots, True) for slots in (0, 1)]
+    if problem.rows > 64:
+        shapes += [(cols, cluster, slots, False) for cols in (256, 192, 128) for cluster in (2, 1) for slots in (0, 1)]
     found = []
-    for cols, slots in ((256, 0), (192, 0), (192, 1), (128, 0), (128, 1)):
-        if slots and depth < 2:
+    for cols, cluster, slots, swap in shapes:
+        if slots and problem.depth <= _held(cols):
             continue  # nothing to park
-        for cluster in (2, 1):
-            for parts in problem.splits:
-                for stages in (5, 4, 3):
-                    config = Sm90Config(cols, stages, cluster, slots, parts)
-                    if config.shared_bytes(depth) + 64 <= _SHARED_LIMIT:
-                        found.append(config)
-                        break
+        for parts in problem.splits:
+            deepest = (Sm90Config(cols, stages, cluster, slots, parts, swap) for stages in (12, 10, 8, 6, 5, 4, 3))
+            config = next((c for c in deepest if fits(problem, c)), None)
+            if config is not None:
+                found.append(config)
     return found
