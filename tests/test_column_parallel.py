@@ -6,7 +6,7 @@ import pytest
 import torch
 from hostile import CASES, CASES_ON_RANKS, INEXACT, RANKS, Case, assert_as_alone, assert_twin_differs, join, poison, sum_of
 
-from tpinv import ReductionTree, column_parallel_linear
+from tpinv import ReductionTree, column_parallel_linear, reference
 from tpinv.collectives import resolve
 from tpinv.layers import shard
 from tpinv.testing import assert_bitwise_equal, run_ranks
@@ -82,6 +82,18 @@ def test_stride_two_is_a_permutation_of_the_tree():
         assert_bitwise_equal(alone[case][f"{name}2"], alone[case][f"{name}1"])
     with pytest.raises(AssertionError, match="differ"):
         assert_bitwise_equal(alone[case]["dx2"], alone[case]["dx1"])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_order_is_the_reference(stride, dtype):
+    """Not any invariant order but the contract's: the tree over N, a chain and a tree over tokens."""
+    case = Case(dtype, "exponents")
+    x, w, _, dy = (t.flatten(0, 1) if t.dim() == 3 else t for t in inputs(case, 0, 1))
+    result = {name: t.flatten(0, 1) if t.dim() == 3 else t for name, t in run(1)[0][case].items()}
+    assert_bitwise_equal(result[f"dx{stride}"], reference.linear_dgrad(dy, w, case.tree, stride=stride), "dx")
+    assert_bitwise_equal(result[f"dw{stride}"], reference.linear_wgrad(dy, x, case.tree, sharded=0, stride=stride), "dw")
+    assert_bitwise_equal(result[f"db{stride}"], reference.bias_grad(dy, case.tree), "db")
 
 
 def test_accuracy_is_that_of_stock():

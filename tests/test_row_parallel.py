@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from hostile import CASES, CASES_ON_RANKS, INEXACT, RANKS, Case, assert_as_alone, assert_twin_differs, poison, sum_of
 
-from tpinv import ReductionTree, row_parallel_linear
+from tpinv import ReductionTree, reference, row_parallel_linear
 from tpinv.collectives import resolve
 from tpinv.layers import shard
 from tpinv.testing import RankError, assert_bitwise_equal, run_ranks
@@ -63,6 +63,17 @@ def test_same_bytes_as_one_rank(case, p):
 def test_sequence_parallel_alone_changes_nothing():
     for case in CASES:
         assert_as_alone(run(1), run(1), case, layout(case))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_order_is_the_reference(dtype):
+    """Not any invariant order but the contract's: the tree over K, a chain and a tree over tokens."""
+    case = Case(dtype, "exponents")
+    x, w, b, dy = (t.flatten(0, 1) if t.dim() == 3 else t for t in inputs(case, 0, 1))
+    result = {name: t.flatten(0, 1) if t.dim() == 3 else t for name, t in run(1)[0][case].items()}
+    assert_bitwise_equal(result["y"], reference.linear(x, w, b, case.tree), "y")
+    assert_bitwise_equal(result["dw"], reference.linear_wgrad(dy, x, case.tree, sharded=1), "dw")
+    assert_bitwise_equal(result["db"], reference.bias_grad(dy, case.tree), "db")
 
 
 def test_accuracy_is_that_of_stock():
