@@ -96,6 +96,16 @@ def test_shards_give_the_bytes_of_the_whole(kind, leaves, ranks, stride):
     assert_bitwise_equal(same_nan(reference.finish(values, tree, nodes)), same_nan(whole), "plain sum")
 
 
+def test_local_products_down_to_one_column_per_rank():
+    """Where nothing is summed across ranks the width of the shard still picks the BLAS kernel: a matrix of one column is another."""
+    a, b = data("normal", 130, 300), data("normal", 300, 24, seed=1)
+    whole = reference.local_product(a, b, 24, dim=1)
+    for ranks in (2, 3, 8, 24):
+        parts = [reference.local_product(a, shard(b, 1, rank, ranks), 24 // ranks, dim=1) for rank in range(ranks)]
+        assert_bitwise_equal(torch.cat(parts, 1), whole, f"p={ranks}")
+    assert compare(torch.cat([a @ b[:, j : j + 1] for j in range(24)], 1), a @ b), "the stock twin must differ"
+
+
 def test_leaves_with_stride_pair_the_pieces():
     x = torch.arange(16.0)
     assert [leaf.tolist() for leaf in reference.split_leaves(x, 0, 4, 2)] == [[0, 1, 8, 9], [2, 3, 10, 11], [4, 5, 12, 13], [6, 7, 14, 15]]
