@@ -18,7 +18,7 @@ setup(
     package_dir={"tpinv": "tpinv", "tpinv.integrations": "integrations"},
     install_requires=["torch>=2.8", "numpy", "rich>=13"],
     extras_require={
-        "megatron": ["megatron-core>=0.16.1"],
+        "megatron": ["megatron-core>=0.16.1", "psutil"],  # its distributed checkpoint wants psutil without saying so
         "plot": ["matplotlib>=3.8"],
         "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6", "ruff==0.17.6", "triton; platform_system == 'Linux'"],
     },

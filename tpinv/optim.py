@@ -89,11 +89,15 @@ def clip_grad_norm_(
     norm = grad_norm(parameters, group=group, norm_type=norm_type)
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(f"the total norm of the gradients is {norm.item()}, so it cannot be clipped")
-    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for p in parameters:
-        if p.grad is not None:
-            p.grad.mul_(coefficient.to(p.grad.device))
+    scale_to_norm_([p.grad for p in parameters if p.grad is not None], max_norm, norm)
     return norm
+
+
+def scale_to_norm_(grads: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
+    """Multiplies ``grads`` in place by min(1, max_norm / (norm + 1e-6)), computed in float32 from their float32 ``norm``."""
+    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(coefficient.to(grad.device))
 
 
 def _as_list(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:

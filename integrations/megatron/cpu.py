@@ -40,6 +40,7 @@ def on_cpu():
     places = [
         (torch.cuda, "current_device", lambda: torch.device("cpu")),
         (torch.cuda, "current_stream", lambda: None),
+        (torch.cuda, "synchronize", lambda: None),
         (megatron_random, "_CUDA_RNG_STATE_TRACKER", _NoRandomStates()),
         (megatron_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True),
     ]

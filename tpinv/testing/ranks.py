@@ -5,14 +5,16 @@ seconds, and p copies of that on a small machine take longer than the tests. Eve
 A rank that raises, dies or hangs ends the run: the parent stops the workers and raises RankError naming rank and cause.
 """
 
-import atexit
+import contextlib
 import io
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import tempfile
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -35,6 +37,7 @@ class RankPool:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tpinv.testing.ranks", *preload])
         self._workers: list[tuple] = []
+        weakref.finalize(self, _stop, self._workers)  # also at interpreter exit: workers are not daemons, see _start
 
     def run(self, function: Callable, ranks: int, *args, timeout: float = 60.0) -> list:
         """Calls ``function(*args)`` on ranks 0 to ranks-1 of a fresh default process group; returns their results in rank order.
@@ -61,7 +64,8 @@ class RankPool:
 
     def _start(self, rank: int):
         here, there = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(there,), name=f"tpinv-rank-{rank}", daemon=True)
+        # Not a daemon: those may not start processes, which Megatron-Core's distributed checkpoint does.
+        process = self._context.Process(target=_serve, args=(there,), name=f"tpinv-rank-{rank}")
         process.start()
         there.close()
         return process, here
@@ -95,21 +99,26 @@ class RankPool:
 
     def close(self) -> None:
         """Ends the worker processes. The pool can be used again: it starts new ones."""
-        for process, pipe in self._workers:
-            pipe.close()
-            process.terminate()
-        for process, _ in self._workers:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        self._workers = []
+        _stop(self._workers)
 
     def __enter__(self) -> "RankPool":
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _stop(workers: list[tuple]) -> None:
+    """Closes the pipes, at which idle workers leave by themselves; after two seconds ends the rest, and whatever they started."""
+    for _, pipe in workers:
+        pipe.close()
+    deadline = time.monotonic() + 2
+    for process, _ in workers:
+        process.join(max(0.0, deadline - time.monotonic()))
+        with contextlib.suppress(ProcessLookupError):  # nothing is left of its process group
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    workers.clear()
 
 
 _shared: RankPool | None = None
@@ -120,11 +129,11 @@ def run_ranks(function: Callable, ranks: int, *args, timeout: float = 60.0) -> l
     global _shared
     if _shared is None:
         _shared = RankPool()
-        atexit.register(_shared.close)
     return _shared.run(function, ranks, *args, timeout=timeout)
 
 
 def _serve(pipe) -> None:
+    os.setpgid(0, 0)  # so that the parent can end this worker together with its children
     torch.set_num_threads(1)  # p ranks share the cores
     while True:
         try:
