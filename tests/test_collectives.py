@@ -1,5 +1,6 @@
 """tree_all_reduce, tree_reduce_scatter: the order is the tree's for every L, p and size. Selection moves bits, zeros included."""
 
+import copy
 import functools
 
 import pytest
@@ -183,6 +184,20 @@ def test_errors():
         tree_all_reduce(torch.zeros(1, 3, dtype=torch.bfloat16), tree=tree)
     with pytest.raises(ValueError, match="cannot be scattered"):
         tree_reduce_scatter(torch.zeros(1), tree=tree)
+
+
+@pytest.mark.parametrize("collective", [tree_all_reduce, tree_reduce_scatter])
+def test_a_lost_gradient_is_an_error(collective):
+    tree, values = ReductionTree(8), torch.randn(1, 3, requires_grad=True)
+    with pytest.raises(ValueError, match=r"values \(1, 3\) require a gradient, .* use row_parallel_linear"):
+        collective(values * 2, tree=tree)
+    with torch.no_grad():
+        assert_bitwise_equal(collective(values, tree=tree), values.detach()[0])
+
+
+def test_a_resolved_group_is_its_own_copy():
+    ranks = resolve()
+    assert copy.copy(ranks) is ranks and copy.deepcopy(ranks) is ranks
 
 
 def odd_rows():

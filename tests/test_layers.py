@@ -1,5 +1,6 @@
 """Modules: initial values do not depend on p, attributes are Megatron's, and a module is its function."""
 
+import copy
 import functools
 
 import pytest
@@ -135,6 +136,26 @@ def test_a_module_is_its_function(p):
         for name, (actual, expected, text) in result.items():
             assert_bitwise_equal(actual, expected, name)
             assert f"p={p}" in text and ("L24" in text or name == "embedding")
+
+
+def copies():
+    """Deep copies share the group, which cannot be copied, and nothing else; their parameters are marked as sharded too, without
+    which the norm of a copy's gradients would be another one."""
+    for layer in LAYERS.values():
+        module = layer()
+        twin = copy.deepcopy(module)
+        assert twin.ranks.group is module.ranks.group
+        before = module.weight.detach().clone()
+        assert_bitwise_equal(twin.weight, before)
+        with torch.no_grad():
+            twin.weight.add_(1.0)
+        assert_bitwise_equal(module.weight, before)
+        assert {n: sharding(p) for n, p in twin.named_parameters()} == {n: sharding(p) for n, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("p", [1, 4])
+def test_layers_can_be_copied(p):
+    run_ranks(copies, p)
 
 
 def test_state_dict_names():

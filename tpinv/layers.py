@@ -5,6 +5,7 @@ depend on the TP size either. A sharded parameter carries Megatron's attributes 
 ``partition_stride``; norms and row-parallel biases are whole on every rank, and so are their gradients after backward.
 """
 
+import copy
 import math
 
 import torch
@@ -31,7 +32,23 @@ def mark_sharded(parameter: nn.Parameter, dim: int, stride: int = 1) -> None:
     parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, dim, stride
 
 
-class _Sharded(nn.Module):
+class KeepsMarks:
+    """Mixin for modules: a deep copy's parameters carry the marks (attributes that are bools or integers) of the original's.
+
+    nn.Parameter's own deep copy drops them, and with ``tensor_model_parallel`` the norm would count a shard as a replica.
+    """
+
+    def __deepcopy__(self, memo: dict):
+        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for name, parameter in self._parameters.items():
+            for mark, value in vars(parameter).items() if parameter is not None else ():
+                if isinstance(value, int):
+                    setattr(twin._parameters[name], mark, value)
+        return twin
+
+
+class _Sharded(KeepsMarks, nn.Module):
     def _parameter(self, shape, dim, bound, stride=1, device=None, dtype=None) -> nn.Parameter:
         """A uniform(-bound, bound) parameter of global ``shape`` (bound 0: zeros), this rank's part of it; dim None: all of it."""
         whole = torch.empty(shape, dtype=dtype).uniform_(-bound, bound) if bound else torch.zeros(shape, dtype=dtype)

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from tpinv import functional
 from tpinv.collectives import Ranks
+from tpinv.layers import KeepsMarks
 from tpinv.tree import ReductionTree
 
 ALONE = Ranks(None, 0, 1)
 
 
-class TreeBound:
+class TreeBound(KeepsMarks):
     """A class that needs a tree. ``bind`` returns the subclass for one tree, which Megatron can then build without knowing of it."""
 
     tree: ReductionTree

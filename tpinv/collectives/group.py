@@ -6,11 +6,20 @@ import torch.distributed as dist
 
 
 class Ranks(NamedTuple):
-    """A resolved group: ``group`` is None when there is one rank and nothing to communicate."""
+    """A resolved group: ``group`` is None when there is one rank and nothing to communicate.
+
+    A copy is the same object, deep or not: a ProcessGroup is a connection, which cannot be copied, and layers that hold one can.
+    """
 
     group: dist.ProcessGroup | None
     rank: int
     size: int
+
+    def __copy__(self) -> "Ranks":
+        return self
+
+    def __deepcopy__(self, memo: dict) -> "Ranks":
+        return self
 
 
 def resolve(group=None) -> Ranks:

@@ -31,10 +31,12 @@ def tree_all_reduce(values: Tensor, *, tree: ReductionTree, group=None, out_dtyp
         out_dtype: the root is rounded to it once (default: the node dtype), before it travels again.
 
     Returns:
-        [...] in out_dtype, the same bytes on every rank and for every group size.
+        [...] in out_dtype, the same bytes on every rank and for every group size. It has no gradient. With one rank it may share
+        memory with ``values``.
 
     Raises:
-        ValueError: p does not divide the leaves, S is not this rank's number of subtrees, or dtype is not the node dtype.
+        ValueError: p does not divide the leaves, S is not this rank's number of subtrees, dtype is not the node dtype, or
+            ``values`` require a gradient (with gradients enabled).
     """
     ranks, nodes = _check(values, tree, group)
     shape = values.shape[1:]
@@ -67,6 +69,11 @@ def tree_reduce_scatter(values: Tensor, *, tree: ReductionTree, group=None, out_
 
 
 def _check(values: Tensor, tree: ReductionTree, group):
+    if torch.is_grad_enabled() and values.requires_grad:
+        raise ValueError(
+            f"values {tuple(values.shape)} require a gradient, which this collective does not have; use row_parallel_linear, "
+            "or call it under torch.no_grad()"
+        )
     ranks = resolve(group)
     nodes = [tree.subtrees(rank, ranks.size) for rank in range(ranks.size)]
     mine = nodes[ranks.rank]
