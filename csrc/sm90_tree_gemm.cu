@@ -4,9 +4,9 @@
 // (ReductionTree.merges); the host passes that table and this kernel obeys it with a stack.
 //
 // Registers are the whole problem. A thread of a consumer warpgroup holds BN/2 accumulators of its 64 x BN half tile, and
-// a tree of L leaves keeps up to log2(L) finished values pending. Up to BN = 192 two sets of accumulators take turns: while the
-// tensor cores work on the first steps of a leaf, the leaf before it is merged, parked or stored, so that neither the tree nor
-// the epilogue leaves them idle. The stack is held where there is room, from its bottom, where values change most often:
+// a tree of L leaves keeps up to log2(L) finished values pending. Up to BN = 192 there are two sets of accumulators: a leaf that
+// waits for its sibling waits where it was accumulated, and the sum of the two is merged further, parked or stored while the
+// tensor cores are already busy with the next leaf. What waits longer is held where there is room, from the bottom of the stack:
 //
 //     BN <=  64    positions 0 and 1 in registers
 //     BN  = 128    position 0 in registers (192 with both accumulators)
@@ -23,7 +23,7 @@
 //
 // Compiled at run time (NVRTC, no headers) for sm_90a with these macros:
 //   BN 16 ... 256        columns of a tile           STAGES       depth of the copy pipeline
-//   CLUSTER 1 | 2        blocks that share B         DEPTH        most values ever pending (0: one leaf, no tree)
+//   CLUSTER 1 | 2        blocks that share B         DEPTH        positions of the stack (host: stack_depth)
 //   A_MAJOR, B_MAJOR     0: k contiguous, 1: rows of A (columns of B) contiguous
 //   IN_FP16              inputs fp16, else bf16      OUT          0 fp32, 1 bf16, 2 fp16
 //   BIAS                 a bias follows the root     SWAP         rows of A are the output's columns: for few tokens, W is A
@@ -285,6 +285,11 @@ struct Stack {
 
 struct Done { int index, leaf; bool last; };  // a finished leaf: its unit, its place in the unit, whether it is the unit's last
 
+// How many pending values are merged after a leaf: the contract's table.
+__device__ __forceinline__ int merges_after(const Params& p, const Done& done) {
+    return SPLIT > 1 && done.index >= p.whole ? p.part_merges[done.leaf] : p.merges[done.leaf];
+}
+
 // x = pending value + x. The pending value is the left operand: it lies left in the tree.
 __device__ __forceinline__ void pop(Stack& stack, float (&x)[kRegs]) {
     const int position = --stack.pending;
@@ -357,20 +362,22 @@ __device__ __forceinline__ void publish(const Params& p, float (&x)[kRegs], cons
     });
 }
 
-// What follows a leaf: the tree says how many pending values are its left siblings now. Then it waits in turn, or is the root.
-__device__ __forceinline__ void settle(const Params& p, float (&x)[kRegs], Stack& stack, const Done& done, int cta, int warpgroup) {
-    const bool split = SPLIT > 1 && done.index >= p.whole;
+__device__ __forceinline__ void round_leaf(float (&x)[kRegs]) {
     if (NODE_BF16) {
 #pragma unroll
         for (int i = 0; i < kRegs; i++) x[i] = round_node(x[i]);
     }
+}
+
+// Merges `count` pending values into x, the newest first. Then x waits in turn, or it is the root.
+__device__ __forceinline__ void settle(const Params& p, float (&x)[kRegs], int count, Stack& stack, const Done& done, int cta, int warpgroup) {
 #if DEPTH > 0
-    for (int count = split ? p.part_merges[done.leaf] : p.merges[done.leaf]; count > 0; count--) pop(stack, x);
+    for (; count > 0; count--) pop(stack, x);
     if (!done.last) return push(stack, x);
 #endif
     const Unit u = unit_at(p, done.index);
     const int row0 = (u.m * CLUSTER + cta) * kBM + warpgroup * 64 + threadIdx.x / 32 % 4 * 16, col0 = u.n * BN;
-    if (SPLIT > 1 && split) publish(p, x, u, cta, warpgroup, row0, col0);
+    if (SPLIT > 1 && done.index >= p.whole) publish(p, x, u, cta, warpgroup, row0, col0);
     else store_root(p, row0, col0, threadIdx.x % 32, [&](int i) { return four(x, i); });
 }
 
@@ -470,7 +477,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         };
         auto rest = [&](float (&cur)[kRegs], int from) {
             for (int step = from; step < length; step++) {
-                issue(cur, step > 0);
+                issue(cur, true);
                 asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
                 pin(cur);
                 release();
@@ -498,39 +505,50 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         };
 
 #if BN <= 192
-        // Two sets of accumulators take turns, in a fixed order, so that the compiler knows which one is in flight.
-        float other[kRegs];
-        auto follow = [&](float (&cur)[kRegs], float (&prev)[kRegs], const Done& finished) {
-            issue(cur, false);
-            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-            pin(prev);
-            release();
-            settle(p, prev, stack, finished, cta, warpgroup);
-            pin(prev);
-            rest(cur, 1);
-        };
-        rest(acc, 0);
+        float second[kRegs];  // the sibling of the leaf in acc, then the value of both
+        issue(acc, false);
+        release();
+        rest(acc, 1);
         while (true) {
-            Done finished = done;
-            if (!advance()) {
+            int count = merges_after(p, done);
+            if (count == 0 && !done.last) {  // a left leaf: in the contract's tree the next leaf is its sibling
+                advance();
+                count = merges_after(p, done) - 1;
+                issue(second, false);
+                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                release();
+                rest(second, 1);
+                drain(second);
+                pin(acc);
+                round_leaf(acc);
+                round_leaf(second);
+#pragma unroll
+                for (int i = 0; i < kRegs; i++) second[i] = add(acc[i], second[i]);
+            } else {
                 drain(acc);
-                settle(p, acc, stack, finished, cta, warpgroup);
-                break;
+                round_leaf(acc);
+#pragma unroll
+                for (int i = 0; i < kRegs; i++) second[i] = acc[i];
             }
-            follow(other, acc, finished);
-            finished = done;
+            const Done finished = done;
             if (!advance()) {
-                drain(other);
-                settle(p, other, stack, finished, cta, warpgroup);
+                settle(p, second, count, stack, finished, cta, warpgroup);
                 break;
             }
-            follow(acc, other, finished);
+            issue(acc, false);
+            release();
+            settle(p, second, count, stack, finished, cta, warpgroup);
+            pin(second);
+            rest(acc, 1);
         }
 #else
         do {
-            rest(acc, 0);
+            issue(acc, false);
+            release();
+            rest(acc, 1);
             drain(acc);
-            settle(p, acc, stack, done, cta, warpgroup);
+            round_leaf(acc);
+            settle(p, acc, merges_after(p, done), stack, done, cta, warpgroup);
         } while (advance());
 #endif
     }

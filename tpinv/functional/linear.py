@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from tpinv import reference
 from tpinv.collectives import Ranks, all_gather, resolve, tree_all_reduce, tree_reduce_scatter
+from tpinv.functional import products
 from tpinv.functional.shapes import output, rows
 from tpinv.tree import ReductionTree
 
@@ -120,9 +121,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.args, ctx.has_bias = (tree, ranks, sequence_parallel, stride), bias is not None
         whole = all_gather(x, ranks) if sequence_parallel else x
-        leaves = len(tree.owned(ranks.rank, ranks.size))
-        y = reference.local_product(rows(whole), weight.t(), leaves, dim=1, stride=stride).to(x.dtype)
-        y = y if bias is None else y + bias
+        y = products.local_product(rows(whole), weight.t(), tree, ranks, dim=1, dtype=x.dtype, stride=stride, bias=bias)
         return output(y, (*whole.shape[:-1], weight.shape[0]))
 
     @staticmethod
@@ -133,14 +132,13 @@ class _ColumnParallelLinear(torch.autograd.Function):
         lead, dy = dy.shape[:-1], rows(dy)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            values = reference.tree_product(dy, weight, tree, ranks.rank, ranks.size, stride=stride)
+            values = products.tree_product(dy, weight, tree, ranks, stride=stride)
             dx = _reduce(values, lead, tree, ranks, sequence_parallel, x.dtype)
         if ctx.needs_input_grad[1]:
             whole = all_gather(x, ranks) if sequence_parallel else x
-            leaves = len(tree.owned(ranks.rank, ranks.size))
-            dw = reference.local_product(dy.t(), rows(whole), leaves, dim=0, stride=stride).to(weight.dtype)
+            dw = products.local_product(dy.t(), rows(whole), tree, ranks, dim=0, dtype=weight.dtype, stride=stride)
         if ctx.has_bias and ctx.needs_input_grad[2]:
-            db = reference.bias_grad(dy, tree)
+            db = products.bias_grad(dy, tree)
         return dx, dw, db, None, None, None, None
 
 
@@ -149,7 +147,7 @@ class _RowParallelLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, tree, ranks, sequence_parallel):
         ctx.save_for_backward(x, weight)
         ctx.args, ctx.has_bias = (tree, ranks, sequence_parallel), bias is not None
-        values = reference.tree_product(rows(x), weight.t(), tree, ranks.rank, ranks.size)
+        values = products.tree_product(rows(x), weight.t(), tree, ranks)
         y = _reduce(values, x.shape[:-1], tree, ranks, sequence_parallel, x.dtype)
         return y if bias is None else y + bias
 
@@ -159,14 +157,13 @@ class _RowParallelLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         tree, ranks, sequence_parallel = ctx.args
         dy = rows(all_gather(dy, ranks) if sequence_parallel else dy)
-        leaves = len(tree.owned(ranks.rank, ranks.size))
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = reference.local_product(dy, weight, leaves, dim=1).to(x.dtype).view(x.shape)
+            dx = products.local_product(dy, weight, tree, ranks, dim=1, dtype=x.dtype).view(x.shape)
         if ctx.needs_input_grad[1]:
-            dw = reference.local_product(dy.t(), rows(x), leaves, dim=1).to(weight.dtype)
+            dw = products.local_product(dy.t(), rows(x), tree, ranks, dim=1, dtype=weight.dtype)
         if ctx.has_bias and ctx.needs_input_grad[2]:
-            db = reference.bias_grad(dy, tree)
+            db = products.bias_grad(dy, tree)
         return dx, dw, db, None, None, None
 
 

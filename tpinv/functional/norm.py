@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from tpinv import reference
 from tpinv.collectives import Ranks, resolve, tree_all_reduce
+from tpinv.functional import products
 from tpinv.functional.shapes import output, rows
 from tpinv.tree import ReductionTree
 
@@ -116,7 +117,7 @@ class _Norm(torch.autograd.Function):
             terms = dy * normalised if ctx.bias_dtype is None else torch.cat([dy * normalised, dy], dim=-1)
             if heads_parallel:  # rows in the order (head, token), so that a rank's rows are consecutive
                 terms = rows(terms.view(*x.shape[:-1], terms.shape[-1]).movedim(-2, 0))
-            values = reference.tree_sum(terms, tree, ranks.rank, ranks.size, dim=0)
+            values = products.column_sum(terms, tree, ranks)
             total = tree_all_reduce(values, tree=tree, group=ranks)
             dw = total[: weight.shape[0]].to(weight.dtype)
             db = None if ctx.bias_dtype is None else total[weight.shape[0] :].to(ctx.bias_dtype)

@@ -235,3 +235,24 @@ def run(problem: Problem, config: TritonConfig) -> None:
         RAGGED=problem.length % config.k != 0, BM=config.rows, BN=config.cols, BK=config.k, SWAP=config.swap, GROUP=config.group,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
+
+
+def candidates(problem: Problem) -> list[TritonConfig]:
+    """Configurations worth timing for ``problem``."""
+    rows, half = problem.rows, problem.a.element_size() == 2
+    if rows <= 64:
+        tile = 16 if rows <= 16 else 32 if rows <= 32 else 64
+        shapes = [(tile, 32, 128, 4, 4, False), (tile, 64, 128, 4, 4, False), (tile, 64, 128, 4, 4, True), (tile, 16, 256, 4, 4, False)]
+        if not half:
+            shapes = [(tile, 32, 64, 4, 4, False), (tile, 64, 64, 4, 3, False)]
+    elif half:
+        shapes = [(128, 128, 64, 8, 3, False), (128, 64, 64, 4, 4, False), (64, 64, 64, 4, 3, False)]
+    else:
+        shapes = [(128, 64, 32, 8, 3, False), (64, 64, 32, 4, 3, False)]
+    found = []
+    for m, n, k, warps, stages, swap in shapes:
+        fits = stages * (m + n) * k * problem.a.element_size() <= 200_000
+        for parts in problem.splits:
+            if fits and (parts == 1 or rows <= 512):
+                found.append(TritonConfig(m, n, k, warps, stages, parts, swap))
+    return found

@@ -11,6 +11,7 @@ A leaf is ``pieces`` runs of ``length`` consecutive k (pieces = 2 pairs SwiGLU's
 in one chain. Legend: M tokens, N out-features, K in-features, R x C output, L leaves.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from tpinv.tree import Node, ReductionTree
 
 
+@functools.cache
 def most_pending(merges: tuple[int, ...]) -> int:
     """How many values wait at most while a later leaf is accumulated: the stack a kernel needs."""
     pending, most = 0, 0
@@ -32,6 +34,7 @@ def most_pending(merges: tuple[int, ...]) -> int:
     return most
 
 
+@functools.cache
 def splits(tree: ReductionTree, node: Node) -> dict[int, tuple[int, ...]]:
     """Into how many equal parts the leaves of ``node`` may be cut, with the merges of one part: 1 always can.
 

@@ -117,42 +117,83 @@ def macros(problem: Problem, config: Sm90Config) -> dict[str, int]:
     }  # fmt: skip
 
 
-def run(problem: Problem, config: Sm90Config) -> None:
-    """Fills ``problem.out`` on the current stream. The caller has asked :func:`refuses` and :func:`fits`."""
-    device, depth = problem.a.device, problem.depth
-    sides = [(problem.a, problem.major[0]), (problem.b, problem.major[1])]
-    (a, major_a), (b, major_b) = reversed(sides) if config.swap else sides
-    rows, cols = a.shape[0], b.shape[0]
-    shared = config.shared_bytes(depth)
-    function = cuda.load(_SOURCE, "tree_gemm", tuple(macros(problem, config).items()), "sm_90a", shared, device.index)
+def compile_ahead(macros: dict[str, int]) -> None:
+    """Compiles into the disk cache, from any thread, without touching the GPU."""
+    cuda.compile_source(_SOURCE, macros, "sm_90a")
 
-    blocks = _multiprocessors(device.index) // config.cluster * config.cluster
-    tiles_m = -(-rows // (_BM * config.cluster))
-    tiles_n = -(-cols // config.cols)
-    tiles, clusters = tiles_m * tiles_n, blocks // config.cluster
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a launch needs and no pointer decides."""
+
+    function: ctypes.c_void_p
+    grid: int
+    shared: int
+    scratch: int  # floats
+    parts: int  # floats
+    counters: int
+    params: bytes
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    device: int, config: Sm90Config, macros: tuple, depth: int, rows: int, cols: int, steps: int, pieces: int,
+    merges: tuple[int, ...], part_merges: tuple[int, ...], blocks: int | None,
+) -> _Plan:  # fmt: skip
+    shared = config.shared_bytes(depth)
+    blocks = blocks or _multiprocessors(device)
+    clusters = max(1, blocks // config.cluster)
+    tiles_m, tiles_n = -(-rows // (_BM * config.cluster)), -(-cols // config.cols)
+    tiles = tiles_m * tiles_n
     whole = tiles if config.parts == 1 else tiles // clusters * clusters
     split_tiles = tiles - whole
-    tile_values = config.cluster * _BM * config.cols
-    stream = torch.cuda.current_stream(device).cuda_stream
-
-    scratch = torch.empty(blocks * _BM * config.cols * depth if depth > 1 else 0, dtype=torch.float32, device=device)
-    parts = torch.empty(split_tiles * config.parts * tile_values, dtype=torch.float32, device=device)
-    counters = arrivals(split_tiles * config.cluster * 2, device) if split_tiles else parts
-    bias = problem.bias.data_ptr() if problem.bias is not None else None
+    grid = min(clusters, whole + split_tiles * config.parts) * config.cluster
+    tile = _BM * config.cols
     params = _Params(
-        problem.out.data_ptr(), bias, scratch.data_ptr(), parts.data_ptr(), counters.data_ptr(), problem.out.stride(0),
-        rows, cols, problem.leaves, problem.pieces, -(-problem.length // _BK), tiles_m, tiles_n, whole,
-        max(1, config.group // config.cluster),
+        rows=rows, cols=cols, leaves=len(merges), pieces=pieces, steps=steps, tiles_m=tiles_m, tiles_n=tiles_n, whole=whole,
+        group=max(1, config.group // config.cluster),
     )  # fmt: skip
-    params.merges[: problem.leaves] = problem.merges
-    part = problem.splits[config.parts]
-    params.part_merges[: len(part)] = part
+    params.merges[: len(merges)] = merges
+    params.part_merges[: len(part_merges)] = part_merges
+    return _Plan(
+        function=cuda.load(_SOURCE, "tree_gemm", macros, "sm_90a", shared, device),
+        grid=grid,
+        shared=shared,
+        scratch=grid * tile * depth if depth > _held(config.cols) else 0,
+        parts=split_tiles * config.parts * config.cluster * tile,
+        counters=split_tiles * config.cluster * 2,
+        params=bytes(params),
+    )
 
+
+def run(problem: Problem, config: Sm90Config, blocks: int | None = None) -> None:
+    """Fills ``problem.out`` on the current stream. The caller has asked :func:`refuses` and :func:`fits`.
+
+    ``blocks``: how many multiprocessors to use (default: all). It moves the boundary between whole and split tiles.
+    """
+    device = problem.a.device
+    sides = [(problem.a, problem.major[0]), (problem.b, problem.major[1])]
+    (a, major_a), (b, major_b) = reversed(sides) if config.swap else sides
+    plan = _plan(
+        device.index, config, tuple(macros(problem, config).items()), problem.depth, a.shape[0], b.shape[0],
+        -(-problem.length // _BK), problem.pieces, problem.merges, problem.splits[config.parts], blocks,
+    )  # fmt: skip
+    params = _Params.from_buffer_copy(plan.params)
+    params.out, params.out_stride = problem.out.data_ptr(), problem.out.stride(0)
+    params.bias = problem.bias.data_ptr() if problem.bias is not None else None
+    keep = []  # freed to the allocator after the launch: later work on this stream comes after the kernel
+    if plan.scratch:
+        keep.append(torch.empty(plan.scratch, dtype=torch.float32, device=device))
+        params.scratch = keep[-1].data_ptr()
+    if plan.parts:
+        keep.append(torch.empty(plan.parts, dtype=torch.float32, device=device))
+        params.parts = keep[-1].data_ptr()
+        keep.append(arrivals(plan.counters, device))
+        params.arrivals = keep[-1].data_ptr()
     map_a = _operand_map(a, major_a, _BK if major_a else _BM, problem)
     map_b = _operand_map(b, major_b, (_BK if major_b else config.cols) // config.cluster, problem)
-    units = whole + split_tiles * config.parts
-    grid = min(blocks, units * config.cluster)
-    cuda.launch(function, grid, _THREADS, shared, stream, map_a, map_b, params)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    cuda.launch(plan.function, plan.grid, _THREADS, plan.shared, stream, map_a, map_b, params)
 
 
 def candidates(problem: Problem) -> list[Sm90Config]:
@@ -167,7 +208,7 @@ def candidates(problem: Problem) -> list[Sm90Config]:
     for cols, cluster, slots, swap in shapes:
         if slots and problem.depth <= _held(cols):
             continue  # nothing to park
-        for parts in problem.splits:
+        for parts in problem.splits if cluster == 1 else (1,):
             deepest = (Sm90Config(cols, stages, cluster, slots, parts, swap) for stages in (12, 10, 8, 6, 5, 4, 3))
             config = next((c for c in deepest if fits(problem, c)), None)
             if config is not None:

@@ -1,0 +1,56 @@
+"""The kernels as torch operators: opaque to torch.compile, with shapes it can trace, usable under CUDA graphs.
+
+``tpinv::tree_gemm`` and ``tpinv::column_sum`` have no gradient formula: the gradient of one product of a linear is another
+product, and which ranks share it is known to tpinv.functional alone.
+"""
+
+import torch
+from torch import Tensor
+
+from tpinv.kernels import sums, tuner
+from tpinv.kernels.problem import make_problems
+from tpinv.tree import ReductionTree
+
+_library = torch.library.Library("tpinv", "FRAGMENT")
+_library.define(
+    "tree_gemm(Tensor a, Tensor b, Tensor? bias, int leaves, str node_dtype, int rank, int ranks, int stride, "
+    "ScalarType out_dtype, str precision) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+_library.define(
+    "column_sum(Tensor x, int leaves, int rank, int ranks) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+
+
+def tree_gemm_cuda(a, b, bias, leaves, node_dtype, rank, ranks, stride, out_dtype, precision) -> Tensor:
+    tree = ReductionTree(leaves, node_dtype)
+    out = a.new_empty(len(tree.subtrees(rank, ranks)), a.shape[0], b.shape[1], dtype=out_dtype)
+    if out.numel() == 0:
+        return out
+    if a.shape[1] == 0:  # an empty sum
+        return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+    with torch.cuda.device(a.device):
+        for problem in make_problems(a, b.t(), out, bias, tree, rank, ranks, stride, precision):
+            tuner.run(problem)
+    return out
+
+
+def tree_gemm_fake(a, b, bias, leaves, node_dtype, rank, ranks, stride, out_dtype, precision) -> Tensor:
+    subtrees = ReductionTree(leaves, node_dtype).subtrees(rank, ranks)
+    return a.new_empty(len(subtrees), a.shape[0], b.shape[1], dtype=out_dtype)
+
+
+def column_sum_cuda(x, leaves, rank, ranks) -> Tensor:
+    with torch.cuda.device(x.device):
+        return sums.column_sum(x, ReductionTree(leaves), rank, ranks)
+
+
+def column_sum_fake(x, leaves, rank, ranks) -> Tensor:
+    return x.new_empty(len(ReductionTree(leaves).subtrees(rank, ranks)), x.shape[1], dtype=torch.float32)
+
+
+_library.impl("tree_gemm", tree_gemm_cuda, "CUDA")
+_library.impl("column_sum", column_sum_cuda, "CUDA")
+torch.library.register_fake("tpinv::tree_gemm", tree_gemm_fake, lib=_library)
+torch.library.register_fake("tpinv::column_sum", column_sum_fake, lib=_library)

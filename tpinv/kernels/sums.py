@@ -1,0 +1,107 @@
+"""Column sums on the GPU: bias and norm-weight gradients, with the bytes that plain torch additions give on a CPU.
+
+A plain sum has no tensor core to please. Inside a leaf its order is the left-complete binary tree over single elements, in
+fp32. That tree has a property which makes it fast: cut the rows into blocks of FAN (a power of two); the tree over all
+rows is the tree over the blocks' values, each block being such a tree itself. So one kernel, applied again to its own
+output until one row is left, computes it, with FAN independent loads in flight per thread and no shared memory. The leaves
+are combined by the same kernel, after the host has checked that the contract's tree over them is the left-complete one.
+
+An absent right child is skipped, not added as zero: -0.0 + 0.0 would lose the sign.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tpinv.tree import Node, ReductionTree
+
+FAN = 32  # rows of a block
+_COLUMNS = 512  # columns of a program
+
+
+@triton.jit
+def _block(ptr, row_stride, present, START: tl.constexpr, COUNT: tl.constexpr):
+    """The tree over rows START .. START + COUNT of a block, of which the first ``present`` (one number a column) exist."""
+    if COUNT == 1:
+        return tl.load(ptr + START * row_stride, mask=present > START, other=0.0).to(tl.float32)
+    else:
+        left = _block(ptr, row_stride, present, START, COUNT // 2)
+        right = _block(ptr, row_stride, present, START + COUNT // 2, COUNT // 2)
+        return tl.where(present > START + COUNT // 2, left + right, left)
+
+
+@triton.jit
+def column_sum_kernel(x_ptr, out_ptr, spans_ptr, cols, x_row, out_group, FAN: tl.constexpr, COLUMNS: tl.constexpr):
+    """out [groups, blocks, cols] fp32: the tree over rows block * FAN ... of each group. spans_ptr: int32 [groups, 2], first row
+    and number of rows. Grid: groups, blocks, column blocks."""
+    group = tl.program_id(0)
+    block = tl.program_id(1)
+    col = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    start = tl.load(spans_ptr + 2 * group).to(tl.int64)
+    count = tl.load(spans_ptr + 2 * group + 1)
+    present = count - block * FAN
+    if present > 0:
+        ptr = x_ptr + (start + block * FAN) * x_row + col
+        total = _block(ptr, x_row, tl.where(col < cols, present, 0), 0, FAN)
+        tl.store(out_ptr + group.to(tl.int64) * out_group + block.to(tl.int64) * cols + col, total, mask=col < cols)
+
+
+@functools.lru_cache(maxsize=1024)
+def _table(device: torch.device, spans: tuple[tuple[int, int], ...]) -> Tensor:
+    return torch.tensor(spans, dtype=torch.int32).to(device)
+
+
+def _groups_sum(x: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
+    """x [rows, H], spans of (first row, rows) -> fp32 [groups, H]; zero where a group has no rows."""
+    cols = x.shape[1]
+    while True:
+        counts = [count for _, count in spans]
+        blocks = max(1, -(-max(counts) // FAN))
+        out = torch.zeros if min(counts) == 0 else torch.empty
+        partial = out(len(spans), blocks, cols, dtype=torch.float32, device=x.device)
+        if cols and max(counts):
+            grid = (len(spans), blocks, triton.cdiv(cols, _COLUMNS))
+            column_sum_kernel[grid](x, partial, _table(x.device, spans), cols, x.stride(0), partial.stride(0), FAN=FAN, COLUMNS=_COLUMNS)
+        if blocks == 1:
+            return partial[:, 0]
+        # An empty group keeps one zero row, the value of its empty sum.
+        spans = tuple((group * blocks, max(1, -(-count // FAN))) for group, count in enumerate(counts))
+        x = partial.view(-1, cols)
+
+
+def _is_left_complete(tree: ReductionTree, node: Node) -> bool:
+    return tree.merges(node) == ReductionTree(node.stop - node.start).merges()
+
+
+def column_sum(x: Tensor, tree: ReductionTree, rank: int = 0, ranks: int = 1) -> Tensor:
+    """Sum of x over its rows, of which this rank holds its p-th part: values of its maximal subtrees, with float32 nodes.
+
+    Args:
+        x: [T/p, H], any floating dtype, unit column stride or not (then copied). T/p may be 0.
+        tree: over all T rows; leaf j covers ``tree.span(Node(j, j + 1), T)``.
+
+    Returns:
+        float32 [S, H], S = len(tree.subtrees(rank, ranks)).
+
+    Raises:
+        ValueError: x is not two-dimensional, or ranks does not divide the leaves (tree.owned).
+    """
+    if x.dim() != 2:
+        raise ValueError(f"column_sum sums the rows of a matrix, got shape {tuple(x.shape)}; flatten the tokens first")
+    tree = tree.with_float32_nodes()
+    owned = tree.owned(rank, ranks)
+    length = x.shape[0] * ranks
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    first = tree.span(Node(owned.start, owned.start), length).start
+    spans = (tree.span(Node(leaf, leaf + 1), length) for leaf in owned)
+    leaves = _groups_sum(x, tuple((span.start - first, len(span)) for span in spans))
+    nodes = tree.subtrees(rank, ranks)
+    if not all(_is_left_complete(tree, node) for node in nodes):
+        raise ValueError(f"{tree.fingerprint} is not left-complete below {nodes}; column_sum's kernel knows no other shape")
+    if len(nodes) == len(owned):
+        return leaves
+    return _groups_sum(leaves, tuple((node.start - owned.start, node.stop - node.start) for node in nodes))

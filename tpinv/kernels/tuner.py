@@ -1,0 +1,217 @@
+"""Chooses a configuration by timing, among those whose bits were verified on this very chip.
+
+What may vary is speed. Before a configuration is used it must give, on hostile inputs, the bytes of the one canonical
+configuration; that is asked once per chip, software version and kind of numerics (dtypes, layouts, tree), because another
+chip or compiler may round differently inside a matrix instruction. Configurations that disagree are struck off and counted:
+``tpinv doctor`` shows them. If all do, the canonical configuration is what runs. The one that wins on a shape is
+compared once more on the caller's own operands before it is kept.
+
+Choices are kept on disk (see tpinv.kernels.cuda.cache_dir) under a key that names the chip, the versions and the sources.
+TPINV_TUNE=0 takes the first verified candidate without timing.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from tpinv.kernels import cuda, gemm, sm90
+from tpinv.kernels.problem import Problem
+
+Config = gemm.TritonConfig | sm90.Sm90Config
+
+_chosen: dict[tuple, Config] = {}
+_verified: dict[tuple, bool] = {}
+
+
+def launch(problem: Problem, config: Config, blocks: int | None = None) -> None:
+    """Fills ``problem.out`` with ``config``."""
+    if isinstance(config, sm90.Sm90Config):
+        sm90.run(problem, config, blocks)
+    else:
+        gemm.run(problem, config)
+
+
+def run(problem: Problem) -> None:
+    """Fills ``problem.out`` with the fastest verified configuration."""
+    key = _shape_class(problem)
+    config = _chosen.get(key)
+    if config is None:
+        config = _choose(problem, key)
+    launch(problem, config)
+
+
+def _shape_class(problem: Problem) -> tuple:
+    """Shapes that share a choice. Rows are rounded up: to a power of two below 256, to three bits above."""
+    rows = problem.rows
+    step = max(1 << max(rows - 1, 15).bit_length() - 3, 1) if rows > 256 else 1 << max(rows - 1, 15).bit_length()
+    rows = -(-rows // step) * step
+    return (problem.a.device.index, problem.numerics(), rows, problem.cols, problem.length)
+
+
+# -- choosing --------------------------------------------------------------------------------------------------------------------
+
+
+def candidates(problem: Problem) -> list[Config]:
+    """What may be timed for ``problem``, likely winners first. Not verified yet."""
+    found: list[Config] = []
+    if sm90.refuses(problem) is None:
+        found += sm90.candidates(problem)
+    if problem.rows <= 64 or not found:
+        found += gemm.candidates(problem)
+    return found
+
+
+def _choose(problem: Problem, key: tuple) -> Config:
+    if torch.cuda.is_current_stream_capturing():
+        warnings.warn(
+            "tpinv meets a new shape while a CUDA graph is captured, where it can neither verify nor time; it uses the slow "
+            "canonical kernel. Run the model once before capturing.",
+            stacklevel=4,
+        )
+        return gemm.canonical(problem)
+    device = problem.a.device.index
+    stored = _load(device)
+    name = repr(key[1:])
+    options = candidates(problem)
+    by_name = {c.name: c for c in options}
+    known = by_name.get(stored.get(name, {}).get("config", ""))
+    if known is not None and verify(problem, known):
+        _chosen[key] = known
+        return known
+    _compile_ahead(problem, options)
+    if os.environ.get("TPINV_TUNE", "1") == "0":
+        winner = next((c for c in options if verify(problem, c)), gemm.canonical(problem))
+        times = {}
+    else:
+        times = {c: _time(problem, c) for c in options if verify(problem, c)}
+        ranking = sorted(times, key=times.get)
+        winner = next((c for c in ranking if _same_on(problem, c)), gemm.canonical(problem))
+    _chosen[key] = winner
+    row = {"config": winner.name, "microseconds": round(times.get(winner, 0.0), 2), "candidates": len(options)}
+    _store(device, name, row)
+    return winner
+
+
+def _compile_ahead(problem: Problem, options: list[Config]) -> None:
+    """NVRTC works outside the GIL: compiles what will be loaded one by one."""
+    jobs = [sm90.macros(problem, c) for c in options if isinstance(c, sm90.Sm90Config)]
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(sm90.compile_ahead, jobs))
+
+
+def _time(problem: Problem, config: Config) -> float:
+    """Median microseconds of ``config`` on the operands of ``problem``, writing to an output of its own."""
+    problem = dataclasses.replace(problem, out=torch.empty_like(problem.out))
+    for _ in range(2):
+        launch(problem, config)
+    samples = []
+    for _ in range(7):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # Three launches a sample: the first one hides the host's time behind the second and third.
+        launch(problem, config)
+        start.record()
+        launch(problem, config)
+        launch(problem, config)
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end) / 2 * 1e3)
+    return sorted(samples)[len(samples) // 2]
+
+
+# -- verifying -------------------------------------------------------------------------------------------------------------------
+
+
+def verify(problem: Problem, config: Config) -> bool:
+    """Whether ``config`` gives the canonical configuration's bytes on hostile operands with the numerics of ``problem``."""
+    key = (problem.a.device.index, problem.numerics(), config)
+    if key not in _verified:
+        probe = _probe(problem, tuple(problem.splits.items()))
+        _verified[key] = all(_equal(probe, config, blocks) for blocks in ((None, 2) if config.parts > 1 else (None,)))
+    return _verified[key]
+
+
+def _equal(problem: Problem, config: Config, blocks: int | None = None) -> bool:
+    """Byte equality with the canonical configuration. ``blocks``: fewer of them, so that whole and split tiles both occur."""
+    canonical = _poisoned(problem)
+    launch(canonical, gemm.canonical(problem))
+    mine = _poisoned(problem)
+    launch(mine, config, blocks)
+    return torch.equal(_bits(canonical.out), _bits(mine.out))
+
+
+def _same_on(problem: Problem, config: Config) -> bool:
+    return _equal(problem, config)
+
+
+def _poisoned(problem: Problem) -> Problem:
+    return dataclasses.replace(problem, out=torch.full_like(problem.out, float("nan")))
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.contiguous().view({2: torch.int16, 4: torch.int32}[t.element_size()])
+
+
+def _hostile(rows: int, k: int, like: Tensor, major: int, seed: int) -> Tensor:
+    """[rows, k]: wild exponents, rows that cancel, and rows of zeros of both signs; finite in every dtype."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    shape = (rows, k) if major == 0 else (k, rows)
+    x = torch.randn(shape, generator=generator, device=like.device)
+    spread = 4 if like.dtype == torch.float16 else 24
+    x = x * torch.exp2(torch.randint(-spread, spread + 1, shape, generator=generator, device=like.device).float())
+    x = x if major == 0 else x.t()
+    x[1::7] = 1e3 * x[1::7].sign() + x[1::7].clamp(-1, 1)
+    x[2::31] = torch.where(x[2::31] > 0, 0.0, -0.0)
+    return x.to(like.dtype)
+
+
+def _probe(problem: Problem, splits: tuple) -> Problem:
+    """A small problem of the same numerics: ragged tiles, leaves that are no multiple of a step."""
+    length = 264 if problem.leaves == 1 else 136
+    rows, cols = min(problem.rows, 296), min(problem.cols, 584)
+    k = problem.leaves * length * problem.pieces
+    a = _hostile(rows, k, problem.a, problem.major[0], 1)
+    b = _hostile(cols, k, problem.b, problem.major[1], 2)
+    bias = None if problem.bias is None else _hostile(1, cols, problem.bias, 0, 3)[0]
+    out = torch.empty(rows, cols, dtype=problem.out.dtype, device=a.device)
+    return dataclasses.replace(problem, a=a, b=b, out=out, bias=bias, length=length, piece_stride=problem.leaves * length)
+
+
+# -- the cache on disk -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _path(device: int) -> Path:
+    here = Path(__file__).parent
+    sources = [(here / name).read_text() for name in ("gemm.py", "sm90.py", "problem.py")] + [cuda.source("sm90_tree_gemm.cu")]
+    versions = [torch.cuda.get_device_name(device), torch.__version__, triton.__version__, str(torch.version.cuda)]
+    key = hashlib.sha256("\0".join(versions + sources).encode()).hexdigest()[:16]
+    return cuda.cache_dir() / f"choices-{key}.json"
+
+
+def _load(device: int) -> dict[str, dict]:
+    path = _path(device)
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _store(device: int, name: str, row: dict) -> None:
+    table = _load(device) | {name: row}
+    cuda.write_atomically(_path(device), json.dumps(table, indent=1).encode())
+
+
+def table(device: int = 0) -> dict[str, dict]:
+    """The choices on disk for ``device``: shape class -> configuration, microseconds, number of candidates."""
+    return _load(device)
+
+
+def struck_off() -> list[str]:
+    """Configurations that this process found to disagree with the canonical one."""
+    return [f"{config.name} for {numerics}" for (_, numerics, config), good in _verified.items() if not good]
