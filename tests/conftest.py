@@ -4,6 +4,16 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
+import pytest
+
+from tpinv.testing import RankPool
 
 hypothesis.settings.register_profile("shared cores", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("shared cores")
+
+
+@pytest.fixture(scope="session")
+def megatron_pool():
+    """Workers that have imported Megatron-Core, which takes seconds, once for all tests."""
+    with RankPool(preload=["tpinv.integrations.megatron.verify"]) as pool:
+        yield pool

@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     tree = ReductionTree(arguments.leaves, arguments.node_dtype)
+    tree.owned(0, arguments.tp)  # ValueError for 0 ranks too, which own nothing below
     owned = [tree.subtrees(rank, arguments.tp) for rank in range(arguments.tp)]
     console = Console(highlight=False)
     console.print(f"[bold]{tree.fingerprint}[/]  {arguments.tp} rank{'s' if arguments.tp > 1 else ''}")

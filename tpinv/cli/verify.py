@@ -64,8 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     tree = ReductionTree(arguments.leaves)
     for size in sizes:
         tree.owned(0, size)
-    if arguments.plot:
-        importlib.import_module("matplotlib")  # before the work, not after it
+    _check_outputs(arguments)
     console = Console()
     console.print(
         f"[bold]{tree.fingerprint}[/]  {arguments.framework} {arguments.variant}{' tied' if arguments.tied else ''}"
@@ -75,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(_table(rows))
     ok = _verdict(rows, console)
     if arguments.json:
-        listed = [{name: value for name, value in asdict(row).items() if name != "ulps"} for row in rows]
+        listed = [{name: value for name, value in asdict(row).items() if name not in ("ulps", "first_ulp")} for row in rows]
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump({"fingerprint": tree.fingerprint, "ok": ok, "rows": listed}, file, indent=1)
     if arguments.plot:
@@ -95,6 +94,18 @@ def _sizes(arguments: argparse.Namespace) -> tuple[int, ...]:
     if arguments.steps < 1 or arguments.micro_batches < 1:
         raise ValueError(f"--steps {arguments.steps} and --micro-batches {arguments.micro_batches} must be at least 1")
     return tuple(sizes)
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Before the work, not after it."""
+    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
+        if path and not os.path.isdir(directory := os.path.dirname(path) or "."):
+            raise ValueError(f"{option} {path} cannot be written: there is no directory {directory}")
+    if arguments.plot:
+        try:
+            importlib.import_module("matplotlib")
+        except ModuleNotFoundError as error:
+            raise ValueError(f"--plot needs matplotlib ({error}); pip install 'tpinv[plot]'") from error
 
 
 def _compare_all(arguments: argparse.Namespace, sizes: tuple[int, ...], console: Console) -> list[Row]:
