@@ -240,9 +240,9 @@ def run(problem: Problem, config: TritonConfig) -> None:
 def candidates(problem: Problem) -> list[TritonConfig]:
     """Configurations worth timing for ``problem``."""
     rows, half = problem.rows, problem.a.element_size() == 2
-    if rows <= 64:
-        tile = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        shapes = [(tile, 32, 128, 4, 4, False), (tile, 64, 128, 4, 4, False), (tile, 64, 128, 4, 4, True), (tile, 16, 256, 4, 4, False)]
+    if rows <= 128:
+        tile = max(16, 1 << (rows - 1).bit_length())
+        shapes = [(tile, 32, 128, 4, 4, False), (tile, 64, 128, 4, 4, False), (tile, 64, 128, 4, 4, True), (tile, 16, 256, 4, 4, False), (tile, 32, 128, 4, 5, False)]
         if not half:
             shapes = [(tile, 32, 64, 4, 4, False), (tile, 64, 64, 4, 3, False)]
     elif half:

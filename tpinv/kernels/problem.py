@@ -23,12 +23,35 @@ from tpinv.tree import Node, ReductionTree
 @functools.cache
 def most_pending(merges: tuple[int, ...]) -> int:
     """How many values wait at most while a later leaf is accumulated: the stack a kernel needs."""
+    return _most_pending(tuple((i, count) for i, count in enumerate(merges)), merges)
+
+
+@functools.cache
+def most_pending_pairs(merges: tuple[int, ...]) -> int:
+    """The same for a kernel that keeps a left leaf in its accumulators until its sibling, the next leaf, is finished.
+
+    ValueError when some left leaf is not followed by its sibling: no left-complete tree, and a kernel that must not be used.
+    """
+    steps, i = [], 0
+    while i < len(merges):
+        if merges[i] == 0 and i + 1 < len(merges):
+            if merges[i + 1] == 0:
+                raise ValueError(f"merges={merges}: leaf {i + 1} is no sibling of leaf {i}")
+            i += 1
+            steps.append((i, merges[i] - 1))
+        else:
+            steps.append((i, merges[i]))
+        i += 1
+    return _most_pending(tuple(steps), merges)
+
+
+def _most_pending(steps: tuple[tuple[int, int], ...], merges: tuple[int, ...]) -> int:
     pending, most = 0, 0
-    for i, count in enumerate(merges):
+    for leaf, count in steps:
         most = max(most, pending)
         pending += 1 - count
         if pending < 1:
-            raise ValueError(f"merges={merges} pops a value that is not there after leaf {i}")
+            raise ValueError(f"merges={merges} pops a value that is not there after leaf {leaf}")
     if pending != 1:
         raise ValueError(f"merges={merges} leaves {pending} values instead of one")
     return most
@@ -92,10 +115,6 @@ class Problem:
     @property
     def cols(self) -> int:
         return self.out.shape[1]
-
-    @property
-    def depth(self) -> int:
-        return most_pending(self.merges)
 
     @property
     def major(self) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import torch
 
 from tpinv.kernels import cuda
 from tpinv.kernels.counters import arrivals
-from tpinv.kernels.problem import Problem
+from tpinv.kernels.problem import Problem, most_pending, most_pending_pairs
 
 _SOURCE = "sm90_tree_gemm.cu"
 _BM, _BK, _THREADS, _CONSUMERS = 128, 64, 384, 256
@@ -21,8 +21,8 @@ _OUT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_LEAVES = 64
 
 
-def _held(cols: int) -> int:
-    """Positions of the stack that the source keeps in registers for tiles of this width (kRoom)."""
+def _room(cols: int) -> int:
+    """Positions of the stack that fit in registers for tiles of this width: kRoom of the source."""
     return 2 if cols <= 64 else 0 if cols == 192 else 1
 
 
@@ -43,11 +43,18 @@ class Sm90Config:
     def name(self) -> str:
         return "sm90-" + "-".join(str(int(v)) for v in asdict(self).values())
 
-    def shared_bytes(self, depth: int) -> int:
-        held = min(depth, _held(self.cols))
-        held_shared = 64 * _CONSUMERS * 4 if depth > 0 and self.cols == 256 else 0
-        slots = self.shared_slots if depth > held else 0
-        return 1024 + self.stages * (_BM + self.cols) * _BK * 2 + slots * self.cols * 512 + held_shared + 16 * self.stages
+    def stack_depth(self, merges: tuple[int, ...]) -> int:
+        """DEPTH of the source: tiles up to 192 columns have accumulators for a leaf and its sibling."""
+        return most_pending_pairs(merges) if self.cols <= 192 else most_pending(merges)
+
+    def spills(self, merges: tuple[int, ...]) -> bool:
+        """Whether positions of the stack remain that are not in registers."""
+        return self.stack_depth(merges) > _room(self.cols)
+
+    def shared_bytes(self, merges: tuple[int, ...]) -> int:
+        held_shared = 64 * _CONSUMERS * 4 if self.cols == 256 and self.stack_depth(merges) > 0 else 0
+        slots = self.shared_slots * self.cols * 512 if self.spills(merges) else 0
+        return 1024 + self.stages * (_BM + self.cols) * _BK * 2 + slots + held_shared + 16 * self.stages
 
 
 class _Params(ctypes.Structure):
@@ -84,7 +91,7 @@ def fits(problem: Problem, config: Sm90Config) -> bool:
     out = problem.out
     vectors = problem.cols % 8 == 0 and out.stride(0) % 8 == 0 and out.data_ptr() % 16 == 0
     narrow = config.cols < 64 and problem.major[0 if config.swap else 1] == 1  # copies bring 64 contiguous columns
-    return (vectors or config.swap) and not narrow and config.parts in problem.splits and config.shared_bytes(problem.depth) + 64 <= _SHARED_LIMIT
+    return (vectors or config.swap) and not narrow and config.parts in problem.splits and config.shared_bytes(problem.merges) + 64 <= _SHARED_LIMIT
 
 
 def _operand_map(t: torch.Tensor, major: int, rows: int, problem: Problem):
@@ -110,7 +117,7 @@ def macros(problem: Problem, config: Sm90Config) -> dict[str, int]:
     """The specialization of the source that ``config`` needs for ``problem``."""
     major_a, major_b = reversed(problem.major) if config.swap else problem.major
     return {
-        "BN": config.cols, "STAGES": config.stages, "CLUSTER": config.cluster, "DEPTH": problem.depth,
+        "BN": config.cols, "STAGES": config.stages, "CLUSTER": config.cluster, "DEPTH": config.stack_depth(problem.merges),
         "A_MAJOR": major_a, "B_MAJOR": major_b, "IN_FP16": int(problem.a.dtype == torch.float16),
         "OUT": _OUT[problem.out.dtype], "NODE_BF16": int(problem.node_bf16), "BIAS": int(problem.bias is not None),
         "SHARED_SLOTS": config.shared_slots, "SPLIT": config.parts, "SWAP": int(config.swap),
@@ -137,10 +144,10 @@ class _Plan:
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    device: int, config: Sm90Config, macros: tuple, depth: int, rows: int, cols: int, steps: int, pieces: int,
+    device: int, config: Sm90Config, macros: tuple, rows: int, cols: int, steps: int, pieces: int,
     merges: tuple[int, ...], part_merges: tuple[int, ...], blocks: int | None,
 ) -> _Plan:  # fmt: skip
-    shared = config.shared_bytes(depth)
+    shared = config.shared_bytes(merges)
     blocks = blocks or _multiprocessors(device)
     clusters = max(1, blocks // config.cluster)
     tiles_m, tiles_n = -(-rows // (_BM * config.cluster)), -(-cols // config.cols)
@@ -159,7 +166,7 @@ def _plan(
         function=cuda.load(_SOURCE, "tree_gemm", macros, "sm_90a", shared, device),
         grid=grid,
         shared=shared,
-        scratch=grid * tile * depth if depth > _held(config.cols) else 0,
+        scratch=grid * tile * config.stack_depth(merges) if config.spills(merges) else 0,
         parts=split_tiles * config.parts * config.cluster * tile,
         counters=split_tiles * config.cluster * 2,
         params=bytes(params),
@@ -175,7 +182,7 @@ def run(problem: Problem, config: Sm90Config, blocks: int | None = None) -> None
     sides = [(problem.a, problem.major[0]), (problem.b, problem.major[1])]
     (a, major_a), (b, major_b) = reversed(sides) if config.swap else sides
     plan = _plan(
-        device.index, config, tuple(macros(problem, config).items()), problem.depth, a.shape[0], b.shape[0],
+        device.index, config, tuple(macros(problem, config).items()), a.shape[0], b.shape[0],
         -(-problem.length // _BK), problem.pieces, problem.merges, problem.splits[config.parts], blocks,
     )  # fmt: skip
     params = _Params.from_buffer_copy(plan.params)
@@ -198,19 +205,22 @@ def run(problem: Problem, config: Sm90Config, blocks: int | None = None) -> None
 
 def candidates(problem: Problem) -> list[Sm90Config]:
     """Configurations worth timing for ``problem``: many tokens want wide tiles, few want W streamed past them."""
-    shapes = []
-    if problem.rows <= 128:
-        cols = max(16, 1 << (problem.rows - 1).bit_length())
+    rows, shapes = problem.rows, []
+    if rows <= 128:
+        cols = max(16, 1 << (rows - 1).bit_length())
         shapes += [(cols, 1, slots, True) for slots in (0, 1)]
-    if problem.rows > 64:
-        shapes += [(cols, cluster, slots, False) for cols in (256, 192, 128) for cluster in (2, 1) for slots in (0, 1)]
+    if rows > 64:
+        widths = (256, 192, 128) if rows > 512 else (256, 192, 128, 64)
+        clusters = (2, 1) if rows > 512 else (1,)
+        shapes += [(cols, cluster, slots, False) for cols in widths for cluster in clusters for slots in (0, 1)]
     found = []
     for cols, cluster, slots, swap in shapes:
-        if slots and problem.depth <= _held(cols):
-            continue  # nothing to park
         for parts in problem.splits if cluster == 1 else (1,):
             deepest = (Sm90Config(cols, stages, cluster, slots, parts, swap) for stages in (12, 10, 8, 6, 5, 4, 3))
             config = next((c for c in deepest if fits(problem, c)), None)
-            if config is not None:
-                found.append(config)
+            if config is None or (slots and not config.spills(problem.merges)):
+                continue
+            if cols == 256 and config.stack_depth(problem.merges) > 1:
+                continue  # two more tiles of 128 KB each have no place to wait
+            found.append(config)
     return found

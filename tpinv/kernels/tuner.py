@@ -65,7 +65,7 @@ def candidates(problem: Problem) -> list[Config]:
     found: list[Config] = []
     if sm90.refuses(problem) is None:
         found += sm90.candidates(problem)
-    if problem.rows <= 64 or not found:
+    if problem.rows <= 128 or not found:
         found += gemm.candidates(problem)
     return found
 
