@@ -1,4 +1,4 @@
-"""What the Megatron tests run on ranks. A module of its own, so that workers import it by name."""
+"""What the Megatron tests run on ranks, and what they share. A module of its own, so that workers import it by name."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from tpinv.integrations.megatron import convert, on_cpu
-from tpinv.integrations.megatron.verify import Run, build_config, build_model, real_text
+from tpinv.integrations.megatron import gpt_layer_spec, on_cpu
+from tpinv.integrations.megatron.specs import block_spec
+from tpinv.integrations.megatron.verify import DTYPES, Run, StockProvider, build_config, build_model, real_text
 from tpinv.layers import unshard
 
 
@@ -23,47 +25,85 @@ def in_megatron(job: Callable, tp: int, *args):
         parallel_state.destroy_model_parallel()
 
 
-def logits_of(run: Run, model, vocab: int | None = None) -> Tensor:
-    """Whole logits [b, s, V] of one batch of real text."""
-    tokens = real_text()[: 2 * run.sequence].view(2, -1)
-    mask = torch.ones(1, 1, run.sequence, run.sequence).triu(1).bool()
+def unconverted(run: Run, *, spec: str = "stock", config=None, **settings) -> GPTModel:
+    """The GPT of ``run`` before conversion, from Megatron's local spec or ("tpinv") from ours. ``settings`` are GPTModel's."""
+    config = build_config(run) if config is None else config
+    torch.manual_seed(run.seed)
+    model = GPTModel(
+        config,
+        transformer_layer_spec=gpt_layer_spec(config, tree=run.tree) if spec == "tpinv" else block_spec(config, StockProvider()),
+        vocab_size=run.vocab_size,
+        max_sequence_length=run.sequence,
+        position_embedding_type="rope" if run.variant == "llama" else "learned_absolute",
+        share_embeddings_and_output_weights=run.tied,
+        **settings,
+    )
+    return model.to(DTYPES[run.dtype])
+
+
+def batch(run: Run, shift: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [2, s] of real text, their positions, and the causal mask."""
+    tokens = real_text()[shift : shift + 2 * run.sequence].view(2, -1)
+    return tokens, torch.arange(run.sequence).expand(2, -1), torch.ones(1, 1, run.sequence, run.sequence).triu(1).bool()
+
+
+def gathered(tensor: Tensor) -> list[Tensor]:
+    tensor = tensor.detach().contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return parts
+
+
+def logits_of(run: Run, model) -> Tensor:
+    """Whole logits [2, s, V] of one batch."""
     with torch.no_grad():
-        logits = model(tokens, torch.arange(run.sequence).expand(2, -1), mask).contiguous()
-    parts = [torch.empty_like(logits) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, logits)
-    return torch.cat(parts, -1)
+        logits = model(*batch(run))
+    return logits if logits.shape[-1] == run.vocab_size else torch.cat(gathered(logits), -1)
 
 
-def save_checkpoint(run: Run, directory: str) -> Tensor:
-    """Saves the model of ``run`` with Megatron's distributed checkpoint; returns its logits."""
-    model = build_model(run, build_config(run))
+def whole(model, attribute: str | None = None) -> dict[str, Tensor]:
+    """Every parameter (or its ``attribute``), put together from the shards. RuntimeError if replicas are not the same bytes."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        parts = gathered(parameter if attribute is None else getattr(parameter, attribute))
+        if getattr(parameter, "tensor_model_parallel", False):
+            tensors[name] = unshard(parts, parameter.partition_dim, parameter.partition_stride)
+        else:
+            if any(not torch.equal(part.view(torch.uint8), parts[0].view(torch.uint8)) for part in parts):
+                raise RuntimeError(f"{name} is replicated but not the same bytes on all ranks")
+            tensors[name] = parts[0]
+    return tensors
+
+
+def step(run: Run, model) -> dict[str, Tensor]:
+    """One forward and backward: whole logits, the loss of every token, and every whole gradient before any finalisation."""
+    loss = model(*batch(run), labels=batch(run, 1)[0])
+    loss.mean().backward()
+    gradients = {f"grad/{name}": tensor for name, tensor in whole(model, "grad").items()}
+    return {"logits": logits_of(run, model), "loss": loss.detach(), **gradients}
+
+
+def save_checkpoint(run: Run, directory: str) -> dict[str, Tensor]:
+    """Saves the model of ``run`` with Megatron's distributed checkpoint; returns its logits and every whole parameter."""
+    model = _built(run)
     if dist.get_rank() == 0:
         Path(directory).mkdir()
     dist.barrier()
     dist_checkpointing.save(model.sharded_state_dict(metadata=_metadata()), directory)
-    return logits_of(run, model)
+    return {"logits": logits_of(run, model), **whole(model)}
 
 
 def load_checkpoint(run: Run, directory: str) -> dict[str, Tensor]:
-    """Loads it into a model drawn from another seed; returns the logits and every whole parameter."""
-    model = build_model(run, build_config(run))
-    state = dist_checkpointing.load(model.sharded_state_dict(metadata=_metadata()), directory)
-    model.load_state_dict(state)
-    return {"logits": logits_of(run, model), **whole_parameters(model)}
+    """Loads it into the model of ``run``, which should have another seed; returns the same as save_checkpoint."""
+    model = _built(run)
+    model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(metadata=_metadata()), directory))
+    return {"logits": logits_of(run, model), **whole(model)}
+
+
+def _built(run: Run):
+    """In one dtype, as Float16Module makes it: learned positions are drawn in float32."""
+    return build_model(run, build_config(run)).to(DTYPES[run.dtype])
 
 
 def _metadata() -> dict:
     return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-
-
-def whole_parameters(model) -> dict[str, Tensor]:
-    whole = {}
-    for name, parameter in model.named_parameters():
-        parts = [torch.empty_like(parameter) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, parameter.detach().contiguous())
-        sharded = getattr(parameter, "tensor_model_parallel", False)
-        whole[name] = unshard(parts, parameter.partition_dim, parameter.partition_stride) if sharded else parts[0]
-    return whole
-
-
-__all__ = ["convert", "in_megatron", "load_checkpoint", "logits_of", "save_checkpoint", "whole_parameters"]
