@@ -9,7 +9,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from tpinv.integrations.megatron import gpt_layer_spec, on_cpu
+from tpinv.integrations.megatron import gpt_layer_spec, is_converted, on_cpu
 from tpinv.integrations.megatron.specs import block_spec
 from tpinv.integrations.megatron.verify import DTYPES, Run, StockProvider, build_config, build_model, real_text
 from tpinv.layers import unshard
@@ -61,15 +61,15 @@ def logits_of(run: Run, model) -> Tensor:
     return logits if logits.shape[-1] == run.vocab_size else torch.cat(gathered(logits), -1)
 
 
-def whole(model, attribute: str | None = None) -> dict[str, Tensor]:
-    """Every parameter (or its ``attribute``), put together from the shards. RuntimeError if replicas are not the same bytes."""
+def whole(model, attribute: str | None = None, *, replicas: bool = True) -> dict[str, Tensor]:
+    """Every parameter (or its ``attribute``), put together from the shards. RuntimeError if ``replicas`` are not the same bytes."""
     tensors = {}
     for name, parameter in model.named_parameters():
         parts = gathered(parameter if attribute is None else getattr(parameter, attribute))
         if getattr(parameter, "tensor_model_parallel", False):
             tensors[name] = unshard(parts, parameter.partition_dim, parameter.partition_stride)
         else:
-            if any(not torch.equal(part.view(torch.uint8), parts[0].view(torch.uint8)) for part in parts):
+            if replicas and any(not torch.equal(part.view(torch.uint8), parts[0].view(torch.uint8)) for part in parts):
                 raise RuntimeError(f"{name} is replicated but not the same bytes on all ranks")
             tensors[name] = parts[0]
     return tensors
@@ -79,7 +79,8 @@ def step(run: Run, model) -> dict[str, Tensor]:
     """One forward and backward: whole logits, the loss of every token, and every whole gradient before any finalisation."""
     loss = model(*batch(run), labels=batch(run, 1)[0])
     loss.mean().backward()
-    gradients = {f"grad/{name}": tensor for name, tensor in whole(model, "grad").items()}
+    gradients = whole(model, "grad", replicas=is_converted(model))  # stock's q/k norms hold a part each, until finalisation
+    gradients = {f"grad/{name}": tensor for name, tensor in gradients.items()}
     return {"logits": logits_of(run, model), "loss": loss.detach(), **gradients}
 
 

@@ -1,0 +1,317 @@
+"""convert: what it changes and what it leaves, the same model by every way that leads to it, and every refusal."""
+
+import copy
+import logging
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core")
+
+import megatron_jobs as jobs
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.transformer.module import Float16Module
+from torch import nn
+
+from tpinv import ReductionTree
+from tpinv.integrations.megatron import TPInvariantSpecProvider, convert, gpt_layer_spec, hybrid_stack_spec, is_converted
+from tpinv.integrations.megatron.layers import TPInvariantNorm
+from tpinv.integrations.megatron.verify import Run, build_config
+from tpinv.testing import assert_bitwise_equal, compare
+
+pytestmark = pytest.mark.megatron
+
+LLAMA = Run("tpinv", 2, False, (1, 2), variant="llama", qk_norm=True, num_layers=1)
+GPT = replace(LLAMA, variant="gpt", tied=True)
+BOTH = pytest.mark.parametrize("run", [LLAMA, GPT], ids=["llama", "gpt"])
+TREE = LLAMA.tree
+
+
+def on(pool, job, *args, tp: int = 2):
+    return pool.run(jobs.in_megatron, tp, job, tp, *args)
+
+
+def state_of(model) -> dict:
+    """All that a refused conversion must leave: classes, attributes of modules and parameters, and the values."""
+    modules = {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
+    parameters = {name: (id(p), p.detach().sum().item(), dict(vars(p))) for name, p in model.named_parameters()}
+    return {"modules": modules, "parameters": parameters}
+
+
+def checkpoint_keys(model) -> dict:
+    sharded = model.sharded_state_dict()
+    places = ("key", "global_shape", "global_offset", "local_shape", "axis_fragmentations", "replica_id")
+    return {name: [getattr(value, place, None) for place in places] for name, value in sharded.items()}
+
+
+def logged(model, tree: ReductionTree) -> list[str]:
+    messages, handler = [], logging.Handler()
+    handler.emit = lambda record: messages.append(f"{record.levelname} {record.getMessage()}")
+    logger = logging.getLogger("tpinv")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        assert convert(model, tree=tree) is model
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return messages
+
+
+def names_and_messages(run: Run):
+    model = jobs.unconverted(run)
+    before, keys = {name: id(p) for name, p in model.named_parameters()}, checkpoint_keys(model)
+    assert not is_converted(model)
+    first = logged(model, run.tree)
+    assert is_converted(model)
+    assert {name: id(p) for name, p in model.named_parameters()} == before and checkpoint_keys(model) == keys
+    once = state_of(model)
+    second = logged(model, run.tree)
+    assert state_of(model) == once
+    with pytest.raises(
+        ValueError, match="converted with tpinv1-rfc6962-L8-float32 already, not tpinv1-rfc6962-L4-float32; build the model"
+    ):
+        convert(model, tree=ReductionTree(4))
+    assert state_of(model) == once
+    return first, second, logged(jobs.unconverted(run, spec="tpinv"), run.tree)
+
+
+def test_parameters_and_checkpoint_keys_stay_and_twice_is_once(megatron_pool):
+    for (first,), second, (from_spec,) in on(megatron_pool, names_and_messages, LLAMA):
+        assert first == (
+            "INFO tpinv1-rfc6962-L8-float32: replaced 3 ColumnParallelLinear, 1 DotProductAttention, 5 RMSNorm, 2 RowParallelLinear, "
+            "1 VocabParallelEmbedding, the loss and the gradient finalisation"
+        )
+        assert second == []
+        assert "replaced 1 ColumnParallelLinear, 1 VocabParallelEmbedding, the loss" in from_spec
+    for (first,), second, _ in on(megatron_pool, names_and_messages, replace(GPT, qk_norm=False)):
+        assert "1 Embedding" in first and "3 LayerNorm" in first and second == []
+
+
+def by_every_way(run: Run) -> dict[str, dict]:
+    """One step of the same model, converted in different ways; "stock" is not converted."""
+    weights = {name: p.detach().clone() for name, p in jobs.unconverted(replace(run, seed=99)).named_parameters()}
+    ways = {
+        "stock": jobs.unconverted(run),
+        "built stock": convert(jobs.unconverted(run), tree=run.tree),
+        "built from specs": convert(jobs.unconverted(run, spec="tpinv"), tree=run.tree),
+        "loaded before": jobs.unconverted(run),
+        "loaded after": convert(jobs.unconverted(run), tree=run.tree),
+    }
+    for way in ("loaded before", "loaded after"):
+        ways[way].load_state_dict(weights, strict=False)
+    convert(ways["loaded before"], tree=run.tree)
+    original = ways["built stock"]
+    # Stock modules hold process groups, which torch cannot copy: a memo says that they are to be shared.
+    groups = [value for m in original.modules() for value in vars(m).values() if isinstance(value, torch.distributed.ProcessGroup)]
+    groups += [m.pg_collection for m in original.modules() if hasattr(m, "pg_collection")]
+    ways["copied"] = copy.deepcopy(original, {id(group): group for group in groups})
+    assert ways["copied"].compute_language_model_loss.__self__ is ways["copied"]
+    marks = [[{k: v for k, v in vars(p).items() if isinstance(v, int)} for p in m.parameters()] for m in (original, ways["copied"])]
+    assert marks[0] == marks[1]
+    assert all(is_converted(model) for way, model in ways.items() if way != "stock")
+    return {way: jobs.step(run, model) for way, model in ways.items()}
+
+
+@BOTH
+def test_every_way_leads_to_the_same_bytes(run, megatron_pool):
+    found = on(megatron_pool, by_every_way, run)[0]
+    alone = on(megatron_pool, by_every_way, replace(run, tp=1), tp=1)[0]
+    for name, expected in alone["built stock"].items():
+        for way in ("built stock", "built from specs", "copied"):
+            assert_bitwise_equal(found[way][name], expected, f"{name}, {way}")
+        assert_bitwise_equal(found["loaded after"][name], found["loaded before"][name], name)
+        assert_bitwise_equal(found["loaded after"][name], alone["loaded before"][name], name)
+    assert compare(found["loaded after"]["loss"], found["built stock"]["loss"]), "other weights"
+    differing = [name for name, expected in alone["stock"].items() if compare(found["stock"][name], expected)]
+    assert len(differing) > len(alone["stock"]) / 2, "the twin"
+
+
+def wrapped(run: Run, when: str) -> dict:
+    """Gradients of one step of a bf16 model in Float16Module and DistributedDataParallel, converted inside or outside of them."""
+    config = build_config(run)
+    model = jobs.unconverted(run)
+    if when == "before":
+        convert(model, tree=run.tree)
+    chunk = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), Float16Module(config, model))
+    if when == "after":
+        assert convert([chunk], tree=run.tree) == [chunk] and is_converted(chunk)
+    loss = chunk(*jobs.batch(run), labels=jobs.batch(run, 1)[0])
+    loss.mean().backward()
+    finalize_model_grads([chunk])
+    return {"loss": loss.detach(), **jobs.whole(model, "main_grad", replicas=is_converted(chunk))}
+
+
+@BOTH
+def test_wrapped_in_float16_module_and_data_parallel(run, megatron_pool):
+    run = replace(run, dtype="bf16")
+    alone = on(megatron_pool, wrapped, replace(run, tp=1), "before", tp=1)[0]
+    for when in ("before", "after"):
+        found = on(megatron_pool, wrapped, run, when)[0]
+        for name, expected in alone.items():
+            assert_bitwise_equal(found[name], expected, f"{name}, converted {when} wrapping")
+    stock = on(megatron_pool, wrapped, run, "never")[0]
+    assert sum(bool(compare(stock[name], expected)) for name, expected in alone.items()) > len(alone) / 2
+
+
+CONFIG_REFUSALS = {  # setting: (value, how the message names it and the fix)
+    "hidden_dropout": (0.1, "hidden_dropout=0.1: dropout draws from a stream per rank; set hidden_dropout=0.0"),
+    "attention_dropout": (0.1, "attention_dropout=0.1: dropout draws from a stream per rank; set attention_dropout=0.0"),
+    "fp8": ("hybrid", "fp8='hybrid': fp8 scales are taken from a rank's shard; set fp8=None"),
+    "fp4": ("e2m1", "fp4='e2m1': fp4 scales are taken from a rank's shard; set fp4=None"),
+    "tp_comm_overlap": (True, "tp_comm_overlap=True: userbuffers add chunks in an order of their own; set tp_comm_overlap=False"),
+    "gradient_accumulation_fusion": (True, "gradient_accumulation_fusion=True: .*; set gradient_accumulation_fusion=False"),
+    "defer_embedding_wgrad_compute": (True, "set defer_embedding_wgrad_compute=False"),
+    "cpu_offloading": (True, "set cpu_offloading=False"),
+    "multi_latent_attention": (True, "multi_latent_attention=True: .* not covered; set multi_latent_attention=False"),
+    "num_moe_experts": (4, "num_moe_experts=4: mixture of experts is not covered; set num_moe_experts=None"),
+    "mtp_num_layers": (1, "mtp_num_layers=1: .* not covered; set mtp_num_layers=None"),
+    "layernorm_zero_centered_gamma": (True, "set layernorm_zero_centered_gamma=False"),
+    "symmetric_ar_type": ("two_shot", "symmetric_ar_type='two_shot': .*; set symmetric_ar_type=None"),
+    "use_kitchen": (True, "set use_kitchen=False"),
+    "use_te_activation_func": (True, "set use_te_activation_func=False"),
+    "batch_invariant_mode": (True, "batch_invariant_mode=True: .*; set batch_invariant_mode=False"),
+    "context_parallel_size": (2, "context_parallel_size=2: not covered; use 1"),
+    "num_query_groups": (1, "num_query_groups=1 is not a multiple of the tensor-parallel size 2: .*; use a tensor-parallel size that divides 1"),
+    "softmax_type": ("learnable", "softmax_type='learnable': .*; use 'vanilla'"),
+    "bias_activation_fusion": (True, "bias_activation_fusion with GELU: .*; set bias_activation_fusion=False"),
+    "cross_entropy_fusion_impl": ("linear", "cross_entropy_fusion_impl='linear' bypasses the output layer; set cross_entropy_loss_fusion=False"),
+}  # fmt: skip
+
+
+def config_refusals() -> dict[str, str]:
+    found, model = {}, jobs.unconverted(GPT)
+    config = model.config
+    for name, (value, _) in CONFIG_REFUSALS.items():
+        saved = {key: getattr(config, key) for key in (name, "cross_entropy_loss_fusion") if hasattr(config, key)}
+        setattr(config, name, value)
+        config.cross_entropy_loss_fusion = name == "cross_entropy_fusion_impl"
+        before = state_of(model)
+        calls = {"convert": lambda: convert([model], tree=TREE)}
+        calls["spec"] = lambda: gpt_layer_spec(config, tree=TREE)
+        calls["hybrid spec"] = lambda: hybrid_stack_spec(config, tree=TREE)
+        for call, make in calls.items():
+            with pytest.raises(ValueError, match="this model cannot be made invariant to the tensor-parallel size") as error:
+                make()
+            found[name, call] = str(error.value)
+        assert state_of(model) == before and not is_converted(model)
+        for key in saved.keys() | {name}:
+            setattr(config, key, saved[key]) if key in saved else delattr(config, key)
+    config.fp8, config.hidden_dropout = "hybrid", 0.5
+    with pytest.raises(ValueError) as error:
+        convert(model, tree=TREE)
+    found["two at once"] = str(error.value)
+    config.fp8, config.hidden_dropout = None, 0.0
+    convert(model, tree=TREE)
+    return found
+
+
+def test_settings_that_cannot_be_invariant_are_refused(megatron_pool):
+    found = on(megatron_pool, config_refusals)[1]
+    assert "fp8='hybrid'" in found["two at once"] and "hidden_dropout=0.5" in found.pop("two at once")
+    assert len(found) == 3 * len(CONFIG_REFUSALS)
+    for (name, call), message in found.items():
+        assert message.count("\n  - ") == 1, f"{name}: one reason"
+        assert re.search(CONFIG_REFUSALS[name][1], message), call
+
+
+def _first_layer(model):
+    return model.decoder.layers[0]
+
+
+def _unmark(model):
+    del _first_layer(model).mlp.linear_fc1.weight.partition_stride
+
+
+def _unknown(model):
+    _first_layer(model).adapter = nn.Linear(4, 4)
+
+
+def _l2_norm(model):
+    from megatron.core.transformer.torch_norm import L2Norm
+
+    _first_layer(model).self_attention.q_layernorm = L2Norm(hidden_size=8)
+
+
+MODULE_REFUSALS = {
+    "module with parameters": (
+        _unknown,
+        "decoder.layers.0.adapter: torch.nn.modules.linear.Linear owns parameters and is not covered; use",
+    ),
+    "module that is not covered": (
+        _l2_norm,
+        "decoder.layers.0.self_attention.q_layernorm: .*L2Norm is not covered; use the local layer spec",
+    ),
+    "no partition_stride": (_unmark, "linear_fc1: its weight has no partition_stride, .*; build with perform_initialization=True"),
+    "expert": (lambda m: setattr(_first_layer(m).mlp.linear_fc1, "is_expert", True), "linear_fc1: an expert's linear is not covered"),
+    "sum elsewhere": (
+        lambda m: setattr(_first_layer(m).mlp.linear_fc1, "disable_grad_reduce", True),
+        "linear_fc1: disable_grad_reduce moves the sum elsewhere; set it to False",
+    ),
+    "whole input": (
+        lambda m: setattr(_first_layer(m).mlp.linear_fc2, "input_is_parallel", False),
+        "linear_fc2: input_is_parallel=False is not covered; pass this rank's features",
+    ),
+}
+
+
+def module_refusal(name: str) -> str:
+    model = jobs.unconverted(LLAMA)
+    MODULE_REFUSALS[name][0](model)
+    before = state_of(model)
+    with pytest.raises(ValueError) as error:
+        convert(model, tree=TREE)
+    assert state_of(model) == before and not is_converted(model)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", MODULE_REFUSALS)
+def test_modules_that_are_not_covered_are_refused(name, megatron_pool):
+    message = on(megatron_pool, module_refusal, name)[0]
+    assert re.search(MODULE_REFUSALS[name][1], message), message
+
+
+def other_refusals() -> None:
+    model = jobs.unconverted(LLAMA)
+    before = state_of(model)
+    for message, arguments in {
+        "2 ranks do not divide leaves=3": {"tree": ReductionTree(3)},
+        "vocab_size=256 is no multiple of leaves=6, .* build the model with 384": {"tree": ReductionTree(6)},
+        "has no 256 equal leaves": {"tree": ReductionTree(256)},
+        r"vocab_size=256 is padded from 100 by a rule that may depend .* build the model with 128 \(padded_vocab_size\)": {
+            "tree": TREE, "tokenizer_vocab_size": 100,
+        },
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            convert(model, **arguments)
+        assert state_of(model) == before and not is_converted(model)
+    with pytest.raises(ValueError, match=r"Linear holds no Megatron-Core LanguageModule \(GPTModel, HybridModel\); convert those"):
+        convert(nn.Linear(8, 8), tree=TREE)
+    good, bad = jobs.unconverted(LLAMA), jobs.unconverted(LLAMA)
+    _unknown(bad)
+    with pytest.raises(ValueError, match="owns parameters"):
+        convert([good, bad], tree=TREE)
+    assert not is_converted(good), "no chunk is converted unless all can be"
+    config = build_config(LLAMA)
+    config.perform_initialization = False
+    with pytest.raises(ValueError, match="no partition_stride"):
+        convert(jobs.unconverted(LLAMA, config=config), tree=TREE)
+    config = build_config(LLAMA)
+    config.normalization = "BatchNorm"
+    with pytest.raises(ValueError, match=r"normalization='BatchNorm' is not covered; use one of \['LayerNorm', 'RMSNorm'\]"):
+        TPInvariantNorm.bind(TREE)(config, 8)
+    with pytest.raises(ValueError, match="mixture of experts is not covered; build a dense model"):
+        TPInvariantSpecProvider(TREE).grouped_mlp_modules(True, True)
+    with pytest.raises(ValueError, match="packed sequences and attention bias are not covered"):
+        _first_layer(convert(good, tree=TREE)).self_attention.core_attention(
+            *[torch.zeros(1, 1, 1, 8)] * 3, None, packed_seq_params=object()
+        )
+    assert isinstance(convert(model, tree=TREE, tokenizer_vocab_size=250), LanguageModule)
+
+
+def test_everything_else_that_is_refused(megatron_pool):
+    on(megatron_pool, other_refusals)
