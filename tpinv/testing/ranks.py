@@ -138,7 +138,7 @@ def _serve(pipe) -> None:
     while True:
         try:
             job = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):  # closed, the latter with a result that nobody has read
             return
         pipe.send(_run_one(*job))
 
