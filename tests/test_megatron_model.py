@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 from tpinv import ReductionTree
 from tpinv.integrations.megatron import convert, convert_optimizer, hybrid_stack_spec, is_converted, on_cpu, padded_vocab_size
 from tpinv.integrations.megatron.guard import check_vocabulary
+from tpinv.integrations.megatron.hooks import norm_fp32
 from tpinv.integrations.megatron.specs import stack_spec
 from tpinv.integrations.megatron.verify import DTYPES, Run, StockProvider, build_config
 from tpinv.layers import shard
@@ -175,6 +176,16 @@ def test_the_optimizers_norm_is_exact(kind, megatron_pool):
             assert exact == torch.tensor(expected).item()
             stocks.add(stock)
     assert len(stocks) > 1, "the twin"
+
+
+def norm_with_an_empty_rank(run: Run) -> tuple[float, float]:
+    mine = [torch.tensor([3.0, -4.0])] if torch.distributed.get_rank() == 0 else []
+    group = torch.distributed.group.WORLD
+    return norm_fp32(mine, grad_stats_parallel_group=group), norm_fp32(mine, float("inf"), group)
+
+
+def test_a_rank_that_counts_no_gradient_takes_part_in_the_norm(megatron_pool):
+    assert on(megatron_pool, norm_with_an_empty_rank, LLAMA, 2) == [(5.0, 4.0)] * 2
 
 
 def places() -> list:

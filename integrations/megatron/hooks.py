@@ -69,7 +69,9 @@ def norm_fp32(grads_for_norm, norm_type: float = 2.0, grad_stats_parallel_group=
     grads = [grads_for_norm] if isinstance(grads_for_norm, torch.Tensor) else list(grads_for_norm)
     if any(isinstance(grad, DTensor) for grad in grads):
         raise ValueError("gradients are DTensors (Megatron-FSDP), whose norm is not covered; use DistributedDataParallel")
-    return optim.norm_of(grads, group=grad_stats_parallel_group, norm_type=float(norm_type)).item()
+    # A rank that counts no gradient still takes part in the sum, which NCCL wants on the GPU.
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return optim.norm_of(grads, group=grad_stats_parallel_group, norm_type=float(norm_type), device=device).item()
 
 
 def _with_exact_norm(method):
