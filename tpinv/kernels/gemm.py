@@ -239,20 +239,15 @@ def run(problem: Problem, config: TritonConfig) -> None:
 
 def candidates(problem: Problem) -> list[TritonConfig]:
     """Configurations worth timing for ``problem``."""
-    rows, half = problem.rows, problem.a.element_size() == 2
-    if rows <= 128:
-        tile = max(16, 1 << (rows - 1).bit_length())
-        shapes = [(tile, 32, 128, 4, 4, False), (tile, 64, 128, 4, 4, False), (tile, 64, 128, 4, 4, True), (tile, 16, 256, 4, 4, False), (tile, 32, 128, 4, 5, False)]
-        if not half:
-            shapes = [(tile, 32, 64, 4, 4, False), (tile, 64, 64, 4, 3, False)]
-    elif half:
-        shapes = [(128, 128, 64, 8, 3, False), (128, 64, 64, 4, 4, False), (64, 64, 64, 4, 3, False)]
+    rows, parts = problem.rows, tuple(problem.splits)
+    tile = max(16, 1 << (rows - 1).bit_length())
+    if problem.a.element_size() == 4:
+        shapes = [(min(tile, 64), 64, 32, 4, 3, False, parts if rows <= 64 else (1,))]
+        shapes += [(128, 64, 32, 8, 3, False, (1,))] if rows > 64 else []
+    elif rows <= 16:
+        shapes = [(tile, 64, 128, 4, 4, True, parts[:3]), (tile, 32, 128, 4, 5, False, parts[:2])]
+    elif rows <= 128:
+        shapes = [(tile, 32, 128, 4, 4, False, parts[:1]), (tile, 64, 128, 4, 3, False, parts[:3])]
     else:
-        shapes = [(128, 64, 32, 8, 3, False), (64, 64, 32, 4, 3, False)]
-    found = []
-    for m, n, k, warps, stages, swap in shapes:
-        fits = stages * (m + n) * k * problem.a.element_size() <= 200_000
-        for parts in problem.splits:
-            if fits and (parts == 1 or rows <= 512):
-                found.append(TritonConfig(m, n, k, warps, stages, parts, swap))
-    return found
+        shapes = [(128, 128, 64, 8, 3, False, (1,)), (128, 64, 64, 4, 4, False, (1,)), (64, 64, 64, 4, 3, False, parts[:2])]
+    return [TritonConfig(m, n, k, warps, stages, part, swap) for m, n, k, warps, stages, swap, split in shapes for part in split]

@@ -203,24 +203,27 @@ def run(problem: Problem, config: Sm90Config, blocks: int | None = None) -> None
     cuda.launch(plan.function, plan.grid, _THREADS, plan.shared, stream, map_a, map_b, params)
 
 
+_STAGES = (12, 10, 8, 6, 5, 4, 3)
+
+
 def candidates(problem: Problem) -> list[Sm90Config]:
-    """Configurations worth timing for ``problem``: many tokens want wide tiles, few want W streamed past them."""
-    rows, shapes = problem.rows, []
+    """Configurations worth timing for ``problem``: those that won somewhere in docs/benchmarks.md."""
+    rows, merges = problem.rows, problem.merges
+    wanted: list[tuple[int, int, int, bool]] = []  # cols, cluster, parts, swap
     if rows <= 128:
-        cols = max(16, 1 << (rows - 1).bit_length())
-        shapes += [(cols, 1, slots, True) for slots in (0, 1)]
+        wanted += [(max(16, 1 << (rows - 1).bit_length()), 1, parts, True) for parts in problem.splits]
     if rows > 64:
-        widths = (256, 192, 128) if rows > 512 else (256, 192, 128, 64)
-        clusters = (2, 1) if rows > 512 else (1,)
-        shapes += [(cols, cluster, slots, False) for cols in widths for cluster in clusters for slots in (0, 1)]
+        if most_pending(merges) < 2:  # a second pending value of 128 KB would have no place
+            wanted += [(256, 1, 1, False), (256, 2, 1, False)]
+        wanted += [(192, 1, 1, False), (192, 2, 1, False), (128, 1, 1, False), (128, 2, 1, False)]
+        if rows <= 1024:
+            wanted += [(128, 1, parts, False) for parts in problem.splits if parts > 1]
+        if rows <= 512:
+            wanted += [(64, 1, parts, False) for parts in problem.splits if parts <= 2]
     found = []
-    for cols, cluster, slots, swap in shapes:
-        for parts in problem.splits if cluster == 1 else (1,):
-            deepest = (Sm90Config(cols, stages, cluster, slots, parts, swap) for stages in (12, 10, 8, 6, 5, 4, 3))
-            config = next((c for c in deepest if fits(problem, c)), None)
-            if config is None or (slots and not config.spills(problem.merges)):
-                continue
-            if cols == 256 and config.stack_depth(problem.merges) > 1:
-                continue  # two more tiles of 128 KB each have no place to wait
-            found.append(config)
+    for cols, cluster, parts, swap in wanted:
+        spills = Sm90Config(cols, 3, cluster, 0, parts, swap).spills(merges)
+        slots = int(spills and cols <= 128)  # 192 columns need their stages more than a slot
+        deepest = (Sm90Config(cols, stages, cluster, slots, parts, swap) for stages in _STAGES)
+        found += [c for c in deepest if fits(problem, c)][:1]
     return found

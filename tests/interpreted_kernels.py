@@ -1,0 +1,74 @@
+"""The Triton kernels under Triton's interpreter, on a CPU. Run by test_kernels_interpreter.py in a process of its own."""
+
+import itertools
+
+import pytest
+import torch
+
+from tpinv import reference
+from tpinv.kernels import gemm, sums
+from tpinv.kernels.problem import make_problems
+from tpinv.testing import assert_bitwise_equal, order_probe, tree_shape
+from tpinv.tree import ReductionTree
+
+
+def product(a, b, tree, rank=0, ranks=1, *, parts=1, swap=False, pieces=1, bias=None, dtype=torch.float32):
+    """a [R, k], b [k, C] -> [S, R, C], and whether ``parts`` was possible for every subtree."""
+    out = torch.full((len(tree.subtrees(rank, ranks)), a.shape[0], b.shape[1]), float("nan"), dtype=dtype)
+    problems = make_problems(a, b.t(), out, bias, tree, rank, ranks, pieces, "ieee")
+    if not all(parts in problem.splits for problem in problems):
+        pytest.skip(f"{tree.fingerprint} has no {parts} equal subtrees at rank {rank} of {ranks}")
+    for problem in problems:
+        gemm.run(problem, gemm.TritonConfig(16, 16, 16, 4, 1, parts, swap))
+    return out
+
+
+@pytest.mark.parametrize(
+    "leaves, parts, swap", [(1, 1, False), (3, 1, True), (6, 1, False), (12, 1, False), *((8, p, p == 4) for p in (1, 2, 4, 8))]
+)
+def test_probe_finds_the_contract(leaves, parts, swap):
+    tree, length = ReductionTree(leaves), 24
+
+    def total(values):  # [B, leaves]: one value at the start of each leaf, ones in b
+        a = torch.zeros(len(values), leaves, length)
+        a[:, :, 3] = values
+        return product(a.flatten(1), torch.ones(leaves * length, 5), tree, parts=parts, swap=swap)[0, :, 2]
+
+    assert order_probe(total, leaves, batched=True) == tree_shape(tree)
+
+
+@pytest.mark.parametrize("leaves, ranks, pieces", [(8, 2, 2), (8, 8, 1), (24, 2, 1), (1, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_exact_on_integers(leaves, ranks, pieces, dtype):
+    """Small integers add up exactly in any order: shapes, masks, leaves, pieces and strides must all be right."""
+    tree, rows, cols, length = ReductionTree(leaves), 19, 37, 24
+    k = leaves // ranks * length * pieces
+    g = torch.Generator().manual_seed(0)
+    a = torch.randint(-3, 4, (k, rows), generator=g).to(dtype).t()  # a transposed view
+    b = torch.randint(-3, 4, (k, 2 * cols), generator=g).to(dtype)[:, ::2]  # and a strided one
+    for rank in range(ranks):
+        values = product(a, b, tree, rank, ranks, pieces=pieces)
+        assert_bitwise_equal(values, reference.tree_product(a, b, tree, rank, ranks, stride=pieces), f"rank {rank}")
+
+
+def test_bias_comes_after_the_rounding_of_the_root():
+    tree, half = ReductionTree(2), torch.float16
+    a, b = torch.tensor([[1.0, 2.0**-11]]).repeat_interleave(8, 1).to(half), torch.zeros(16, 1, dtype=half)
+    b[0] = b[8] = 1.0  # root 1 + 2^-11, which rounds to 1 in fp16; adding the bias before would give 2^-11
+    bias = torch.tensor([-1.0], dtype=half)
+    assert product(a, b, tree, bias=bias, dtype=half).item() == 0.0
+
+
+@pytest.mark.parametrize("tokens, leaves, ranks", itertools.product((0, 5, 77, 1200), (1, 24), (1, 2)))
+def test_column_sum_has_the_bytes_of_the_reference(tokens, leaves, ranks):
+    if leaves % ranks:
+        pytest.skip("ranks must divide leaves")
+    tree, tokens = ReductionTree(leaves), tokens // ranks
+    g = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, 40, generator=g) * torch.exp2(torch.randint(-20, 20, (tokens, 40), generator=g).float())
+    x[::3, 1] = -0.0
+    for rank in range(ranks):
+        actual, expected = sums.column_sum(x, tree, rank, ranks), reference.tree_sum(x, tree, rank, ranks, dim=0)
+        assert_bitwise_equal(actual, expected, f"{tokens} tokens, rank {rank} of {ranks}")
+    if tokens > 100:
+        assert not torch.equal(x.sum(0), actual[0])  # the stock sum adds in another order

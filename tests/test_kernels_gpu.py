@@ -1,0 +1,276 @@
+"""The compiled kernels on a GPU: order, bytes, shapes, accuracy. Skipped without one.
+
+Ranks are simulated by slicing: what a rank computes depends on its slice and nothing else, and the values are combined by the
+reference. Outputs are poisoned with NaN by the deterministic fill. Each invariance test has a stock twin that differs.
+"""
+
+import pytest
+import torch
+
+from tpinv import kernels, reference
+from tpinv.testing import assert_bitwise_equal, compare, order_probe, tree_shape
+from tpinv.tree import ReductionTree
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+TREES = [ReductionTree(8), ReductionTree(8, "bfloat16"), ReductionTree(24)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty comes filled with NaN
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def wild(*shape, dtype=BF16, seed=0):
+    """Exponents from 2^-12 to 2^12, and rows that cancel."""
+    g = torch.Generator("cuda").manual_seed(seed)
+    spread = 4 if dtype == FP16 else 12
+    x = torch.randn(shape, generator=g, device="cuda") * torch.exp2(
+        torch.randint(-spread, spread + 1, shape, generator=g, device="cuda").float()
+    )
+    x[::5] = 100.0 * x[::5].sign()
+    return x.to(dtype)
+
+
+def configurations(problem):
+    from tpinv.kernels import tuner
+
+    return tuner.candidates(problem)
+
+
+def problem_of(a, b, tree, out_dtype=FP32, rank=0, ranks=1, pieces=1):
+    from tpinv.kernels.problem import make_problems
+
+    out = torch.full((len(tree.subtrees(rank, ranks)), a.shape[0], b.shape[1]), float("nan"), dtype=out_dtype, device="cuda")
+    return out, make_problems(a, b.t(), out, None, tree, rank, ranks, pieces, "ieee")
+
+
+# -- order -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leaves", [1, 2, 3, 6, 8, 24])
+@pytest.mark.parametrize("rows", [40, 300, 700])
+def test_probe_finds_the_contract_in_every_configuration(leaves, rows):
+    from tpinv.kernels import tuner
+
+    tree, length, dtype = ReductionTree(leaves), 72, BF16
+    pairs = leaves * (leaves - 1) // 2 + 1
+
+    def operands(values):
+        """Rows of probes, repeated to ``rows`` at least, so that the tuner's candidates for that many rows apply."""
+        a = torch.zeros(max(rows, len(values)), leaves, length)
+        a[: len(values), :, 5] = values
+        return a.flatten(1).to("cuda", dtype), torch.ones(leaves * length, 136, device="cuda", dtype=dtype)
+
+    if rows < pairs:
+        pytest.skip("fewer rows than probes")
+    a, b = operands(torch.ones(1, leaves))
+    for config in configurations(problem_of(a, b, tree)[1][0]):
+
+        def total(values, config=config):
+            a, b = operands(values)
+            out, problems = problem_of(a, b, tree)
+            tuner.launch(problems[0], config)
+            return out[0, : len(values), 77]
+
+        assert order_probe(total, leaves, batched=True) == tree_shape(tree), config
+
+
+def test_twin_cublas_has_another_tree():
+    def total(values):
+        a = torch.zeros(len(values), 8, 64)
+        a[:, :, 5] = values
+        return torch.matmul(a.flatten(1).to("cuda", BF16), torch.ones(512, 136, device="cuda", dtype=BF16))[:, 77]
+
+    assert order_probe(total, 8, batched=True) != tree_shape(ReductionTree(8))
+
+
+# -- bytes -------------------------------------------------------------------------------------------------------------------------
+
+
+def simulated(a, b, tree, ranks, pieces=1):
+    """p ranks by slicing k, their values combined by the reference."""
+    values, nodes = [], []
+    a_pieces, b_pieces = a.chunk(pieces, 1), b.chunk(pieces, 0)
+    for rank in range(ranks):
+        a_rank = torch.cat([piece.chunk(ranks, 1)[rank] for piece in a_pieces], 1)
+        b_rank = torch.cat([piece.chunk(ranks, 0)[rank] for piece in b_pieces], 0)
+        values.append(kernels.tree_product(a_rank, b_rank, tree, rank, ranks, stride=pieces))
+        nodes += tree.subtrees(rank, ranks)
+    return reference.finish(torch.cat(values), tree, nodes, a.dtype)
+
+
+@pytest.mark.parametrize("tree", TREES, ids=lambda t: t.fingerprint)
+@pytest.mark.parametrize("rows", [1, 40, 600])
+def test_forward_and_dgrad_are_the_same_for_every_number_of_ranks(tree, rows):
+    x, w, dy = wild(rows, 1536), wild(640, 1536, seed=1), wild(rows, 3072, seed=2)
+    fc1 = wild(3072, 320, seed=3)
+    y = kernels.tree_matmul(x, w.t(), tree)
+    dx = kernels.tree_matmul(dy, fc1, tree, stride=2)
+    for ranks in (2, 4, 8) if tree.leaves == 8 else (2, 3, 6):
+        assert_bitwise_equal(simulated(x, w.t(), tree, ranks), y, f"y at p={ranks}")
+        assert_bitwise_equal(simulated(dy, fc1, tree, ranks, pieces=2), dx, f"dx at p={ranks}")
+
+
+def test_twin_stock_sharding_differs():
+    x, w = wild(600, 1536), wild(640, 1536, seed=1)
+    parts = [a.float() @ b.float().t() for a, b in zip(x.chunk(4, 1), w.chunk(4, 1), strict=True)]
+    assert compare(sum(p.to(BF16) for p in parts), torch.matmul(x, w.t())).count
+
+
+def test_a_row_does_not_depend_on_the_batch():
+    tree, w = ReductionTree(8), wild(1024, 2048, seed=1)
+    x = wild(4096, 2048)
+    whole = kernels.tree_matmul(x, w.t(), tree)
+    for rows in (1, 3, 16, 17, 64, 100, 128, 200, 513, 1024):
+        assert_bitwise_equal(kernels.tree_matmul(x[:rows], w.t(), tree), whole[:rows], f"M={rows}")
+    assert_bitwise_equal(kernels.tree_matmul(x[4095:], w.t(), tree), whole[4095:], "the last row alone")
+    chain = kernels.matmul(x, w.t())
+    for rows in (1, 40, 600):
+        assert_bitwise_equal(kernels.matmul(x[:rows], w.t()), chain[:rows], f"chain, M={rows}")
+    assert compare(torch.matmul(x[:1], w.t()), torch.matmul(x, w.t())[:1]).count, "twin: cuBLAS does depend on M"
+
+
+def test_a_shard_of_the_output_does_not_depend_on_its_width():
+    dy, x = wild(777, 1024), wild(777, 512, seed=1)
+    dw = kernels.matmul(dy.t(), x)
+    w = wild(1024, 512, seed=2)
+    y = kernels.matmul(x, w.t())
+    for ranks in (2, 4, 8):
+        for rank in range(ranks):
+            rows, cols = slice(rank * 1024 // ranks, (rank + 1) * 1024 // ranks), slice(rank * 512 // ranks, (rank + 1) * 512 // ranks)
+            assert_bitwise_equal(kernels.matmul(dy[:, rows].t(), x), dw[rows], "dW split on N")
+            assert_bitwise_equal(kernels.matmul(dy.t(), x[:, cols]), dw[:, cols], "dW split on K")
+            assert_bitwise_equal(kernels.matmul(x, w[rows].t()), y[:, rows], "y split on N")
+
+
+@pytest.mark.parametrize("dtype, precision", [(FP16, "ieee"), (FP32, "ieee"), (FP32, "tf32")])
+def test_other_dtypes(dtype, precision):
+    tree, x, w, bias = ReductionTree(8), wild(200, 1024, dtype=dtype), wild(328, 1024, dtype=dtype, seed=1), wild(328, dtype=dtype, seed=2)
+    y = kernels.tree_matmul(x, w.t(), tree, bias=bias, precision=precision)
+    values = [
+        kernels.tree_product(a.contiguous(), b.t(), tree, r, 4, precision=precision)
+        for r, (a, b) in enumerate(zip(x.chunk(4, 1), w.chunk(4, 1), strict=True))
+    ]
+    root = reference.finish(torch.cat(values), tree, [n for r in range(4) for n in tree.subtrees(r, 4)], dtype)
+    assert_bitwise_equal(root + bias, y, f"{dtype} {precision}: the bias is added to the rounded root")
+
+
+def test_repeats_under_load():
+    tree, x, w = ReductionTree(8), wild(512, 4096), wild(1024, 4096, seed=1)
+    expected = kernels.tree_matmul(x, w.t(), tree)
+    side, noise = torch.cuda.Stream(), wild(2048, 2048)
+    for i in range(200):
+        with torch.cuda.stream(side):
+            noise @ noise
+        assert_bitwise_equal(kernels.tree_matmul(x, w.t(), tree), expected, f"repeat {i}")
+
+
+def test_accuracy_is_that_of_cublas():
+    x, w = torch.randn(512, 8192, device="cuda").to(BF16), torch.randn(512, 8192, device="cuda").to(BF16)
+    exact = x.double() @ w.double().t()
+    error = lambda y: ((y.double() - exact).norm() / exact.norm()).item()  # noqa: E731
+    ours = kernels.tree_matmul(x, w.t(), ReductionTree(8), out_dtype=FP32)
+    assert error(ours) <= 1.05 * error(torch.matmul(x.float(), w.float().t()).float()) + 1e-5
+    assert error(ours.to(BF16)) <= 1.001 * error(torch.matmul(x, w.t()))
+
+
+# -- shapes ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_empty_strided_and_odd_shapes():
+    tree = ReductionTree(8)
+    w = wild(72, 1024, seed=1)
+    assert kernels.tree_matmul(wild(0, 1024), w.t(), tree).shape == (0, 72)
+    assert kernels.matmul(wild(0, 64).t(), wild(0, 40)).abs().sum().item() == 0.0  # no tokens: dW is zero
+    bias = wild(40)
+    assert_bitwise_equal(kernels.matmul(wild(3, 0), wild(0, 40), bias=bias), bias.expand(3, 40).contiguous(), "k = 0")
+    x = wild(70, 2048)
+    y = kernels.tree_matmul(x[:, ::2].contiguous(), w.t(), tree)
+    assert_bitwise_equal(kernels.tree_matmul(x[:, ::2], w.t(), tree), y, "a strided x")
+    assert_bitwise_equal(kernels.tree_matmul(x[:, ::2].contiguous().t().contiguous().t(), w.t(), tree), y, "a transposed x")
+    assert_bitwise_equal(kernels.tree_matmul(x[:, ::2].contiguous(), w[:71].t(), tree), y[:, :71].contiguous(), "71 columns")
+
+
+def test_past_two_to_the_31():
+    x, w = wild(70_000, 64), wild(32_768, 64, seed=1)
+    y = kernels.tree_matmul(x, w.t(), ReductionTree(2))
+    assert_bitwise_equal(kernels.tree_matmul(x[-200:], w.t(), ReductionTree(2)), y[-200:], "rows past 2^31 elements")
+
+
+@pytest.mark.parametrize("tokens", [0, 5, 777, 9000])
+def test_column_sum_has_the_bytes_of_the_cpu(tokens):
+    tree, dy = ReductionTree(24), wild(tokens - tokens % 2, 1000) if tokens else wild(0, 1000)
+    for ranks in (1, 2):
+        for rank, part in enumerate(dy.chunk(ranks)):
+            if tokens == 0 and rank:
+                continue
+            expected = reference.tree_sum(part.cpu(), tree, rank, ranks, dim=0)
+            assert_bitwise_equal(kernels.column_sum(part, tree, rank, ranks).cpu(), expected, f"rank {rank} of {ranks}")
+    if tokens > 1000:
+        narrow, wide = dy[:, :8].float().sum(0), dy.float().sum(0)[:8]
+        assert compare(narrow, wide).count or compare(wide.cpu(), reference.tree_sum(dy.cpu(), tree, 0, 1, dim=0)[0, :8]).count
+
+
+def test_errors_name_rule_values_and_fix():
+    x, w = wild(4, 100), wild(8, 100)
+    with pytest.raises(ValueError, match="k=100 has no 8 equal leaves"):
+        kernels.tree_matmul(x, w.t(), ReductionTree(8))
+    with pytest.raises(ValueError, match="one k"):
+        kernels.matmul(x, w)
+    with pytest.raises(ValueError, match="one dtype"):
+        kernels.matmul(x, w.t().half())
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
+        kernels.matmul(x.cpu(), w.cpu().t())
+
+
+# -- operators ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_operators():
+    from tpinv.kernels import ops  # noqa: F401
+
+    x, w = wild(40, 512), wild(64, 512, seed=1)
+    torch.library.opcheck(torch.ops.tpinv.tree_gemm.default, (x, w.t(), None, 8, "float32", 0, 2, 1, FP32, "ieee"))
+    torch.library.opcheck(torch.ops.tpinv.column_sum.default, (x, 8, 1, 2))
+
+
+def test_compile_and_graph_give_the_eager_bytes():
+    tree, x, w = ReductionTree(8), wild(40, 1024), wild(256, 1024, seed=1)
+    layer = lambda x: kernels.tree_matmul(x, w.t(), tree) + 1  # noqa: E731
+    eager = layer(x)
+    assert_bitwise_equal(torch.compile(layer, fullgraph=True)(x), eager, "torch.compile")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer(x)
+    for _ in range(3):
+        captured.zero_()
+        graph.replay()
+        assert_bitwise_equal(captured, eager, "CUDA graph")
+
+
+def test_the_tuner_verifies_and_remembers(tmp_path, monkeypatch):
+    from tpinv.kernels import cuda, gemm, tuner
+
+    monkeypatch.setenv("TPINV_CACHE", str(tmp_path))
+    out, problems = problem_of(wild(40, 1024), wild(1024, 264, seed=9), ReductionTree(4), BF16)
+    monkeypatch.setattr(tuner, "_chosen", {})
+    monkeypatch.setattr(tuner, "_verified", {})
+    tuner.run(problems[0])
+    assert len(tuner.table()) == 1 and not tuner.struck_off()
+    # A candidate with other bits is struck off: here, one that computes another tree.
+    wrong = gemm.TritonConfig(64, 64, 64, 4, 3, group=4)
+    real = tuner.launch
+
+    def launch(problem, config, blocks=None):
+        real(problem, gemm.canonical(problem) if config == wrong else config, blocks)
+        if config == wrong:
+            problem.out[0, 0] += 1
+
+    monkeypatch.setattr(tuner, "launch", launch)
+    assert not tuner.verify(problems[0], wrong)
+    assert tuner.struck_off() and cuda.cache_dir() == tmp_path

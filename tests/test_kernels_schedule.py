@@ -1,0 +1,88 @@
+"""The kernels' schedules, run on symbols: what a stack machine does with the contract's merge table must be the contract's tree.
+
+``single`` is the schedule of gemm.py, and of sm90 at 256 columns; ``pairs`` that of sm90 at up to 192 columns, where a left leaf
+waits in its accumulators for its sibling. That the compiled kernels follow them is shown by the order probe (test_kernels_gpu).
+"""
+
+import pytest
+
+from tpinv.kernels.problem import most_pending, most_pending_pairs, splits
+from tpinv.tree import Node, ReductionTree
+
+TREES = [ReductionTree(n) for n in (*range(1, 34), 48, 64)]
+
+
+def add(left, right):
+    return (left, right)
+
+
+def single(merges, first=0):
+    """(value, most positions of the stack in use)."""
+    stack, most = [], 0
+    for leaf, count in enumerate(merges):
+        value = first + leaf
+        for _ in range(count):
+            value = add(stack.pop(), value)
+        if leaf + 1 == len(merges):
+            assert not stack
+            return value, most
+        stack.append(value)
+        most = max(most, len(stack))
+
+
+def pairs(merges, first=0):
+    stack, most, leaf = [], 0, 0
+    while True:
+        value, count = first + leaf, merges[leaf]
+        if count == 0 and leaf + 1 < len(merges):  # the sibling follows
+            leaf += 1
+            value, count = add(value, first + leaf), merges[leaf] - 1
+        for _ in range(count):
+            value = add(stack.pop(), value)
+        leaf += 1
+        if leaf == len(merges):
+            assert not stack
+            return value, most
+        stack.append(value)
+        most = max(most, len(stack))
+
+
+def expected(tree, node):
+    return tree.reduce(range(*node), add, node)
+
+
+@pytest.mark.parametrize("tree", TREES, ids=lambda t: str(t.leaves))
+def test_schedules_are_the_contract(tree):
+    for ranks in (p for p in range(1, tree.leaves + 1) if tree.leaves % p == 0):
+        for rank in range(ranks):
+            for node in tree.subtrees(rank, ranks):
+                merges = tree.merges(node)
+                assert single(merges, node.start) == (expected(tree, node), most_pending(merges))
+                assert pairs(merges, node.start) == (expected(tree, node), most_pending_pairs(merges))
+
+
+@pytest.mark.parametrize("tree", TREES, ids=lambda t: str(t.leaves))
+def test_splits_are_the_contract(tree):
+    found = splits(tree, tree.root)
+    assert found[1] == tree.merges()
+    for parts, merges in found.items():
+        share = tree.leaves // parts
+        values = [single(merges, i * share)[0] for i in range(parts)]
+        while len(values) > 1:
+            values = [add(*values[i : i + 2]) for i in range(0, len(values), 2)]
+        assert values == [expected(tree, tree.root)]
+    if tree.leaves & (tree.leaves - 1) == 0:
+        assert set(found) == {p for p in (1, 2, 4, 8) if p <= tree.leaves}
+
+
+def test_twin_a_wrong_table_is_seen():
+    """A chain of additions has the right number of merges and the wrong tree."""
+    tree = ReductionTree(4)
+    assert single((0, 1, 1, 1))[0] != expected(tree, tree.root)
+    assert 2 not in splits(ReductionTree(6), Node(0, 6))  # three and three leaves are no subtrees of six
+    with pytest.raises(ValueError, match="no sibling"):
+        most_pending_pairs((0, 0, 1, 1))
+    with pytest.raises(ValueError, match="not there"):
+        most_pending((0, 2))
+    with pytest.raises(ValueError, match="instead of one"):
+        most_pending((0, 0))
