@@ -58,7 +58,7 @@ def build(arguments, tree: ReductionTree, device: torch.device):
         position_embedding_type="rope",
     )
     if not arguments.stock:
-        convert(model, tree=tree)  # (2) every linear, norm and embedding, the attention and the loss
+        convert(model, tree=tree, tokenizer_vocab_size=256)  # (2) every linear, norm and embedding, the attention and the loss
     model = DistributedDataParallel(
         config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), Float16Module(config, model.to(device))
     )

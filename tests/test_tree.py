@@ -119,7 +119,7 @@ def test_equal_leaves_of_a_linear():
         match=r"in_features=20 has no 8 equal leaves; use a tree with leaves in \[1, 2, 4, 5, 10, 20\], or pad in_features to 24",
     ):
         ReductionTree(8).leaf_length(20, "in_features")
-    with pytest.raises(ValueError, match="pad in_features to 8"):
+    with pytest.raises(ValueError, match="in_features=0 must be at least 1"):
         ReductionTree(8).leaf_length(0, "in_features")
 
 

@@ -12,9 +12,10 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tpinv import reference
-from tpinv.collectives import all_max, resolve
+from tpinv.collectives import Ranks, all_max, resolve
 
 LIMB_BITS = 16
 LOWEST_EXPONENT = -352  # of limb 0: below 2^-298 * 2^-48, the last bit of the smallest square
@@ -40,7 +41,7 @@ def grad_norm(parameters: Tensor | Iterable[Tensor], *, group=None, norm_type: f
     ranks = resolve(group)
     parameters = _as_list(parameters)
     counted = [p for p in parameters if ranks.rank == 0 or getattr(p, "tensor_model_parallel", False)]
-    device = parameters[0].device if parameters else torch.device("cpu")
+    device = parameters[0].device if parameters else None
     return norm_of([p.grad for p in counted if p.grad is not None], group=ranks, norm_type=norm_type, device=device)
 
 
@@ -50,7 +51,9 @@ def norm_of(tensors: Iterable[Tensor], *, group=None, norm_type: float = 2.0, de
     ranks, tensors = resolve(group), list(tensors)
     for i, t in enumerate(tensors):
         reference.check_dtypes(**{f"tensors[{i}]": t})
-    device = tensors[0].device if tensors else device or torch.device("cpu")
+    if any(isinstance(t, DTensor) for t in tensors):
+        raise ValueError("DTensors know their own sharding; pass their local shards (t.to_local()) and mark them tensor_model_parallel")
+    device = tensors[0].device if tensors else device or _device_of(ranks)
     if norm_type == float("inf"):
         tops = [t.detach().abs().amax().float() for t in tensors if t.numel()]
         top = torch.stack(tops).amax() if tops else torch.zeros((), device=device)
@@ -98,6 +101,12 @@ def scale_to_norm_(grads: Iterable[Tensor], max_norm: float, norm: Tensor) -> No
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for grad in grads:
         grad.mul_(coefficient.to(grad.device))
+
+
+def _device_of(ranks: Ranks) -> torch.device:
+    """Where a rank that counts no tensor must take part in the all-reduce: where its peers do."""
+    cuda = ranks.group is not None and "nccl" in dist.get_backend(ranks.group)
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
 def _as_list(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:

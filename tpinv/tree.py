@@ -152,7 +152,9 @@ class ReductionTree:
 
     def leaf_length(self, length: int, name: str) -> int:
         """``length / L`` for the features of a linear, whose leaves must be equal. ``name`` is for the ValueError."""
-        if length < 1 or length % self.leaves:
+        if length < 1:
+            raise ValueError(f"{name}={length} must be at least 1")
+        if length % self.leaves:
             fits = [n for n in range(1, min(length, 128) + 1) if length % n == 0]
             padded = max(1, -(-length // self.leaves)) * self.leaves
             raise ValueError(

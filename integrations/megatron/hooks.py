@@ -13,6 +13,7 @@ import sys
 
 import megatron.core.distributed.finalize_model_grads  # noqa: F401  (the package exports a function of the same name)
 import torch
+from megatron.core import parallel_state
 from megatron.core.optimizer import optimizer as megatron_optimizer
 from megatron.core.utils import get_attr_wrapped_model
 from torch.distributed.tensor import DTensor
@@ -20,6 +21,9 @@ from torch.distributed.tensor import DTensor
 from tpinv import optim
 
 logger = logging.getLogger("tpinv")
+
+OPTIMIZERS = ("FP32Optimizer", "Float16OptimizerWithFloat16Params", "DistributedOptimizer")
+ELEMENTWISE = ("Adam", "SGD")
 
 
 class _WithoutComplete:
@@ -54,7 +58,12 @@ def convert_optimizer(optimizer):
 
     Which gradients a rank counts, over which group, and how gradients are scaled by the norm stays the optimizer's own business:
     its methods run with ``norm_fp32`` in the place of Megatron's ``get_grad_norm_fp32``.
+
+    Raises:
+        ValueError: an optimizer that is not elementwise (Muon) or takes the norm elsewhere, or data parallelism over more than two
+            ranks without a fixed order.
     """
+    _check_optimizer(optimizer)
     for each in [optimizer, *getattr(optimizer, "chained_optimizers", [])]:
         for name in ("get_grad_norm", "clip_grad_norm", "step"):
             method = getattr(each, name)
@@ -62,6 +71,21 @@ def convert_optimizer(optimizer):
                 setattr(each, name, _with_exact_norm(method))
     logger.info("%s: the gradient norm is exact", type(optimizer).__name__)
     return optimizer
+
+
+def _check_optimizer(optimizer) -> None:
+    world = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+        kind, inner = type(each).__name__, type(getattr(each, "optimizer", None)).__name__
+        if kind not in OPTIMIZERS or not any(name in inner for name in ELEMENTWISE):
+            raise ValueError(
+                f"{kind} over {inner} is not covered: use one of {', '.join(OPTIMIZERS)} over an elementwise optimizer ({', '.join(ELEMENTWISE)})"
+            )
+        if world > 2 and not getattr(getattr(each, "ddp_config", None), "reduce_scatter_with_fp32_accumulation", False):
+            raise ValueError(
+                f"data parallelism over {world} ranks adds gradients in an order that depends on the buckets, and those on the tensor-parallel "
+                "size; use at most 2, or the distributed optimizer with reduce_scatter_with_fp32_accumulation"
+            )
 
 
 def norm_fp32(grads_for_norm, norm_type: float = 2.0, grad_stats_parallel_group=None) -> float:

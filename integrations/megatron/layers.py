@@ -8,11 +8,14 @@ A bias is always added inside and never handed back for the caller to add: the g
 ``torch.sum``, whose order depends on the shard's width, and under sequence parallelism only a part of the tokens.
 """
 
+import copy
 import functools
 
 import torch
+from megatron.core.activations import squared_relu
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.mlp import MLP
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor
 
@@ -28,11 +31,19 @@ class TreeBound(KeepsMarks):
     """A class that needs a tree. ``bind`` returns the subclass for one tree, which Megatron can then build without knowing of it."""
 
     tree: ReductionTree
+    converted = False  # set by convert: until then the embedding, the output layer and the loss may be stock
 
     @classmethod
     @functools.cache
     def bind(cls, tree: ReductionTree) -> type:
         return type(cls.__name__, (cls,), {"tree": tree, "__module__": cls.__module__, "__doc__": cls.__doc__})
+
+    def require_converted(self) -> None:
+        if not self.converted:
+            raise ValueError(
+                f"this {type(self).__name__} was built from tpinv's spec, but its model was not converted: the embedding, the output "
+                "layer and the loss are in no spec; call convert(model, tree=tree) once the model is built"
+            )
 
 
 def mark_complete(module: torch.nn.Module) -> None:
@@ -44,9 +55,14 @@ def mark_complete(module: torch.nn.Module) -> None:
 
 
 class TPInvariantColumnParallelLinear(TreeBound, ColumnParallelLinear):
-    """ColumnParallelLinear: dgrad is a tree over out-features. SwiGLU's fc1 is recognised by ``weight.partition_stride`` == 2."""
+    """ColumnParallelLinear: dgrad is a tree over out-features. SwiGLU's fc1 is the one with stride 2."""
+
+    def __init__(self, *args, stride: int = 1, **kwargs):
+        super().__init__(*args, stride=stride, **kwargs)
+        self.tpinv_stride = stride  # Megatron keeps it only as a mark on the weight, which loading may drop
 
     def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None):
+        self.require_converted()
         weight = self.weight if weight is None else weight
         if weight is None or tuple(weight.shape) != (self.output_size_per_partition, self.input_size):
             found = None if weight is None else tuple(weight.shape)
@@ -59,7 +75,7 @@ class TPInvariantColumnParallelLinear(TreeBound, ColumnParallelLinear):
             tree=self.tree,
             group=self.tp_group,
             sequence_parallel=self.sequence_parallel,
-            stride=getattr(weight, "partition_stride", 1),
+            stride=self.tpinv_stride,
             gather_output=gather,
         )
         return output, None
@@ -73,6 +89,7 @@ class TPInvariantRowParallelLinear(TreeBound, RowParallelLinear):
         mark_complete(self)
 
     def forward(self, input_: Tensor):
+        self.require_converted()
         output = functional.row_parallel_linear(
             input_,
             self.weight,
@@ -82,6 +99,17 @@ class TPInvariantRowParallelLinear(TreeBound, RowParallelLinear):
             sequence_parallel=self.sequence_parallel and self.tp_group.size() > 1,
         )
         return output, None
+
+
+ACTIVATIONS = {torch.nn.functional.silu: functional.silu, torch.nn.functional.gelu: functional.gelu}
+EXACT_ACTIVATIONS = (torch.nn.functional.relu, squared_relu)
+
+
+def replace_activation(mlp: MLP) -> None:
+    """On a CPU, torch's activations depend on the width of the shard (functional/activation.py). The config is the module's own copy."""
+    activation = mlp.config.activation_func
+    mlp.config = copy.copy(mlp.config)
+    mlp.config.activation_func = mlp.activation_func = ACTIVATIONS.get(activation, activation)
 
 
 class TPInvariantVocabParallelEmbedding(TreeBound, VocabParallelEmbedding):

@@ -78,7 +78,7 @@ def build_config(run: Run) -> TransformerConfig:
         num_attention_heads=heads,
         num_query_groups=groups if llama else heads,
         kv_channels=unit // heads,
-        ffn_hidden_size=2 * unit,
+        ffn_hidden_size=2 * unit + run.leaves,  # on purpose no multiple of a vector: see tpinv/functional/activation.py
         normalization="RMSNorm" if llama else "LayerNorm",
         activation_func=torch.nn.functional.silu if llama else torch.nn.functional.gelu,
         gated_linear_unit=llama,
@@ -125,7 +125,9 @@ def build_model(run: Run, config: TransformerConfig) -> GPTModel:
         position_embedding_type="rope" if run.variant == "llama" else "learned_absolute",
         share_embeddings_and_output_weights=run.tied,
     )
-    return convert(model, tree=run.tree) if run.layers == "tpinv" else model
+    if run.layers == "stock":
+        return model
+    return convert(model, tree=run.tree, tokenizer_vocab_size=256, make_vocab_size_divisible_by=1)
 
 
 def real_text() -> Tensor:

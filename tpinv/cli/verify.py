@@ -5,6 +5,7 @@ Exit status 0 only if tpinv differs nowhere and the stock run differs somewhere:
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -115,8 +116,7 @@ def _compare_all(arguments: argparse.Namespace, sizes: tuple[int, ...], console:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True
     )
     rows = []
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the workers: importing Megatron-Core without a GPU warns a lot
-    with warnings.catch_warnings(), bar, RankPool(preload=[module]) as pool:
+    with warnings.catch_warnings(), bar, _environment_of_workers(), RankPool(preload=[module]) as pool:
         warnings.simplefilter("ignore")
         task = bar.add_task(f"importing {arguments.framework}", total=2 * len(layouts))
         try:
@@ -134,6 +134,18 @@ def _compare_all(arguments: argparse.Namespace, sizes: tuple[int, ...], console:
                 rows.append(_row(layers, size, sp, recording, reference))
                 bar.advance(task)
     return rows
+
+
+@contextlib.contextmanager
+def _environment_of_workers():
+    """The comparison runs on the CPU, also where there are GPUs, and Megatron-Core warns a lot there. Workers inherit this."""
+    saved = dict(os.environ)
+    os.environ.update(CUDA_VISIBLE_DEVICES="", PYTHONWARNINGS=os.environ.get("PYTHONWARNINGS", "ignore"))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
 
 
 def _settings(framework, arguments: argparse.Namespace, sizes: tuple[int, ...], layers: str, size: int, sp: bool):

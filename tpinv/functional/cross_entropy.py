@@ -69,13 +69,14 @@ class _CrossEntropy(torch.autograd.Function):
         index = local.masked_fill(~owned, 0).unsqueeze(-1)
         top = all_max(x.amax(-1), ranks)
         shifted = x - top.unsqueeze(-1)
-        terms = shifted.exp() if not smoothing else torch.stack([shifted.exp(), shifted])
-        total = tree_all_reduce(reference.tree_sum(terms, tree, ranks.rank, ranks.size, dim=-1), tree=tree, group=ranks)
-        total, shifted_sum = (total, None) if not smoothing else total.unbind(0)
+        picked = shifted.gather(-1, index).squeeze(-1)
+        sums = [reference.tree_sum(shifted, tree, ranks.rank, ranks.size, dim=-1)] if smoothing else []
+        sums.append(reference.tree_sum(shifted.exp_(), tree, ranks.rank, ranks.size, dim=-1))  # in place: logits are large
+        *shifted_sum, total = tree_all_reduce(torch.stack(sums, dim=1), tree=tree, group=ranks).unbind(0)
         log_total = total.log()
-        loss = log_total - select_all_reduce(shifted.gather(-1, index).squeeze(-1), owned, ranks)
+        loss = log_total - select_all_reduce(picked, owned, ranks)
         if smoothing:
-            loss = (1.0 - smoothing) * loss + smoothing * (log_total - shifted_sum / vocab)
+            loss = (1.0 - smoothing) * loss + smoothing * (log_total - shifted_sum[0] / vocab)
         ignored = target == ignore_index
         ctx.save_for_backward(logits, index, owned, top, total, ignored)
         ctx.args = (smoothing, vocab)

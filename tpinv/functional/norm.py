@@ -2,7 +2,7 @@
 
     rows whole on every rank             tree over tokens, finished locally
     sequence_parallel (tokens sharded)   the same tree over tokens, finished across ranks: the same bits
-    heads_parallel (q/k norm)            tree over heads, and the tokens of each head below it
+    heads_parallel (q/k norm)            the rows in the order (head, token): tree over heads, tokens below them
 
 It is finished inside backward, once per micro-batch: adding micro-batches up first and reducing after them, as stock
 frameworks do, is another order. Everything is computed in fp32 and each result is rounded once.

@@ -29,7 +29,7 @@ def order_probe(
         total: maps [leaves] values to their sum, or with ``batched`` [B, leaves] to [B] sums (one call for all probes).
         leaves: n, at most 256 (the ones must be countable in bfloat16 nodes).
         dtype: of the values handed to ``total``.
-        big: M; ones vanish beside it in fp32 for 2^31 and above.
+        big: M; up to 256 ones vanish beside it in fp32 from 2^33 on. It must be finite in ``dtype``.
 
     Returns:
         An int for n = 1; a node is the tuple of its children, which are ordered by their first leaf, since a + b = b + a hides
@@ -40,6 +40,8 @@ def order_probe(
     """
     if not 1 <= leaves <= 256:
         raise ValueError(f"leaves={leaves} must be in [1, 256]")
+    if not torch.tensor(big, dtype=dtype).isfinite():
+        raise ValueError(f"big={big} is not finite in {dtype}; use float32 or bfloat16 values")
     pairs = [(i, j) for i in range(leaves) for j in range(i + 1, leaves)]
     probes = torch.ones(len(pairs) + 1, leaves, dtype=dtype)
     for row, (i, j) in enumerate(pairs):
