@@ -81,14 +81,14 @@ def names_and_messages(run: Run):
 
 
 def test_parameters_and_checkpoint_keys_stay_and_twice_is_once(megatron_pool):
-    for (first,), second, (from_spec,) in on(megatron_pool, names_and_messages, LLAMA):
+    for (first, *_), second, (from_spec, *_) in on(megatron_pool, names_and_messages, LLAMA):
         assert first == (
             "INFO tpinv1-rfc6962-L8-float32: replaced 3 ColumnParallelLinear, 1 DotProductAttention, 5 RMSNorm, 2 RowParallelLinear, "
             "1 VocabParallelEmbedding, the loss and the gradient finalisation"
         )
         assert second == []
         assert "replaced 1 ColumnParallelLinear, 1 VocabParallelEmbedding, the loss" in from_spec
-    for (first,), second, _ in on(megatron_pool, names_and_messages, replace(GPT, qk_norm=False)):
+    for (first, *_), second, _ in on(megatron_pool, names_and_messages, replace(GPT, qk_norm=False)):
         assert "1 Embedding" in first and "3 LayerNorm" in first and second == []
 
 

@@ -92,8 +92,9 @@ def test_both_start_from_the_same_weights_and_agree_closely(case, megatron_pool)
     for name in ours:
         if name.startswith("initial/"):
             assert_bitwise_equal(ours[name], stock[name], name)
-        elif name.startswith("step0/"):  # rounding errors, beside the gradient's largest element
-            bound = stock[name].abs().max().item() * (0.05 if case.run.dtype == "bf16" else 1e-4)
+        elif name.startswith("step0/"):
+            # Rounding errors, beside the gradient's largest element; k_layernorm's bias has none but these, as softmax takes no shift.
+            bound = 1e-7 + stock[name].abs().max().item() * (0.05 if case.run.dtype == "bf16" else 1e-4)
             torch.testing.assert_close(ours[name], stock[name], rtol=0.0, atol=bound, msg=lambda text, name=name: f"{name}: {text}")
     assert ours["step1/loss"] != ours["step0/loss"]
 
