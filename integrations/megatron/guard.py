@@ -104,7 +104,7 @@ def padded_vocab_size(vocab_size: int, tree: ReductionTree, divisible_by: int = 
     return -(-vocab_size // multiple) * multiple
 
 
-def check_vocabulary(vocab_size: int, tree: ReductionTree, tokenizer_vocab_size: int | None, divisible_by: int) -> None:
+def check_vocabulary(vocab_size: int, tree: ReductionTree, tokenizer_vocab_size: int | None, divisible_by: int = 128) -> None:
     """ValueError unless the model's vocabulary has equal leaves and, when the tokenizer's size is given, does not depend on TP."""
     if vocab_size % tree.leaves:
         raise ValueError(

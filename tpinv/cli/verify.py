@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import math
 import os
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -76,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
     ok = _verdict(rows, console)
     if arguments.json:
         listed = [{name: value for name, value in asdict(row).items() if name not in ("ulps", "first_ulp")} for row in rows]
+        for row in listed:  # JSON has no NaN
+            row["losses"] = [loss if math.isfinite(loss) else None for loss in row["losses"]]
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump({"fingerprint": tree.fingerprint, "ok": ok, "rows": listed}, file, indent=1)
     if arguments.plot:
@@ -104,9 +107,11 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{option} {path} cannot be written: there is no directory {directory}")
     if arguments.plot:
         try:
-            importlib.import_module("matplotlib")
+            supported = importlib.import_module("matplotlib.figure").Figure().canvas.get_supported_filetypes()
         except ModuleNotFoundError as error:
             raise ValueError(f"--plot needs matplotlib ({error}); pip install 'tpinv[plot]'") from error
+        if os.path.splitext(arguments.plot)[1].lstrip(".") not in supported:
+            raise ValueError(f"--plot {arguments.plot} must end in one of {', '.join(sorted(supported))}")
 
 
 def _compare_all(arguments: argparse.Namespace, sizes: tuple[int, ...], console: Console) -> list[Row]:
