@@ -36,12 +36,6 @@ def wild(*shape, dtype=BF16, seed=0):
     return x.to(dtype)
 
 
-def configurations(problem):
-    from tpinv.kernels import tuner
-
-    return tuner.candidates(problem)
-
-
 def problem_of(a, b, tree, out_dtype=FP32, rank=0, ranks=1, pieces=1):
     from tpinv.kernels.problem import make_problems
 
@@ -69,7 +63,10 @@ def test_probe_finds_the_contract_in_every_configuration(leaves, rows):
     if rows < pairs:
         pytest.skip("fewer rows than probes")
     a, b = operands(torch.ones(1, leaves))
-    for config in configurations(problem_of(a, b, tree)[1][0]):
+    problem = problem_of(a, b, tree)[1][0]
+    configs = tuner.candidates(problem)
+    tuner.compile_ahead(problem, configs)
+    for config in configs:
 
         def total(values, config=config):
             a, b = operands(values)
@@ -123,29 +120,35 @@ def test_twin_stock_sharding_differs():
 
 
 def test_a_row_does_not_depend_on_the_batch():
+    """In fp32, where another order shows: bf16 hides it in all but one element of a thousand."""
     tree, w = ReductionTree(8), wild(1024, 2048, seed=1)
     x = wild(4096, 2048)
-    whole = kernels.tree_matmul(x, w.t(), tree)
+    whole = kernels.tree_matmul(x, w.t(), tree, out_dtype=FP32)
     for rows in (1, 3, 16, 17, 64, 100, 128, 200, 513, 1024):
-        assert_bitwise_equal(kernels.tree_matmul(x[:rows], w.t(), tree), whole[:rows], f"M={rows}")
-    assert_bitwise_equal(kernels.tree_matmul(x[4095:], w.t(), tree), whole[4095:], "the last row alone")
-    chain = kernels.matmul(x, w.t())
+        assert_bitwise_equal(kernels.tree_matmul(x[:rows], w.t(), tree, out_dtype=FP32), whole[:rows], f"M={rows}")
+    assert_bitwise_equal(kernels.tree_matmul(x[4095:], w.t(), tree, out_dtype=FP32), whole[4095:], "the last row alone")
+    chain = kernels.matmul(x, w.t(), out_dtype=FP32)
     for rows in (1, 40, 600):
-        assert_bitwise_equal(kernels.matmul(x[:rows], w.t()), chain[:rows], f"chain, M={rows}")
-    assert compare(torch.matmul(x[:1], w.t()), torch.matmul(x, w.t())[:1]).count, "twin: cuBLAS does depend on M"
+        assert_bitwise_equal(kernels.matmul(x[:rows], w.t(), out_dtype=FP32), chain[:rows], f"chain, M={rows}")
+
+
+def test_twin_cublas_depends_on_the_batch():
+    x, w = wild(4096, 4096), wild(1024, 4096, seed=1)
+    whole = torch.mm(x, w.t(), out_dtype=FP32)
+    assert any(compare(torch.mm(x[:rows], w.t(), out_dtype=FP32), whole[:rows]).count for rows in (1, 8, 16, 64, 100, 128))
 
 
 def test_a_shard_of_the_output_does_not_depend_on_its_width():
     dy, x = wild(777, 1024), wild(777, 512, seed=1)
-    dw = kernels.matmul(dy.t(), x)
+    dw = kernels.matmul(dy.t(), x, out_dtype=FP32)
     w = wild(1024, 512, seed=2)
-    y = kernels.matmul(x, w.t())
+    y = kernels.matmul(x, w.t(), out_dtype=FP32)
     for ranks in (2, 4, 8):
         for rank in range(ranks):
             rows, cols = slice(rank * 1024 // ranks, (rank + 1) * 1024 // ranks), slice(rank * 512 // ranks, (rank + 1) * 512 // ranks)
-            assert_bitwise_equal(kernels.matmul(dy[:, rows].t(), x), dw[rows], "dW split on N")
-            assert_bitwise_equal(kernels.matmul(dy.t(), x[:, cols]), dw[:, cols], "dW split on K")
-            assert_bitwise_equal(kernels.matmul(x, w[rows].t()), y[:, rows], "y split on N")
+            assert_bitwise_equal(kernels.matmul(dy[:, rows].t(), x, out_dtype=FP32), dw[rows], "dW split on N")
+            assert_bitwise_equal(kernels.matmul(dy.t(), x[:, cols], out_dtype=FP32), dw[:, cols], "dW split on K")
+            assert_bitwise_equal(kernels.matmul(x, w[rows].t(), out_dtype=FP32), y[:, rows], "y split on N")
 
 
 @pytest.mark.parametrize("dtype, precision", [(FP16, "ieee"), (FP32, "ieee"), (FP32, "tf32")])
@@ -175,7 +178,7 @@ def test_accuracy_is_that_of_cublas():
     exact = x.double() @ w.double().t()
     error = lambda y: ((y.double() - exact).norm() / exact.norm()).item()  # noqa: E731
     ours = kernels.tree_matmul(x, w.t(), ReductionTree(8), out_dtype=FP32)
-    assert error(ours) <= 1.05 * error(torch.matmul(x.float(), w.float().t()).float()) + 1e-5
+    assert error(ours) <= 1.05 * error(torch.mm(x, w.t(), out_dtype=FP32))
     assert error(ours.to(BF16)) <= 1.001 * error(torch.matmul(x, w.t()))
 
 
@@ -224,7 +227,7 @@ def test_errors_name_rule_values_and_fix():
         kernels.matmul(x, w)
     with pytest.raises(ValueError, match="one dtype"):
         kernels.matmul(x, w.t().half())
-    with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
+    with pytest.raises(ValueError, match="need an NVIDIA GPU"):
         kernels.matmul(x.cpu(), w.cpu().t())
 
 
@@ -269,7 +272,7 @@ def test_the_tuner_verifies_and_remembers(tmp_path, monkeypatch):
     def launch(problem, config, blocks=None):
         real(problem, gemm.canonical(problem) if config == wrong else config, blocks)
         if config == wrong:
-            problem.out[0, 0] += 1
+            problem.out.neg_()
 
     monkeypatch.setattr(tuner, "launch", launch)
     assert not tuner.verify(problems[0], wrong)

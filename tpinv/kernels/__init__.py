@@ -69,9 +69,7 @@ def tree_matmul(
     return _tree_gemm(a, b, bias, tree, 0, 1, stride, out_dtype or a.dtype, precision)[0]
 
 
-def matmul(
-    a: Tensor, b: Tensor, *, bias: Tensor | None = None, out_dtype: torch.dtype | None = None, precision: str = "ieee"
-) -> Tensor:
+def matmul(a: Tensor, b: Tensor, *, bias: Tensor | None = None, out_dtype: torch.dtype | None = None, precision: str = "ieee") -> Tensor:
     """``a [R, k] @ b [k, C]`` as one chain over k in fp32, for a k that no rank boundary cuts: column-parallel forward,
     row-parallel dgrad, and both wgrads (``matmul(dy.t(), x)``, tokens in increasing order). Returns [R, C] in ``out_dtype``
     (default: a's). k may have any length, 0 included. Errors as in tree_product."""

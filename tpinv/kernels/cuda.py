@@ -119,9 +119,7 @@ def load(name: str, function: str, macros: tuple[tuple[str, int], ...], arch: st
 def launch(function: ctypes.c_void_p, grid: int, threads: int, shared_bytes: int, stream: int, *arguments) -> None:
     """Launches a 1-D grid. ``arguments`` are ctypes structures or scalars, copied by the driver before this returns."""
     pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-    status = _driver().cuLaunchKernel(
-        function, grid, 1, 1, threads, 1, 1, shared_bytes, ctypes.c_void_p(stream), pointers, None
-    )
+    status = _driver().cuLaunchKernel(function, grid, 1, 1, threads, 1, 1, shared_bytes, ctypes.c_void_p(stream), pointers, None)
     _check(status, "cuLaunchKernel")
 
 

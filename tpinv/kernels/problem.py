@@ -14,7 +14,6 @@ in one chain. Legend: M tokens, N out-features, K in-features, R x C output, L l
 import functools
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tpinv.tree import Node, ReductionTree
@@ -139,8 +138,18 @@ def make_problems(
         start = (node.start - owned.start) * length
         problems.append(
             Problem(
-                a[:, start:], b[:, start:], out[plane], bias, node.stop - node.start, length, pieces, piece_stride,
-                tree.merges(node), splits(tree, node), tree.node_dtype == "bfloat16", precision,
+                a[:, start:],
+                b[:, start:],
+                out[plane],
+                bias,
+                node.stop - node.start,
+                length,
+                pieces,
+                piece_stride,
+                tree.merges(node),
+                splits(tree, node),
+                tree.node_dtype == "bfloat16",
+                precision,
             )  # fmt: skip
         )
     return problems

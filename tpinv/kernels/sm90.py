@@ -86,12 +86,21 @@ def refuses(problem: Problem) -> str | None:
     return None
 
 
+def _writes_vectors(problem: Problem) -> bool:
+    out = problem.out
+    return problem.cols % 8 == 0 and out.stride(0) % 8 == 0 and out.data_ptr() % 16 == 0
+
+
+def layout(problem: Problem) -> tuple[bool, bool]:
+    """All that :func:`refuses` and :func:`fits` ask of addresses and strides."""
+    return refuses(problem) is None, _writes_vectors(problem)
+
+
 def fits(problem: Problem, config: Sm90Config) -> bool:
     """Whether ``config`` can write this output, hold these leaves, and find what it needs in shared memory."""
-    out = problem.out
-    vectors = problem.cols % 8 == 0 and out.stride(0) % 8 == 0 and out.data_ptr() % 16 == 0
     narrow = config.cols < 64 and problem.major[0 if config.swap else 1] == 1  # copies bring 64 contiguous columns
-    return (vectors or config.swap) and not narrow and config.parts in problem.splits and config.shared_bytes(problem.merges) + 64 <= _SHARED_LIMIT
+    enough = config.shared_bytes(problem.merges) + 64 <= _SHARED_LIMIT
+    return (config.swap or _writes_vectors(problem)) and not narrow and config.parts in problem.splits and enough
 
 
 def _operand_map(t: torch.Tensor, major: int, rows: int, problem: Problem):

@@ -1,0 +1,81 @@
+"""``tpinv doctor``: which kernels this machine can use, whether their bits agree, and what the tuner has chosen.
+
+Every candidate configuration is compared with the canonical one, on hostile inputs, for each kind of product and dtype. Exit
+status 1 when one disagrees: then it is never used here, and if all do the canonical kernel runs, slower.
+"""
+
+import argparse
+import os
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tpinv.tree import ReductionTree
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--leaves", nargs="+", type=int, default=[1, 8], help="leaves of the trees to check (default 1 8)")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[16, 1024], help="numbers of tokens whose candidates to check")
+    parser.add_argument("--choices", action="store_true", help="also list what the tuner has chosen, shape by shape")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from tpinv import kernels
+
+    console = Console(highlight=False)
+    console.print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, TPINV_CACHE {os.environ.get('TPINV_CACHE', 'not set')}")
+    if not torch.cuda.is_available():
+        console.print("no GPU: tpinv runs its reference in plain torch, with the same contract")
+        return 0
+    reason = kernels.unavailable(torch.empty(0, device="cuda"))
+    if reason:
+        console.print(f"{torch.cuda.get_device_name()}: no kernels here, because {reason}; tpinv runs its reference")
+        return 0
+
+    from tpinv.kernels import cuda, tuner
+
+    console.print(f"{torch.cuda.get_device_name()}, cache {cuda.cache_dir()}")
+    table = Table("product", "dtype", "leaves", "tokens", "kernels", "agree", "struck off", title="bits against the canonical kernel")
+    bad = 0
+    for product, dtype, precision in _KINDS:
+        for leaves in arguments.leaves if product != "wgrad" else [1]:
+            for tokens in arguments.tokens:
+                problem = _problem(product, dtype, precision, leaves, tokens)
+                verdicts = {config: tuner.verify(problem, config) for config in tuner.candidates(problem)}
+                wrong = [config.name for config, good in verdicts.items() if not good]
+                bad += len(wrong)
+                name = f"{dtype}".removeprefix("torch.") + (f" {precision}" if dtype == torch.float32 else "")
+                families = ", ".join(sorted({config.name.split("-")[0] for config in verdicts}))
+                agree = f"{len(verdicts) - len(wrong)} of {len(verdicts)}"
+                table.add_row(product, name, str(leaves), str(tokens), families, agree, ", ".join(wrong) or "none")
+    console.print(table)
+    if arguments.choices:
+        for shape, row in tuner.table(torch.cuda.current_device()).items():
+            console.print(f"{row['config']:28} {row['microseconds']:>10} us  of {row['candidates']:2} for {shape}")
+    console.print("all configurations agree" if not bad else f"{bad} configurations disagree and will not be used")
+    return int(bad > 0)
+
+
+_KINDS = (
+    ("forward", torch.bfloat16, "ieee"),
+    ("dgrad", torch.bfloat16, "ieee"),
+    ("wgrad", torch.bfloat16, "ieee"),
+    ("forward", torch.float16, "ieee"),
+    ("forward", torch.float32, "ieee"),
+    ("forward", torch.float32, "tf32"),
+)
+
+
+def _problem(product: str, dtype: torch.dtype, precision: str, leaves: int, tokens: int):
+    from tpinv.kernels.problem import make_problems
+
+    make = lambda *shape: torch.zeros(*shape, device="cuda", dtype=dtype)  # noqa: E731  the verifier brings its own values
+    k = 64 * leaves
+    a, b = {
+        "forward": lambda: (make(tokens, k), make(512, k)),
+        "dgrad": lambda: (make(tokens, k), make(k, 512).t()),
+        "wgrad": lambda: (make(k, tokens).t(), make(k, 512).t()),
+    }[product]()
+    return make_problems(a, b, make(1, tokens, 512), None, ReductionTree(leaves), 0, 1, 1, precision)[0]
