@@ -107,6 +107,7 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{option} {path} cannot be written: there is no directory {directory}")
     if arguments.plot:
         try:
+            importlib.import_module("matplotlib")
             supported = importlib.import_module("matplotlib.figure").Figure().canvas.get_supported_filetypes()
         except ModuleNotFoundError as error:
             raise ValueError(f"--plot needs matplotlib ({error}); pip install 'tpinv[plot]'") from error
