@@ -2,7 +2,7 @@
 
 import torch
 
-from tpinv import ColumnParallelLinear, ReductionTree, RowParallelLinear
+from tpinv import ColumnParallelLinear, ReductionTree, RowParallelLinear, silu
 from tpinv.testing import assert_bitwise_equal, run_ranks
 
 
@@ -11,7 +11,7 @@ def mlp():
     tree = ReductionTree(leaves=8)  # fixes the order of every sum for 1, 2, 4 and 8 ranks
     up, down = ColumnParallelLinear(64, 256, tree=tree), RowParallelLinear(256, 64, tree=tree)
     x = torch.randn(32, 64, requires_grad=True)
-    y = down(torch.nn.functional.silu(up(x)))
+    y = down(silu(up(x)))
     y.square().sum().backward()
     return {"y": y.detach(), "dx": x.grad, "db": down.bias.grad}
 
