@@ -86,3 +86,7 @@ def test_twin_a_wrong_table_is_seen():
         most_pending((0, 2))
     with pytest.raises(ValueError, match="instead of one"):
         most_pending((0, 0))
+
+
+def test_64_leaves_are_what_the_triton_kernel_holds():
+    assert max(most_pending(ReductionTree(n).merges()) for n in range(1, 65)) == 6 < most_pending(ReductionTree(128).merges())

@@ -220,6 +220,8 @@ def run(problem: Problem, config: TritonConfig) -> None:
     """Fills ``problem.out`` on the current stream, or on the CPU under the interpreter."""
     a, b, out = problem.a, problem.b, problem.out
     merges = problem.splits[config.parts]
+    if most_pending(merges) > MAX_DEPTH:
+        raise ValueError(f"a subtree of {problem.leaves} leaves keeps more than {MAX_DEPTH} values pending; use at most 64 leaves a rank")
     tiles = triton.cdiv(problem.rows, config.rows) * triton.cdiv(problem.cols, config.cols)
     parts = arrived = out
     if config.parts > 1:

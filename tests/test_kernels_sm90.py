@@ -1,0 +1,84 @@
+"""csrc/sm90_tree_gemm.cu and its host side agree, and the source compiles to what it was written for. No GPU needed."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tpinv.kernels import cuda, sm90
+from tpinv.kernels.problem import make_problems
+from tpinv.tree import ReductionTree
+
+SOURCE = cuda.source("sm90_tree_gemm.cu")
+
+
+def problem(leaves, rows=600, cols=328, length=72, transposed=False, out_dtype=torch.bfloat16):
+    a, k = torch.zeros(rows, leaves * length).bfloat16(), leaves * length
+    b = torch.zeros(k, cols).bfloat16().t() if transposed else torch.zeros(cols, k).bfloat16()
+    return make_problems(a, b, torch.empty(1, rows, cols, dtype=out_dtype), None, ReductionTree(leaves), 0, 1, 1, "ieee")[0]
+
+
+def test_params_have_the_same_fields_in_the_same_order():
+    body = re.sub(r"//.*", "", re.search(r"struct Params \{(.*?)\n\};", SOURCE, re.S).group(1))
+    names = [name for declaration in body.split(";") for name in re.findall(r"(\w+)(?:\[64\])?\s*(?:,|$)", declaration.strip())]
+    assert names == [name for name, _ in sm90._Params._fields_]
+    assert f"[{sm90.MAX_LEAVES}]" in body
+
+
+def test_the_host_defines_every_macro_and_no_other():
+    given = set(sm90.macros(problem(8), sm90.candidates(problem(8))[0]))
+    legend = re.search(r"with these macros:\n(.*?)\n\n", SOURCE, re.S).group(1)
+    assert given == set(re.findall(r"\b[A-Z][A-Z0-9_]+\b", legend))
+
+
+def test_room_is_the_same_on_both_sides():
+    low, wide, at, none, otherwise = map(int, re.search(r"kRoom = BN <= (\d+) \? (\d+) : BN == (\d+) \? (\d+) : (\d+);", SOURCE).groups())
+    for cols in (16, 32, 64, 128, 192, 256):
+        assert sm90._room(cols) == (wide if cols <= low else none if cols == at else otherwise)
+
+
+@pytest.mark.parametrize("leaves", [1, 2, 3, 6, 8, 24, 64])
+@pytest.mark.parametrize("rows", [1, 40, 100, 200, 600, 4096])
+def test_candidates_fit(leaves, rows, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    p = problem(leaves, rows)
+    assert sm90.refuses(p) is None
+    found = sm90.candidates(p)
+    assert found and len(set(found)) == len(found) <= 16
+    for config in found:
+        assert sm90.fits(p, config)
+        assert config.stages >= 3 and config.shared_bytes(p.merges) <= sm90._SHARED_LIMIT
+
+
+def test_refusals(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert "16 bytes" in sm90.refuses(problem(8, length=12))
+    assert sm90.refuses(problem(1, length=1000)) is None
+    assert "64 leaves" in sm90.refuses(problem(65, length=8))
+    assert not any(sm90.fits(problem(8, cols=71), c) and not c.swap for c in sm90.candidates(problem(8, rows=100)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "9.0" in sm90.refuses(problem(8))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("leaves, cols, transposed", [(8, 128, False), (2, 192, True), (1, 256, False)])
+def test_ptxas_keeps_the_matrix_instructions_asynchronous(leaves, cols, transposed, tmp_path):
+    """No serialized wgmma, no fence that waits for the whole GPU, and next to no spills."""
+    p = problem(leaves, transposed=transposed)
+    config = next(c for c in sm90.candidates(p) if c.cols == cols and c.parts == 1)
+    macros = [f"-D{name}={value}" for name, value in sm90.macros(p, config).items()]
+    source = tmp_path / "kernel.cu"
+    source.write_text(SOURCE)
+    target = "-gencode=arch=compute_90a,code=sm_90a"
+    done = subprocess.run(
+        ["nvcc", target, "-cubin", "-Xptxas", "-v", *macros, "-o", str(tmp_path / "kernel.cubin"), str(source)],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Potential Performance Loss" not in done.stderr, done.stderr
+    assert int(re.search(r"(\d+) bytes spill stores", done.stderr).group(1)) <= 64, done.stderr
+    assert not re.search(r"(acquire|release)\.(cluster|gpu|sys)", re.sub(r"fence\.mbarrier_init\.release\.cluster", "", SOURCE))
