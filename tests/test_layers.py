@@ -192,3 +192,14 @@ def test_errors_at_construction_on_ranks():
         run_ranks(wrong_tree, 3)
     with pytest.raises(RankError, match=r"dimension 0 of \(50, 8\) must be divisible by 3 ranks"):
         run_ranks(wrong_vocabulary, 3)
+
+
+def test_loading_by_assignment_keeps_the_marks():
+    layer = ColumnParallelLinear(16, 32, tree=ReductionTree(8), stride=2)
+    layer.load_state_dict({name: torch.ones_like(value) for name, value in layer.state_dict().items()}, assign=True)
+    for parameter in layer.parameters():
+        assert parameter.eq(1).all() and parameter.tensor_model_parallel and parameter.partition_stride == 2
+    stock = torch.nn.Linear(16, 32)
+    stock.weight.tensor_model_parallel = True
+    stock.load_state_dict(torch.nn.Linear(16, 32).state_dict(), assign=True)
+    assert not hasattr(stock.weight, "tensor_model_parallel"), "torch keeps marks by itself: KeepsMarks can go"

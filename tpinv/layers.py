@@ -33,10 +33,19 @@ def mark_sharded(parameter: nn.Parameter, dim: int, stride: int = 1) -> None:
 
 
 class KeepsMarks:
-    """Mixin for modules: a deep copy's parameters carry the marks (attributes that are bools or integers) of the original's.
+    """Mixin for modules: parameters keep their marks (attributes that are bools or integers) in a deep copy and when replaced by
+    ``load_state_dict(assign=True)``.
 
-    nn.Parameter's own deep copy drops them, and with ``tensor_model_parallel`` the norm would count a shard as a replica.
+    nn.Parameter itself drops them, and without ``tensor_model_parallel`` the norm would count a shard as a replica.
     """
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        marks = {name: dict(vars(parameter)) for name, parameter in self._parameters.items() if parameter is not None}
+        super()._load_from_state_dict(*args, **kwargs)
+        for name, values in marks.items():
+            for mark, value in values.items():
+                if isinstance(value, int):
+                    setattr(self._parameters[name], mark, value)
 
     def __deepcopy__(self, memo: dict):
         twin = memo[id(self)] = self.__class__.__new__(self.__class__)
