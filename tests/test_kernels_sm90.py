@@ -22,6 +22,12 @@ def problem(leaves, rows=600, cols=328, length=72, transposed=False, out_dtype=t
     return make_problems(a, b, torch.empty(1, rows, cols, dtype=out_dtype), None, ReductionTree(leaves), 0, 1, 1, "ieee")[0]
 
 
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "missing", lambda name: None)
+
+
 def test_params_have_the_same_fields_in_the_same_order():
     body = re.sub(r"//.*", "", re.search(r"struct Params \{(.*?)\n\};", SOURCE, re.S).group(1))
     names = [name for declaration in body.split(";") for name in re.findall(r"(\w+)(?:\[64\])?\s*(?:,|$)", declaration.strip())]
@@ -43,8 +49,7 @@ def test_room_is_the_same_on_both_sides():
 
 @pytest.mark.parametrize("leaves", [1, 2, 3, 6, 8, 24, 64])
 @pytest.mark.parametrize("rows", [1, 40, 100, 200, 600, 4096])
-def test_candidates_fit(leaves, rows, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+def test_candidates_fit(leaves, rows, hopper):
     p = problem(leaves, rows)
     assert sm90.refuses(p) is None
     found = sm90.candidates(p)
@@ -54,12 +59,13 @@ def test_candidates_fit(leaves, rows, monkeypatch):
         assert config.stages >= 3 and config.shared_bytes(p.merges) <= sm90._SHARED_LIMIT
 
 
-def test_refusals(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+def test_refusals(hopper, monkeypatch):
     assert "16 bytes" in sm90.refuses(problem(8, length=12))
     assert sm90.refuses(problem(1, length=1000)) is None
     assert "64 leaves" in sm90.refuses(problem(65, length=8))
     assert not any(sm90.fits(problem(8, cols=71), c) and not c.swap for c in sm90.candidates(problem(8, rows=100)))
+    monkeypatch.setattr(cuda, "missing", lambda name: "no compiler")
+    assert sm90.refuses(problem(8)) == "no compiler"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert "9.0" in sm90.refuses(problem(8))
 

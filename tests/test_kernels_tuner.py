@@ -67,6 +67,7 @@ def gpu(monkeypatch, tmp_path):
         "graph": capture, "Event": Event, "synchronize": lambda: None, "get_device_name": lambda device: "a GPU of paper",
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(sm90.cuda, "missing", lambda name: None)
     monkeypatch.setattr(sm90, "compile_ahead", lambda macros: None)
     monkeypatch.setattr(tuner, "launch", gpu.launch)
     monkeypatch.setattr(tuner, "_verified", {})

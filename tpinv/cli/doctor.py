@@ -34,9 +34,11 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(f"{torch.cuda.get_device_name()}: no kernels here, because {reason}; tpinv runs its reference")
         return 0
 
-    from tpinv.kernels import cuda, tuner
+    from tpinv.kernels import cuda, sm90, tuner
 
     console.print(f"{torch.cuda.get_device_name()}, cache {cuda.cache_dir()}")
+    if cuda.missing(sm90.SOURCE):
+        console.print(f"csrc/{sm90.SOURCE}: {cuda.missing(sm90.SOURCE)}; Triton runs in its place, slower")
     table = Table("product", "dtype", "leaves", "tokens", "kernels", "agree", "struck off", title="bits against the canonical kernel")
     bad = 0
     for product, dtype, precision in _KINDS:

@@ -57,6 +57,19 @@ def _nvrtc() -> ctypes.CDLL:
     return ctypes.CDLL(f"libnvrtc.so.{torch.version.cuda.split('.')[0]}")
 
 
+@functools.cache
+def missing(name: str) -> str | None:
+    """Why csrc/``name`` cannot be compiled on this machine; None when it can."""
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    try:
+        source(name)
+        _nvrtc()
+    except OSError as error:  # FileNotFoundError is one too
+        return f"it cannot be compiled here: {error}"
+    return None
+
+
 def compile_source(name: str, macros: dict[str, int], arch: str) -> bytes:
     """csrc/``name`` compiled for ``arch`` ("sm_90a") with ``macros``: the cubin, from the disk cache where it can.
 

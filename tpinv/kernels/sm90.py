@@ -14,7 +14,7 @@ from tpinv.kernels import cuda
 from tpinv.kernels.counters import arrivals
 from tpinv.kernels.problem import Problem, most_pending, most_pending_pairs
 
-_SOURCE = "sm90_tree_gemm.cu"
+SOURCE = "sm90_tree_gemm.cu"
 _BM, _BK, _THREADS, _CONSUMERS = 128, 64, 384, 256
 _SHARED_LIMIT = 232448  # bytes a block may have on sm_90
 _OUT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -74,6 +74,8 @@ def refuses(problem: Problem) -> str | None:
     a, b, out = problem.a, problem.b, problem.out
     if torch.cuda.get_device_capability(a.device) != (9, 0):
         return "needs compute capability 9.0"
+    if cuda.missing(SOURCE):
+        return cuda.missing(SOURCE)
     if a.dtype not in (torch.bfloat16, torch.float16) or out.dtype not in (a.dtype, torch.float32, torch.bfloat16):
         return f"needs bf16 or fp16 inputs, got {a.dtype} -> {out.dtype}"
     if problem.leaves > MAX_LEAVES:
@@ -135,7 +137,7 @@ def macros(problem: Problem, config: Sm90Config) -> dict[str, int]:
 
 def compile_ahead(macros: dict[str, int]) -> None:
     """Compiles into the disk cache, from any thread, without touching the GPU."""
-    cuda.compile_source(_SOURCE, macros, "sm_90a")
+    cuda.compile_source(SOURCE, macros, "sm_90a")
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def _plan(
     params.merges[: len(merges)] = merges
     params.part_merges[: len(part_merges)] = part_merges
     return _Plan(
-        function=cuda.load(_SOURCE, "tree_gemm", macros, "sm_90a", shared, device),
+        function=cuda.load(SOURCE, "tree_gemm", macros, "sm_90a", shared, device),
         grid=grid,
         shared=shared,
         scratch=grid * tile * config.stack_depth(merges) if config.spills(merges) else 0,

@@ -216,7 +216,8 @@ def _probe(problem: Problem) -> Problem:
 @functools.cache
 def _path(device: int) -> Path:
     here = Path(__file__).parent
-    sources = [(here / name).read_text() for name in ("gemm.py", "sm90.py", "problem.py")] + [cuda.source("sm90_tree_gemm.cu")]
+    sources = [(here / name).read_text() for name in ("gemm.py", "sm90.py", "problem.py")]
+    sources.append(cuda.missing(sm90.SOURCE) or cuda.source(sm90.SOURCE))
     versions = [torch.cuda.get_device_name(device), torch.__version__, triton.__version__, str(torch.version.cuda)]
     key = hashlib.sha256("\0".join(versions + sources).encode()).hexdigest()[:16]
     return cuda.cache_dir() / f"choices-{key}.json"
