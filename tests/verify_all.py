@@ -1,6 +1,7 @@
 """``make verify-all``: every combination that the README's table claims, 5 Adam steps each, SP off and on. About half an hour on two cores.
 
-Prints a line per combination and writes all rows to the file named on the command line (default verify-all.json).
+Prints a line per combination and writes all rows to the file named on the command line (default verify-all.json). With ``--resume``
+combinations that the file holds already are not run again.
 """
 
 import contextlib
@@ -18,15 +19,19 @@ LAYOUTS = ("1,2,4,8", "8"), ("1,3,6", "24")
 VARIANTS = ("llama",), ("llama", "--tied"), ("gpt",), ("gpt", "--tied")
 
 
-def verify_all(path: Path) -> int:
+def verify_all(path: Path, resume: bool = False) -> int:
     """0 when every combination verified."""
-    failed, report = 0, []
+    report = json.loads(path.read_text()) if resume and path.exists() else []
+    done = {result["options"] for result in report if result["ok"]}
+    failed, report = 0, [result for result in report if result["ok"]]
     combinations = [
         *itertools.product(LAYOUTS, VARIANTS, ("fp32", "bf16"), ("1", "2")),
         *itertools.product(LAYOUTS, [("llama", "--qk-norm")], ["bf16"], ["2"]),
     ]
     for (tp, leaves), variant, dtype, micro_batches in combinations:
         options = ["--tp", tp, "--leaves", leaves, "--variant", *variant, "--dtype", dtype, "--micro-batches", micro_batches]
+        if " ".join(options) in done:
+            continue
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()) as printed:
             file = Path(directory) / "rows.json"
@@ -48,4 +53,5 @@ def verify_all(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(verify_all(Path(sys.argv[1] if len(sys.argv) > 1 else "verify-all.json")))
+    files = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    sys.exit(verify_all(Path(files[0] if files else "verify-all.json"), resume="--resume" in sys.argv))
