@@ -14,11 +14,13 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
-    packages=packages + integrations,
-    package_dir={"tpinv": "tpinv", "tpinv.integrations": "integrations"},
+    packages=[*packages, *integrations, "tpinv.csrc"],
+    package_dir={"tpinv": "tpinv", "tpinv.integrations": "integrations", "tpinv.csrc": "csrc"},
+    package_data={"tpinv.csrc": ["*.cu", "*.cuh"]},  # compiled on the GPU machine at run time
     install_requires=["torch>=2.8", "numpy", "rich>=13"],
     extras_require={
-        "megatron": ["megatron-core>=0.16.1", "psutil"],  # its distributed checkpoint wants psutil without saying so
+        # Megatron-Core wants triton (from 0.19) and psutil (its distributed checkpoint) without saying so.
+        "megatron": ["megatron-core>=0.16.1", "psutil", "triton; platform_system == 'Linux'"],
         "plot": ["matplotlib>=3.8"],
         "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6", "ruff==0.17.6", "triton; platform_system == 'Linux'"],
     },

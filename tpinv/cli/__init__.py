@@ -8,6 +8,8 @@ COMMANDS = {
     "verify": "train a real model at several tensor-parallel sizes, stock and tpinv, and compare every byte",
     "show": "draw the reduction tree and who owns what",
     "probe": "recover and draw the order in which an operation adds",
+    "bench": "time the kernels against the stock ones, after checking their bits",
+    "doctor": "say which kernels this machine uses, and why",
 }
 
 
