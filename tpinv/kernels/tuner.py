@@ -95,11 +95,11 @@ def _choose(problem: Problem, key: tuple) -> Config:
     if known is not None and verify(problem, known):
         _chosen[key] = known
         return known
-    compile_ahead(problem, options)
     if os.environ.get("TPINV_TUNE", "1") == "0":
         winner = next((c for c in options if verify(problem, c)), gemm.canonical(problem))
         times = {}
     else:
+        compile_ahead(problem, options)
         times = _times(problem, [c for c in options if verify(problem, c)])
         ranking = sorted(times, key=times.get)
         winner = next((c for c in ranking if _equal(problem, c)), gemm.canonical(problem))
@@ -213,14 +213,18 @@ def _probe(problem: Problem) -> Problem:
 # -- the cache on disk -----------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def _path(device: int) -> Path:
+    return cuda.cache_dir() / f"choices-{_fingerprint(device)}.json"
+
+
+@functools.cache
+def _fingerprint(device: int) -> str:
+    """Of all that a choice may depend on besides the problem."""
     here = Path(__file__).parent
     sources = [(here / name).read_text() for name in ("gemm.py", "sm90.py", "problem.py")]
     sources.append(cuda.missing(sm90.SOURCE) or cuda.source(sm90.SOURCE))
     versions = [torch.cuda.get_device_name(device), torch.__version__, triton.__version__, str(torch.version.cuda)]
-    key = hashlib.sha256("\0".join(versions + sources).encode()).hexdigest()[:16]
-    return cuda.cache_dir() / f"choices-{key}.json"
+    return hashlib.sha256("\0".join(versions + sources).encode()).hexdigest()[:16]
 
 
 def _load(device: int) -> dict[str, dict]:
