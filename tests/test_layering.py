@@ -18,7 +18,7 @@ ALLOWED = {
     "functional": {"tree", "reference", "kernels", "collectives"},
     "layers": {"tree", "reference", "collectives", "functional"},
     "optim": {"tree", "reference", "collectives"},
-    "testing": {"tree"},
+    "testing": {"tree", "reference"},
     "integrations": {"", "tree", "reference", "collectives", "functional", "layers", "optim", "testing"},
     "__init__": {"tree", "reference", "collectives", "functional", "layers", "optim"},
 }

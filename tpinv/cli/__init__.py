@@ -8,6 +8,7 @@ COMMANDS = {
     "verify": "train a real model at several tensor-parallel sizes, stock and tpinv, and compare every byte",
     "show": "draw the reduction tree and who owns what",
     "probe": "recover and draw the order in which an operation adds",
+    "diff": "name the first module and tensor in which two recorded runs differ",
     "bench": "time the kernels against the stock ones, after checking their bits",
     "doctor": "say which kernels this machine uses, and why",
 }

@@ -1,4 +1,4 @@
-"""The picture of a verify run: tensors x layouts, the distance from TP = 1 in ulps, stock beside tpinv."""
+"""The pictures: of a verify run, tensors x layouts, stock beside tpinv; of two recorded runs, modules x tensors. Colour is a distance in ulp."""
 
 import math
 
@@ -31,3 +31,39 @@ def heat_map(rows, path: str, title: str) -> None:
     figure.suptitle(f"distance from TP=1, white: the same bytes\n{title}", fontsize=10)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def module_map(rows, path: str, title: str) -> None:
+    """The picture of a comparison of two runs: modules in their order x tensors, the largest distance over steps and calls."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    distances: dict[tuple[str, str], float] = {}
+    for row in (row for row in rows if row.compared):
+        at = (row.key.module or "(model)", row.key.tensor)
+        ulp = row.difference.max_ulp if row.difference else 0
+        distances[at] = max(distances.get(at, 0.0), math.log2(1 + ulp) if ulp else float(row.differs))
+    modules = list(dict.fromkeys(module for module, _ in distances))
+    tensors = sorted({tensor for _, tensor in distances}, key=_column)
+    top = max(distances.values(), default=0.0) or 1.0
+    figure, axis = pyplot.subplots(figsize=(4.5 + 0.45 * len(tensors), 1.8 + 0.145 * len(modules)), layout="constrained")
+    colors = matplotlib.colormaps["viridis_r"].with_extremes(bad="lightgrey", under="white")
+    image = axis.imshow(
+        [[distances.get((module, tensor), math.nan) for tensor in tensors] for module in modules],
+        aspect="auto", interpolation="nearest", vmin=1e-6, vmax=top, cmap=colors,
+    )  # fmt: skip
+    axis.set_xticks(range(len(tensors)), tensors, fontsize=7, rotation=60, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(len(modules)), modules, fontsize=6)
+    figure.colorbar(image, ax=axis, label="log2(1 + largest distance in ulp)", shrink=0.5)
+    figure.suptitle(f"{title}\nwhite: the same bytes, grey: no such tensor", fontsize=9)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _column(tensor: str) -> tuple:
+    """Parameters, inputs, outputs, their gradients, parameter gradients."""
+    kinds = ("input", "output", "grad_output", "grad_input")
+    kind = tensor.partition(".")[0]
+    return (1 + kinds.index(kind) if kind in kinds else 5 if tensor.endswith(".grad") else 0, tensor)

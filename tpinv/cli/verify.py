@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     tree = ReductionTree(arguments.leaves)
     for size in sizes:
         tree.owned(0, size)
-    _check_outputs(arguments)
+    check_outputs(arguments)
     console = Console()
     console.print(
         f"[bold]{tree.fingerprint}[/]  {arguments.framework} {arguments.variant}{' tied' if arguments.tied else ''}"
@@ -100,7 +100,7 @@ def _sizes(arguments: argparse.Namespace) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _check_outputs(arguments: argparse.Namespace) -> None:
+def check_outputs(arguments: argparse.Namespace) -> None:
     """Before the work, not after it."""
     for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
         if path and not os.path.isdir(directory := os.path.dirname(path) or "."):

@@ -1,0 +1,130 @@
+"""``tpinv diff A B``: where two recorded runs (tpinv.testing.record) part. Names the first module and tensor whose bytes differ, in
+the order in which run A computed them, so that what comes before it is known to be the same.
+
+Exit status 0 if everything is the same bytes, 1 if something differs or could not be compared, 2 if A or B is not a recording.
+"""
+
+import argparse
+import json
+import math
+
+from rich.console import Console
+from rich.table import Table
+
+from tpinv.cli.verify import check_outputs
+from tpinv.testing.runs import Comparison, Run, compare_runs, renamed
+
+PHASES = ("parameter", "forward", "recompute", "backward", "gradient")
+ARISES = {
+    "parameter": "the runs do not hold the same parameters here: before step 0 look at initialisation, later at the optimizer",
+    "input": "it arises between that tensor and this module, in code that is no module's own",
+    "output": "it arises in this module, whose input is the same bytes",
+    "grad_output": "it arises in the backward pass of whatever uses this module's output",
+    "grad_input": "it arises in the backward pass of this module, whose grad_output is the same bytes",
+    "gradient": "it arises in this parameter's own gradient, or where the gradients of ranks and micro-batches are added",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", metavar="A", help="directory of a recorded run, the reference")
+    parser.add_argument("b", metavar="B", help="directory of another one, of any number of ranks")
+    parser.add_argument(
+        "--map", action="append", default=[], metavar="OLD=NEW",
+        help="regular expression and replacement that turn B's module names into A's; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--partial", action="store_true", help="do not mind tensors that cannot be compared (in one run only, digests only)"
+    )
+    parser.add_argument("--rows", type=int, default=10, help="differing tensors to list (default 10)")
+    parser.add_argument("--json", metavar="FILE", help="write every tensor that differs or was not compared to FILE")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw modules x tensors to FILE.png (needs matplotlib)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    check_outputs(arguments)
+    rules = []
+    for rule in arguments.map:
+        old, equals, new = rule.partition("=")
+        if not equals:
+            raise ValueError(rf"--map {rule!r} must be OLD=NEW, such as '^decoder\.layers=layers'")
+        rules.append((old, new))
+    a, b = Run(arguments.a), Run(arguments.b)
+    renamed(b, rules)
+    found = compare_runs(a, b)
+    differ = [row for row in found if row.differs]
+    unknown = [row for row in found if not row.compared]
+    ok = not differ and (arguments.partial or not unknown)
+
+    console = Console(highlight=False)
+    for name, which in (("A", a), ("B", b)):
+        console.print(f"{name}  {which.path}: {which.ranks} rank{'s' if which.ranks > 1 else ''}, {len(which.parts[0])} tensors each")
+    console.print(_phases(found))
+    if differ:
+        _print_first(found, differ[0], console)
+        if len(differ) > 1:
+            console.print(_rows(differ[: arguments.rows], len(differ)))
+    if unknown:
+        console.print(f"{len(unknown)} could not be compared, first {unknown[0].key}: {unknown[0].rule}", soft_wrap=True)
+    if not differ:
+        console.print(f"the same bytes in all {len(found) - len(unknown)} tensors compared")
+    if arguments.json:
+        summary = {"equal": ok, "tensors": len(found), "differing": len(differ), "not_compared": len(unknown)}
+        rows = [_json(row) for row in found if row.differs or not row.compared]
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump(summary | {"first": _json(differ[0]) if differ else None, "rows": rows}, file, indent=1)
+    if arguments.plot:
+        from tpinv.cli.plot import module_map
+
+        module_map(found, arguments.plot, f"{arguments.b} against {arguments.a}")
+    return 0 if ok else 1
+
+
+def _phases(found: list[Comparison]) -> Table:
+    table = Table("phase", "compared", "differ", "not compared", "first that differs")
+    for phase in PHASES:
+        rows = [row for row in found if row.key.phase == phase]
+        differ = [row for row in rows if row.differs]
+        if rows:
+            compared = sum(row.compared for row in rows)
+            table.add_row(phase, str(compared), str(len(differ)), str(len(rows) - compared), str(differ[0].key) if differ else "")
+    return table
+
+
+def _print_first(found: list[Comparison], first: Comparison, console: Console) -> None:
+    before = found[: found.index(first)]
+    same = [row for row in before if row.compared]
+    console.print(f"[bold]first difference[/]  {first.key}", soft_wrap=True)
+    if first.rule:
+        console.print(f"  {first.rule}")
+    console.print(f"  {first.difference or 'digests differ; how far apart the values are was not kept'}", soft_wrap=True)
+    if same:
+        unknown = f" ({len(before) - len(same)} before it were not compared)" if len(same) < len(before) else ""
+        console.print(f"  the last that is the same: {same[-1].key}{unknown}", soft_wrap=True)
+    kind = first.key.phase if first.key.phase in ("parameter", "gradient") else first.key.tensor.partition(".")[0]
+    console.print(f"  {ARISES[kind]}", soft_wrap=True)
+    if first.histogram:
+        console.print("  ulp")
+    for power, count in enumerate(first.histogram):
+        lowest, highest = 1 << power, (2 << power) - 1
+        label = str(lowest) if lowest == highest else f"{lowest}-{highest}"
+        console.print(f"  {label:>21} {count:>9} {'█' * math.ceil(40 * count / max(first.histogram))}")
+
+
+def _rows(rows: list[Comparison], total: int) -> Table:
+    table = Table("step", "phase", "module", "tensor", "differ", "max ulp", "rule", title=f"the first {len(rows)} of {total} that differ")
+    for row in rows:
+        count, ulp = (f"{row.difference.count} of {row.difference.total}", str(row.difference.max_ulp)) if row.difference else ("?", "?")
+        call = f" #{row.key.call + 1}" if row.key.call else ""
+        table.add_row(str(row.key.step), row.key.phase, row.key.module or "(model)", row.key.tensor + call, count, ulp, row.rule)
+    return table
+
+
+def _json(row: Comparison) -> dict:
+    result = {**row.key._asdict(), "rule": row.rule, "compared": row.compared}
+    if row.difference:
+        values = {"a": row.difference.expected, "b": row.difference.actual}
+        finite = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}  # JSON has no NaN
+        result |= {"count": row.difference.count, "total": row.difference.total, "index": row.difference.index, **finite}
+        result |= {"max_ulp": row.difference.max_ulp, "ulp_histogram": row.histogram}
+    return result

@@ -1,0 +1,218 @@
+"""Records what flows through any torch model, stock ones included, so that two runs can be compared afterwards: ``tpinv diff A B``.
+
+>>> with record(model, "runs/tp4") as recorder:                     # every rank; writes runs/tp4/rank0.pt, rank1.pt, ...
+...     for batch in batches:
+...         loss(model(batch)).backward()
+...         recorder.step()                                         # before zero_grad and the optimizer
+...         optimizer.step()
+
+Hooks only look, nothing of the arithmetic changes: a module's inputs are replaced by views of themselves, because the gradient of
+a view is this module's own, where the gradient of the tensor would be the sum over everything that uses it (a module that
+overwrites its input has none). Of each step, in the order in which things happen:
+
+    parameter   every parameter, when the step's first module is called
+    forward     each module's input and output
+    recompute   the same while a backward pass runs: activation checkpointing calls the module again
+    backward    each module's grad_output and grad_input, from the last module to the first
+    gradient    every parameter's gradient (main_grad where Megatron keeps it there), at ``step()``
+
+Tensors are kept by the digest of their bytes, so that one module's output, which is the next one's input, is kept once.
+"""
+
+import dataclasses
+import hashlib
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+FORMAT = "tpinv recording 1"
+
+
+class record:
+    """Installs the hooks; :meth:`close`, or leaving the ``with`` block, removes them and writes this rank's file.
+
+    Args:
+        model: any module. Compiled parts are seen from outside only.
+        path: a directory, one for the run. With data parallelism, one for each replica of the model.
+        group: the tensor-parallel ProcessGroup (default: the default group, or one rank without any).
+        modules: regular expression; only modules whose name it matches somewhere are recorded.
+        keep: bytes of tensors that a rank keeps. Beyond them, and from the start with 0, only shapes and digests are recorded: enough
+            to say that a tensor differs, not by how much, nor to put shards together.
+        shards: {regular expression on "module/tensor": dimension, or (dimension, stride)} of tensors that are sharded. Parameters
+            and their gradients carry Megatron's marks; for the rest ``tpinv diff`` goes by the shapes.
+
+    Raises:
+        ValueError: the directory holds another run's files, or a name is no regular expression.
+    """
+
+    def __init__(
+        self, model: nn.Module, path: str | os.PathLike, *, group=None, modules: str = "", keep: int = 4 << 30,
+        shards: Mapping[str, int | tuple[int, int]] | None = None,
+    ):  # fmt: skip
+        distributed = dist.is_available() and dist.is_initialized()
+        self.rank, self.ranks = (dist.get_rank(group), dist.get_world_size(group)) if distributed else (0, 1)
+        self.path, self.keep = os.fspath(path), keep
+        os.makedirs(self.path, exist_ok=True)
+        if strangers := sorted(set(os.listdir(self.path)) - {f"rank{rank}.pt" for rank in range(self.ranks)}):
+            raise ValueError(f"{self.path} holds {strangers}, which a run of {self.ranks} ranks does not write; use an empty directory")
+        try:
+            chosen = re.compile(modules)
+            self.shards = {re.compile(name): (dim, 1) if isinstance(dim, int) else tuple(dim) for name, dim in (shards or {}).items()}
+        except re.error as error:
+            raise ValueError(f"{error.pattern!r} is no regular expression: {error}") from None
+        self._step, self._dirty, self._warned = 0, False, False
+        self._events: list[dict] = []
+        self._tensors: dict[str, Tensor] = {}
+        self._calls: Counter = Counter()
+        # Marks of parameters that a wrapper copies are lost; these names and strides are the model's own.
+        self._parameters = [(name, p) for name, p in model.named_parameters() if chosen.search(name.rpartition(".")[0])]
+        self._hooks = []
+        for name, module in model.named_modules():
+            if chosen.search(name):
+                stride = max((getattr(p, "partition_stride", 1) for p in module.parameters(recurse=False)), default=1)
+                self._hooks += [
+                    module.register_forward_pre_hook(self._before(name), with_kwargs=True),
+                    module.register_forward_hook(self._after(name, stride)),
+                ]
+
+    def __enter__(self) -> "record":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def step(self) -> None:
+        """Ends a step: records the gradients of the parameters, and whatever follows belongs to the next step."""
+        for name, parameter in self._parameters:
+            gradient = parameter.grad if parameter.grad is not None else getattr(parameter, "main_grad", None)
+            if gradient is not None:
+                self._add_parameter("gradient", name, ".grad", parameter, gradient)
+        self._step, self._dirty = self._step + 1, False
+        self._calls.clear()
+
+    def close(self) -> None:
+        """Removes the hooks and writes the file. A step that was begun is ended first."""
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._dirty:
+            self.step()
+        recording = {"format": FORMAT, "rank": self.rank, "ranks": self.ranks, "events": self._events, "tensors": self._tensors}
+        torch.save(recording, os.path.join(self.path, f"rank{self.rank}.pt"))
+
+    # -- hooks -------------------------------------------------------------------------------------------------------
+
+    def _before(self, module: str):
+        def hook(_, args: tuple, kwargs: dict):
+            if not self._dirty:
+                self._dirty = True
+                for name, parameter in self._parameters:
+                    self._add_parameter("parameter", name, "", parameter, parameter)
+            inputs = {str(i): value for i, value in enumerate(args)} | kwargs
+            for name, tensor in _named(inputs, "input"):
+                self._add(_forward_phase(), module, name, tensor)
+                where = next((at for at, value in inputs.items() if value is tensor), None)
+                # A parameter, or a tensor that carries attributes, must reach the module as what it is.
+                if where is not None and type(tensor) is Tensor and _has_gradient(tensor) and not vars(tensor):
+                    inputs[where] = self._watch(tensor.view_as(tensor), module, f"grad_{name}")
+            return tuple(inputs[str(i)] for i in range(len(args))), {key: inputs[key] for key in kwargs}
+
+        return hook
+
+    def _after(self, module: str, stride: int):
+        def hook(_, args: tuple, output):
+            for name, tensor in _named(output, "output"):
+                self._add(_forward_phase(), module, name, tensor, stride=stride)
+                if _has_gradient(tensor):
+                    self._watch(tensor, module, f"grad_{name}", stride)
+
+        return hook
+
+    def _watch(self, tensor: Tensor, module: str, name: str, stride: int = 1) -> Tensor:
+        tensor.register_hook(lambda gradient: self._add("backward", module, name, gradient, stride=stride))
+        return tensor
+
+    # -- what is kept ------------------------------------------------------------------------------------------------
+
+    def _add_parameter(self, phase: str, full_name: str, suffix: str, parameter: nn.Parameter, value: Tensor) -> None:
+        module, _, name = full_name.rpartition(".")
+        sharded = getattr(parameter, "tensor_model_parallel", False)
+        mark = (parameter.partition_dim, parameter.partition_stride) if sharded else None
+        self._add(phase, module, name + suffix, value, mark=mark)
+
+    def _add(self, phase: str, module: str, name: str, tensor: Tensor, *, mark: tuple[int, int] | None = None, stride: int = 1) -> None:
+        """``mark``: the tensor is sharded, on this dimension with this stride. ``stride``: if it is, that of its last dimension."""
+        with torch.no_grad():
+            if isinstance(tensor, dist.tensor.DTensor):
+                tensor, mark = tensor.full_tensor(), None
+            value = tensor.detach().to("cpu", copy=True).contiguous()
+        mark = next((mark for pattern, mark in self.shards.items() if pattern.search(f"{module}/{name}")), mark)
+        digest = _digest(value)
+        size = value.numel() * value.element_size()
+        if digest not in self._tensors and size <= self.keep:
+            self._tensors[digest] = value
+            self.keep -= size
+        elif digest not in self._tensors and self.keep and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"recording {self.path}: keep is used up in step {self._step} at {module}/{name}; digests only from here", stacklevel=2
+            )
+        call = self._calls[phase, module, name]
+        self._calls[phase, module, name] += 1
+        self._events.append(
+            {
+                "step": self._step,
+                "phase": phase,
+                "module": module,
+                "tensor": name,
+                "call": call,
+                "digest": digest,
+                "shape": list(value.shape),
+                "dtype": str(value.dtype).removeprefix("torch."),
+                "mark": mark and list(mark),
+                "stride": stride,
+            }  # fmt: skip
+        )
+
+
+def _has_gradient(tensor: Tensor) -> bool:
+    return torch.is_grad_enabled() and tensor.requires_grad
+
+
+def _forward_phase() -> str:
+    return "forward" if torch._C._current_graph_task_id() == -1 else "recompute"
+
+
+def _digest(tensor: Tensor) -> str:
+    """sha256 of dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _named(value, name: str) -> list[tuple[str, Tensor]]:
+    """The tensors in nested arguments or results. A single one is called ``name`` alone, as (y, None) and y are the same to a reader."""
+    found = list(_walk(value, ""))
+    return [(name, tensor) for _, tensor in found] if len(found) == 1 else [(name + path, tensor) for path, tensor in found]
+
+
+def _walk(value, path: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _walk(inner, f"{path}.{key}")
+    elif isinstance(value, (tuple, list)):
+        for i, inner in enumerate(value):
+            yield from _walk(inner, f"{path}.{i}")
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _walk(getattr(value, field.name), f"{path}.{field.name}")
