@@ -28,7 +28,7 @@ verify-all: $(VENV)/.ready $(MEGATRON_NEW)/.ready  ## every combination that the
 $(VENV)/.ready: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[megatron,plot,test]"
+	$(BIN)/pip install --quiet --editable ".[megatron,torchtitan,plot,test]"
 	touch $@
 
 # The newest release asks for Python 3.12, but is pure Python but for a part that nothing here uses: its wheel runs unpacked.

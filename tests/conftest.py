@@ -17,3 +17,11 @@ def megatron_pool():
     """Workers that have imported Megatron-Core, which takes seconds, once for all tests."""
     with RankPool(preload=["tpinv.integrations.megatron.verify"]) as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def torchtitan_pool():
+    """The same for TorchTitan."""
+    pytest.importorskip("torchtitan")
+    with RankPool(preload=["tpinv.integrations.torchtitan.verify"]) as pool:
+        yield pool

@@ -1,0 +1,211 @@
+"""TorchTitan's modules with tpinv's arithmetic: subclasses that override ``forward``. Parameters, their names, state-dict hooks and
+shardings are the stock ones.
+
+    activations   [B, L, D], or packed [T, D]; under sequence parallelism L (T) is this rank's part between blocks
+    weights       [N, K]; this rank's part of N (column) or K (row)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, Shard
+from torchtitan.models.common import attention, embedding, feed_forward, linear, nn_modules
+
+from tpinv import functional
+from tpinv.collectives import all_gather
+from tpinv.integrations.torchtitan.module import Invariant, TreeConfig, local, tokens_first
+
+
+class ColumnParallelLinear(Invariant, linear.Linear):
+    """Gathers the sequence under sequence parallelism; dgrad is a tree over out-features."""
+
+    shards = {"weight": 0, "bias": 0}
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TreeConfig, linear.Linear.Config):
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        return column_parallel(self, input, local(self.weight), local(self.bias))
+
+
+class LMHead(ColumnParallelLinear):
+    """The output layer, whose input is whole: the norm before it gathers. Its logits are sharded over the vocabulary."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ColumnParallelLinear.Config):
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        logits = super().forward(input)
+        if isinstance(self.weight, DTensor):  # how the DTensor backend tells the loss which ranks share the vocabulary
+            return DTensor.from_local(logits, self.weight.device_mesh, [Shard(logits.dim() - 1)], run_check=False)
+        return logits
+
+
+class RowParallelLinear(Invariant, linear.Linear):
+    """The forward is a tree over in-features, scattered over the sequence under sequence parallelism."""
+
+    shards = {"weight": 1}
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TreeConfig, linear.Linear.Config):
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = functional.row_parallel_linear(
+            tokens_first(input),
+            local(self.weight),
+            local(self.bias),
+            tree=self.tree,
+            group=self.ranks,
+            sequence_parallel=self.sequence_parallel,
+        )
+        return tokens_first(y)
+
+
+def column_parallel(module: Invariant, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
+    y = functional.column_parallel_linear(
+        tokens_first(x),
+        weight,
+        bias,
+        tree=module.tree,
+        group=module.ranks,
+        sequence_parallel=module.sequence_parallel,
+        stride=stride,
+    )
+    return tokens_first(y)
+
+
+class FusedQKVLinear(attention.FusedQKVLinear):
+    """One product for Q, K and V; ``wqkv`` is a ColumnParallelLinear, which returns the whole sequence."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(attention.FusedQKVLinear.Config):
+        pass
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.wqkv(x)
+        qkv = qkv.view(*qkv.shape[:-1], -1, self.r_dim, self.head_dim)
+        parts = qkv.split([self.heads_per_kv, 1, 1], dim=-2)
+        return tuple(part.flatten(-3, -2).contiguous() for part in parts)
+
+
+class QKVLinear(attention.QKVLinear):
+    """Three products; their dgrads are three trees, added by autograd in one fixed order."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(attention.QKVLinear.Config):
+        pass
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.wq, self.wk, self.wv))
+
+
+class FeedForward(Invariant, feed_forward.FeedForward):
+    """SwiGLU. w1 and w3 are one product whose weight has two blocks side by side, so that their dgrads share one tree."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TreeConfig, feed_forward.FeedForward.Config):
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        w1, w3 = self.w1, self.w3
+        weight = torch.cat([local(w1.weight), local(w3.weight)])
+        bias = None if w1.bias is None else torch.cat([local(w1.bias), local(w3.bias)])
+        gate, up = column_parallel(self, x, weight, bias, stride=2).chunk(2, dim=-1)
+        return self.w2(functional.silu(gate) * up)
+
+
+class RMSNorm(Invariant, nn_modules.RMSNorm):
+    """The weight's gradient is a tree over the tokens of all ranks and complete on each of them."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TreeConfig, nn_modules.RMSNorm.Config):
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = functional.rms_norm(
+            tokens_first(input),
+            local(self.weight),
+            self.eps,
+            tree=self.tree,
+            group=self.ranks,
+            sequence_parallel=self.sequence_parallel,
+        )
+        return tokens_first(y)
+
+
+class FinalNorm(RMSNorm):
+    """The norm before ``lm_head``: the last place where the sequence is gathered, so that the loss sees all of it."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(RMSNorm.Config):
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = super().forward(input)
+        return tokens_first(_GatherTokens.apply(tokens_first(y), self.ranks)) if self.sequence_parallel else y
+
+
+class _GatherTokens(torch.autograd.Function):
+    """[L/p, ...] -> [L, ...]. The gradient is this rank's part of one that is the same on every rank: nothing is added."""
+
+    @staticmethod
+    def forward(ctx, x, ranks):
+        ctx.ranks = ranks
+        return all_gather(x, ranks) if ranks.size > 1 else x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return dy.chunk(ctx.ranks.size)[ctx.ranks.rank].contiguous(), None
+
+
+class QKNorm(Invariant, nn_modules.RMSNorm):
+    """One weight for all heads, which are sharded: its gradient is a tree over heads, tokens below them. Input [..., heads/p, H]."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TreeConfig, nn_modules.RMSNorm.Config):
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.rms_norm(input, local(self.weight), self.eps, tree=self.tree, group=self.ranks, heads_parallel=True)
+
+
+class Embedding(Invariant, embedding.Embedding):
+    """Selects rows instead of adding zeros to them; the backward adds tokens in their order."""
+
+    shards = {"weight": 0}
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TreeConfig, embedding.Embedding.Config):
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        ids = input.transpose(0, 1) if input.dim() == 2 else input
+        y = functional.vocab_parallel_embedding(ids, local(self.weight), group=self.ranks, sequence_parallel=self.sequence_parallel)
+        return tokens_first(y)
+
+
+class ScaledDotProductAttention(attention.ScaledDotProductAttention):
+    """One (sequence, key-value head) at a time, so that no shape depends on how many heads a rank holds."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(attention.ScaledDotProductAttention.Config):
+        pass
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+        groups, per_group = k.shape[2], q.shape[2] // k.shape[2]
+        rows = []
+        for b in range(q.shape[0]):
+            heads = [
+                super(ScaledDotProductAttention, self).forward(
+                    q[b : b + 1, :, g * per_group : (g + 1) * per_group], k[b : b + 1, :, g : g + 1], v[b : b + 1, :, g : g + 1], **options
+                )
+                for g in range(groups)
+            ]
+            rows.append(torch.cat(heads, dim=2))
+        return torch.cat(rows)

@@ -1,0 +1,98 @@
+"""What every replaced module has: a tree, the tensor-parallel ranks, and states that TorchTitan shards as it always did.
+
+TorchTitan describes a parallel module by data: how its states are sharded, and between which layouts its inputs and outputs are
+moved. Here only the states stay described. Each module owns the collectives around its products, so activations enter and leave
+as plain local tensors and the stock machinery has nothing to move. Parameters are plain tensors (backend spmd_types) or DTensors
+(partial_dtensor); ``local`` takes off the wrapper.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+from torchtitan.distributed.spmd_types import set_current_spmd_mesh
+from torchtitan.distributed.utils import get_spmd_backend
+from torchtitan.models.common.param_init import skip_param_init
+
+from tpinv.collectives import Ranks, resolve
+from tpinv.layers import shard
+from tpinv.tree import ReductionTree
+
+ALONE = Ranks(None, 0, 1)
+
+
+@dataclass(kw_only=True)  # without slots: it is mixed with Configs that have them
+class TreeConfig:
+    """Fields that the override adds to a stock Config. ``enable_sp``: dimension 1 of [B, L, D] (0 of [T, D]) is sharded outside."""
+
+    leaves: int = 8
+    node_dtype: str = "float32"
+    enable_sp: bool = False
+
+
+class Invariant:
+    """Mixin before a stock module class, whose ``Config`` also derives from :class:`TreeConfig`."""
+
+    ranks = ALONE
+    shards: dict[str, int] = {}  # parameter -> dimension sharded over the tensor-parallel ranks; all others are whole
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.tree = ReductionTree(config.leaves, config.node_dtype)
+        self.sequence_parallel = config.enable_sp
+
+    def parallelize(self, parallel_dims) -> None:
+        if (mesh := parallel_dims.get_optional_mesh("tp")) is not None:
+            self.ranks = resolve(mesh)
+            self.tree.owned(self.ranks.rank, self.ranks.size)
+        super().parallelize(parallel_dims)
+        self._mark()
+
+    def _apply(self, fn, recurse: bool = True):
+        applied = super()._apply(fn, recurse)  # to_empty makes new parameters
+        self._mark()
+        return applied
+
+    def _mark(self) -> None:
+        """Tells clip.py, which is handed bare parameters, what this rank counts in the gradient norm."""
+        for name, parameter in self.named_parameters(recurse=False):
+            parameter.tpinv_counted = name in self.shards or self.ranks.rank == 0
+
+    def _init_param(self, name: str, param: nn.Parameter) -> None:
+        if self._param_init is None or name not in self._param_init:
+            super()._init_param(name, param)  # says what is missing
+        init_whole(param, self._param_init[name], self.shards.get(name), self.ranks)
+
+
+def init_whole(param: nn.Parameter, init, dim: int | None, ranks: Ranks) -> None:
+    """Draws the whole parameter on every rank, whose seeds agree, and keeps a part: stock draws each shard on its own.
+    ``dim`` is the one a plain ``param`` is sharded on; a DTensor knows."""
+    if init is skip_param_init:  # tied to another, which is initialised
+        return
+    shape = list(param.shape)
+    if not isinstance(param, DTensor) and dim is not None:
+        shape[dim] *= ranks.size
+    whole = torch.empty(shape, dtype=param.dtype, device=param.device)
+    # Without a current mesh: within one, the stock initialiser of fused QKV takes its shard of what it is given.
+    with set_current_spmd_mesh(None) if get_spmd_backend() == "spmd_types" else contextlib.nullcontext():
+        init(whole)
+    with torch.no_grad():
+        if isinstance(param, DTensor):
+            param.copy_(DTensor.from_local(whole, param.device_mesh, [Replicate()] * param.device_mesh.ndim, run_check=False))
+        else:
+            param.copy_(whole if dim is None else shard(whole, dim, ranks.rank, ranks.size))
+
+
+def local(tensor: Tensor | None) -> Tensor | None:
+    """This rank's part, with its gradient. A DTensor's placements are those of its gradient too: shards, or complete replicas."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def tokens_first(x: Tensor) -> Tensor:
+    """[B, L, D] <-> [L, B, D], so that dimension 0 is the one that sequence parallelism shards; packed tokens [T, D] as they are.
+
+    Done with and without sequence parallelism: the order of tokens is part of every sum over them.
+    """
+    return x.transpose(0, 1) if x.dim() == 3 else x

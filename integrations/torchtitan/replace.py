@@ -1,0 +1,192 @@
+"""From a stock Config to an invariant one. Fails closed: what is not known to be covered is a ValueError naming it.
+
+The shardings of states stay the stock ones, except that norm weights are invariant (I) over tensor parallelism where stock declares
+them replicated (R): their gradients leave backward complete, and FSDP must not add them up once more.
+"""
+
+import spmd_types as spmd
+from torchtitan.components import loss as stock_loss
+from torchtitan.config.configs import CompileConfig, DebugConfig, ParallelismConfig
+from torchtitan.config.override import derive
+from torchtitan.distributed.parallel_dims import MeshAxisName, SpmdLayout
+from torchtitan.models.common import attention, embedding, feed_forward, linear, nn_modules
+from torchtitan.models.common.decoder import TransformerBlock
+from torchtitan.protocols.module import Module
+from torchtitan.protocols.sharding import ShardingConfig
+
+from tpinv.integrations.torchtitan import layers
+from tpinv.integrations.torchtitan.loss import CrossEntropyLoss
+from tpinv.tree import ReductionTree
+
+TP = MeshAxisName.TP
+OURS = (layers.LMHead.Config, layers.FinalNorm.Config, layers.RMSNorm.Config, layers.Embedding.Config, CrossEntropyLoss.Config)
+
+
+def invariant_config(config, tree: ReductionTree):
+    """What takes the place of ``config``, a node of the configuration: a module below the model's root, the loss, or settings to check."""
+    if isinstance(config, (ParallelismConfig, CompileConfig, DebugConfig)):
+        check_settings(config, tree)
+        return config
+    if isinstance(config, TransformerBlock.Config):
+        return _block(config, tree)
+    if type(config) in OURS:
+        return config
+    known = {
+        embedding.Embedding.Config: _embedding,
+        nn_modules.RMSNorm.Config: _final_norm,
+        linear.Linear.Config: _lm_head,
+        stock_loss.CrossEntropyLoss.Config: _loss,
+    }
+    if type(config) not in known:
+        raise ValueError(f"{_name(config)} is not covered; tpinv knows dense decoders with RMSNorm, grouped-query attention and SwiGLU")
+    return known[type(config)](config, tree)
+
+
+def check_settings(config, tree: ReductionTree) -> None:
+    def rule(holds: bool, found: str, fix: str) -> None:
+        if not holds:
+            raise ValueError(f"{found}; {fix}")
+
+    if isinstance(config, ParallelismConfig):
+        tp, cp, ep = config.tensor_parallel_degree, config.context_parallel_degree, config.expert_parallel_degree
+        tree.owned(0, tp)
+        rule(cp == 1, f"context_parallel_degree={cp}: context parallelism adds keys' and values' gradients in rank order", "set it to 1")
+        rule(ep == 1, f"expert_parallel_degree={ep}: mixture of experts is not covered", "set it to 1")
+        rule(
+            config.spmd_backend != "full_dtensor",
+            "spmd_backend='full_dtensor' hands DTensors to every module",
+            "use 'spmd_types' or 'partial_dtensor'",
+        )
+    elif isinstance(config, CompileConfig):
+        rule(
+            not config.enable_async_tensor_parallel,
+            "enable_async_tensor_parallel=True splits products and adds their parts in the order of arrival",
+            "set it to False",
+        )
+    else:
+        rule(not config.spmd_typechecking, "spmd_typechecking=True does not know tpinv's autograd functions", "set it to False")
+
+
+def _block(config: TransformerBlock.Config, tree: ReductionTree) -> TransformerBlock.Config:
+    parts = {name: getattr(config, name) for name in config.__dataclass_fields__ if isinstance(getattr(config, name), Module.Config)}
+    if config.moe is not None:
+        raise ValueError("mixture of experts is not covered; use a dense model")
+    known = {"attention": _attention, "feed_forward": _feed_forward, "attention_norm": _norm, "ffn_norm": _norm}
+    if unknown := parts.keys() - known.keys():
+        raise ValueError(f"{_name(config)} has parts that are not covered: {sorted(unknown)}; use a dense decoder without them")
+    return derive(config, type(config), **{name: known[name](part, tree) for name, part in parts.items()})
+
+
+def _attention(config, tree: ReductionTree):
+    _exactly(config, attention.GQAttention.Config)
+    if isinstance(config.qkv_linear, (layers.FusedQKVLinear.Config, layers.QKVLinear.Config)):
+        return config
+    enable_sp = _sharded_sequence(config.sharding_config, "x_BLD")
+    heads = config.n_kv_heads or config.n_heads
+    if heads % tree.leaves and tree.leaves % heads:
+        raise ValueError(f"n_kv_heads={heads} and leaves={tree.leaves} must divide one another; use another number of leaves")
+    qkv, qk_norm = config.qkv_linear, config.qk_norm
+    fused = isinstance(qkv, attention.FusedQKVLinear.Config)
+    _exactly(qkv, attention.FusedQKVLinear.Config if fused else attention.QKVLinear.Config)
+    linears = {name: _column(getattr(qkv, name), tree, enable_sp) for name in (("wqkv",) if fused else ("wq", "wkv"))}
+    if qk_norm is not None:
+        _exactly(qk_norm, nn_modules.RMSNorm.Config)
+        qk_norm = _derive(qk_norm, layers.QKNorm.Config, tree, {"weight": spmd.I})
+    return derive(
+        config,
+        type(config),
+        sharding_config=None,
+        qkv_linear=derive(qkv, layers.FusedQKVLinear.Config if fused else layers.QKVLinear.Config, sharding_config=None, **linears),
+        wo=_row(config.wo, tree),
+        qk_norm=qk_norm,
+        inner_attention=_inner_attention(config.inner_attention),
+        rope=derive(config.rope, type(config.rope), sharding_config=None),
+    )
+
+
+def _inner_attention(config):
+    """Attention within a head adds nothing across ranks. A generator's own wrapper is left alone."""
+    if type(config) is attention.ScaledDotProductAttention.Config:
+        return derive(config, layers.ScaledDotProductAttention.Config, sharding_config=None)
+    if type(config) in (attention.FlexAttention.Config, attention.VarlenAttention.Config):
+        return derive(config, type(config), sharding_config=None)
+    return config
+
+
+def _feed_forward(config, tree: ReductionTree):
+    if type(config) is layers.FeedForward.Config:
+        return config
+    _exactly(config, feed_forward.FeedForward.Config)
+    enable_sp = _sharded_sequence(config.sharding_config, "x")
+    if (config.w1.in_features, config.w1.out_features, config.w1.bias) != (config.w3.in_features, config.w3.out_features, config.w3.bias):
+        raise ValueError(f"w1 and w3 must have one shape, to share a tree; got {config.w1} and {config.w3}")
+    return _derive(
+        config, layers.FeedForward.Config, tree, None, enable_sp=enable_sp,
+        w1=_column(config.w1, tree, enable_sp), w2=_row(config.w2, tree), w3=_column(config.w3, tree, enable_sp),
+    )  # fmt: skip
+
+
+def _column(config, tree: ReductionTree, enable_sp: bool, kind: type = layers.ColumnParallelLinear.Config):
+    _exactly(config, linear.Linear.Config)
+    tree.leaf_length(config.out_features, "out_features")
+    return _derive(config, kind, tree, {"weight": spmd.S(0), "bias": spmd.S(0)}, enable_sp=enable_sp)
+
+
+def _row(config, tree: ReductionTree):
+    _exactly(config, linear.Linear.Config)
+    tree.leaf_length(config.in_features, "in_features")
+    enable_sp = config.sharding_config is not None and _sharded(config.sharding_config.out_dst_shardings)
+    return _derive(config, layers.RowParallelLinear.Config, tree, {"weight": spmd.S(1), "bias": spmd.I}, enable_sp=enable_sp)
+
+
+def _lm_head(config, tree: ReductionTree):
+    return _column(config, tree, False, layers.LMHead.Config)
+
+
+def _norm(config, tree: ReductionTree, kind: type = layers.RMSNorm.Config):
+    if type(config) is kind:
+        return config
+    _exactly(config, nn_modules.RMSNorm.Config)
+    return _derive(config, kind, tree, {"weight": spmd.I}, enable_sp=_sharded_sequence(config.sharding_config, "input"))
+
+
+def _final_norm(config, tree: ReductionTree):
+    return _norm(config, tree, layers.FinalNorm.Config)
+
+
+def _embedding(config, tree: ReductionTree):
+    tree.leaf_length(config.num_embeddings, "num_embeddings (the vocabulary)")
+    enable_sp = config.sharding_config is not None and _sharded(config.sharding_config.out_dst_shardings)
+    return _derive(config, layers.Embedding.Config, tree, {"weight": spmd.S(0)}, enable_sp=enable_sp)
+
+
+def _loss(config, tree: ReductionTree):
+    return derive(config, CrossEntropyLoss.Config, leaves=tree.leaves)
+
+
+def _derive(config, kind: type, tree: ReductionTree, states: dict | None, **deltas):
+    """``states``: parameter -> how tensor parallelism shards it. Other axes stay as they are declared."""
+    stock = config.sharding_config
+    sharding = None
+    if stock is not None and states is not None:
+        layouts = {name: SpmdLayout({**layout.axis_types, TP: states[name]}) for name, layout in stock.state_shardings.items()}
+        sharding = ShardingConfig(state_shardings=layouts)
+    return derive(config, kind, leaves=tree.leaves, node_dtype=tree.node_dtype, sharding_config=sharding, **deltas)
+
+
+def _sharded_sequence(sharding: ShardingConfig | None, name: str) -> bool:
+    return sharding is not None and _sharded((sharding.in_src_shardings or {}).get(name))
+
+
+def _sharded(layout: SpmdLayout | None) -> bool:
+    """Whether tensor parallelism shards activations of this layout, which is sequence parallelism."""
+    return layout is not None and isinstance(layout.per_axis_spmd_types()[TP], spmd.Shard)
+
+
+def _exactly(config, kind: type) -> None:
+    if type(config) is not kind:
+        raise ValueError(f"{_name(config)} is not covered where tpinv replaces {kind.__qualname__}; build the model with the stock one")
+
+
+def _name(config) -> str:
+    return f"{type(config).__module__}.{type(config).__qualname__}"
