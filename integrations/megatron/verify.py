@@ -6,10 +6,8 @@ text, dropout is off, gradients are accumulated in fp32, bf16 runs keep fp32 mas
 put together from the shards, so that runs at different sizes can be compared byte for byte.
 """
 
-import json
 import logging
 import math
-import os
 import warnings
 from dataclasses import dataclass
 
@@ -27,6 +25,7 @@ from torch import Tensor
 from tpinv.integrations.megatron import convert, convert_optimizer, gpt_layer_spec, on_cpu
 from tpinv.integrations.megatron.specs import block_spec
 from tpinv.layers import unshard
+from tpinv.testing.text import real_text
 from tpinv.tree import ReductionTree
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -128,12 +127,6 @@ def build_model(run: Run, config: TransformerConfig) -> GPTModel:
     if run.layers == "stock":
         return model
     return convert(model, tree=run.tree, tokenizer_vocab_size=256, make_vocab_size_divisible_by=1)
-
-
-def real_text() -> Tensor:
-    """Bytes of text that is on any machine: a module of Python's standard library. int64 [length]."""
-    with open(json.__file__, "rb") as file, open(os.__file__, "rb") as more:
-        return torch.frombuffer(bytearray(file.read() + more.read()), dtype=torch.uint8).long()
 
 
 def train(run: Run) -> dict[str, Tensor] | None:
