@@ -44,10 +44,11 @@ class Invariant:
         self.sequence_parallel = config.enable_sp
 
     def parallelize(self, parallel_dims) -> None:
-        if (mesh := parallel_dims.get_optional_mesh("tp")) is not None:
+        dims = parallel_dims
+        check_parallelism(self.tree, tp=dims.tp, cp=dims.cp, ep=dims.ep, backend=dims.spmd_backend)
+        if (mesh := dims.get_optional_mesh("tp")) is not None:
             self.ranks = resolve(mesh)
-            self.tree.owned(self.ranks.rank, self.ranks.size)
-        super().parallelize(parallel_dims)
+        super().parallelize(dims)
         self._mark()
 
     def _apply(self, fn, recurse: bool = True):
@@ -64,6 +65,17 @@ class Invariant:
         if self._param_init is None or name not in self._param_init:
             super()._init_param(name, param)  # says what is missing
         init_whole(param, self._param_init[name], self.shards.get(name), self.ranks)
+
+
+def check_parallelism(tree: ReductionTree, *, tp: int, cp: int, ep: int, backend: str) -> None:
+    """ValueError for a parallel layout that is not covered. RL's trainer and generator show it to nobody but the modules."""
+    tree.owned(0, tp)
+    if cp != 1:
+        raise ValueError(f"context_parallel_degree={cp}: it adds the gradients of keys and values in rank order; set it to 1")
+    if ep != 1:
+        raise ValueError(f"expert_parallel_degree={ep}: mixture of experts is not covered; set it to 1")
+    if backend == "full_dtensor":
+        raise ValueError("spmd_backend='full_dtensor' hands DTensors to every module; use 'spmd_types' or 'partial_dtensor'")
 
 
 def init_whole(param: nn.Parameter, init, dim: int | None, ranks: Ranks) -> None:

@@ -16,6 +16,7 @@ from torchtitan.protocols.sharding import ShardingConfig
 
 from tpinv.integrations.torchtitan import layers
 from tpinv.integrations.torchtitan.loss import CrossEntropyLoss
+from tpinv.integrations.torchtitan.module import check_parallelism
 from tpinv.tree import ReductionTree
 
 TP = MeshAxisName.TP
@@ -43,28 +44,18 @@ def invariant_config(config, tree: ReductionTree):
 
 
 def check_settings(config, tree: ReductionTree) -> None:
-    def rule(holds: bool, found: str, fix: str) -> None:
-        if not holds:
-            raise ValueError(f"{found}; {fix}")
-
     if isinstance(config, ParallelismConfig):
-        tp, cp, ep = config.tensor_parallel_degree, config.context_parallel_degree, config.expert_parallel_degree
-        tree.owned(0, tp)
-        rule(cp == 1, f"context_parallel_degree={cp}: context parallelism adds keys' and values' gradients in rank order", "set it to 1")
-        rule(ep == 1, f"expert_parallel_degree={ep}: mixture of experts is not covered", "set it to 1")
-        rule(
-            config.spmd_backend != "full_dtensor",
-            "spmd_backend='full_dtensor' hands DTensors to every module",
-            "use 'spmd_types' or 'partial_dtensor'",
+        check_parallelism(
+            tree,
+            tp=config.tensor_parallel_degree,
+            cp=config.context_parallel_degree,
+            ep=config.expert_parallel_degree,
+            backend=config.spmd_backend,
         )
-    elif isinstance(config, CompileConfig):
-        rule(
-            not config.enable_async_tensor_parallel,
-            "enable_async_tensor_parallel=True splits products and adds their parts in the order of arrival",
-            "set it to False",
-        )
-    else:
-        rule(not config.spmd_typechecking, "spmd_typechecking=True does not know tpinv's autograd functions", "set it to False")
+    elif isinstance(config, CompileConfig) and config.enable_async_tensor_parallel:
+        raise ValueError("enable_async_tensor_parallel=True splits products and adds the parts as they arrive; set it to False")
+    elif isinstance(config, DebugConfig) and config.spmd_typechecking:
+        raise ValueError("spmd_typechecking=True does not know the types of tpinv's autograd functions; set it to False")
 
 
 def _block(config: TransformerBlock.Config, tree: ReductionTree) -> TransformerBlock.Config:

@@ -343,22 +343,31 @@ def drawn_whole(ranks: Ranks):
         Module._init_param = own
 
 
-def train(run: Run) -> dict[str, Tensor] | None:
-    """Trains on this rank. Rank 0 returns the recording, name -> whole tensor on the CPU, in the order in which things are computed.
+def train(run: Run, model=None) -> dict[str, Tensor] | None:
+    """Trains ``model`` (a model's Config; default the small one of ``build_model_config``) on this rank. Rank 0 returns the recording,
+    name -> whole tensor on the CPU, in the order in which things are computed; the others None.
 
     initial/NAME, step0/logits, stepI/loss, stepI/grad/NAME for the first and the last step (before clipping), stepI/grad_norm,
-    final/NAME. The others return None. RuntimeError if a replicated parameter or gradient is not the same bytes on all ranks.
+    final/NAME. RuntimeError if a replicated parameter or gradient is not the same bytes on all ranks.
     """
+    with running(run, model) as trainer:
+        record = Record()
+        trainer.run(record, run.steps)
+    return record.tensors if dist.get_rank() == 0 else None
+
+
+@contextlib.contextmanager
+def running(run: Run, model=None):
+    """The trainer of ``run`` on this rank, closed in the end. Stock modules start from the weights of tpinv's."""
     warnings.simplefilter("ignore")
     for name in (None, "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    weights = drawn_whole(Ranks(None, dist.get_rank(), run.tp)) if run.layers == "stock" else contextlib.nullcontext()
     with tempfile.TemporaryDirectory(prefix="tpinv-") as folder:
-        with drawn_whole(Ranks(None, dist.get_rank(), run.tp)) if run.layers == "stock" else contextlib.nullcontext():
-            trainer = RecordingTrainer(build_trainer_config(run, build_model_config(run), folder))
+        with weights:
+            trainer = RecordingTrainer(build_trainer_config(run, model or build_model_config(run), folder))
         try:
-            record = Record()
-            trainer.run(record, run.steps)
+            yield trainer
         finally:
             trainer.close()
-    return record.tensors if dist.get_rank() == 0 else None

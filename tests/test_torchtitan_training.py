@@ -1,0 +1,98 @@
+"""Decoders that TorchTitan's Trainer trains: initial weights, logits, losses, gradients, norms and parameters are the bytes of TP=1."""
+
+import functools
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("torchtitan")
+
+import torchtitan_jobs as jobs
+
+from tpinv.integrations.torchtitan.verify import Run, train
+from tpinv.testing import assert_bitwise_equal, compare
+
+pytestmark = pytest.mark.torchtitan
+
+
+class Case(NamedTuple):
+    """A model, and the sizes (with SP or without) that are compared with TP=1."""
+
+    run: Run
+    layouts: tuple[tuple[int, bool], ...]
+    debug_model: str | None = None
+
+    def __str__(self) -> str:
+        run = self.run
+        named = {"qwen3": run.qk_norm, "tied": run.tied, "wq wk wv": not run.fused_qkv, "2 micro-batches": run.micro_batches == 2}
+        name = f"{self.debug_model} debugmodel" if self.debug_model else "llama3"
+        return ", ".join([name, run.dtype, *(name for name, on in named.items() if on), run.backend, f"L{run.leaves}"])
+
+
+def case(layouts: str, *, debug_model: str | None = None, leaves: int = 8, **settings) -> Case:
+    """``layouts`` such as "4 8sp"."""
+    parsed = tuple((int(layout.removesuffix("sp")), layout.endswith("sp")) for layout in layouts.split())
+    sizes = (1, 3, 6) if leaves == 24 else (1, 2, 4, 8)
+    run = Run("tpinv", 1, False, sizes, leaves, steps=2, **{"backend": "partial_dtensor", "num_layers": 1} | settings)
+    return Case(run, parsed, debug_model)
+
+
+CASES = [
+    case("2 2sp 4 4sp 8sp", num_layers=2),
+    case("4 4sp 8", dtype="bf16", tied=True, micro_batches=2),
+    case("2sp 4 8sp", dtype="bf16", qk_norm=True),
+    case("4sp", qk_norm=True, tied=True, fused_qkv=False),
+    case("3sp 6", dtype="bf16", leaves=24),
+    case("4 4sp", debug_model="llama3", num_layers=2),
+    case("4sp", debug_model="qwen3", dtype="bf16", qk_norm=True),
+]
+PLAIN = [case("2 4sp", backend="spmd_types"), case("2sp 4", backend="spmd_types", dtype="bf16", qk_norm=True)]
+
+
+@functools.cache
+def recording(pool, case: Case, layers: str, tp: int, sp: bool):
+    run = replace(case.run, layers=layers, tp=tp, sequence_parallel=sp)
+    arguments = (jobs.train_debug_model, tp, run, case.debug_model) if case.debug_model else (train, tp, run)
+    return pool.run(*arguments, timeout=200)[0]
+
+
+@pytest.mark.parametrize("case", CASES + PLAIN, ids=str)
+def test_the_bytes_of_one_rank(case, torchtitan_pool):
+    alone = recording(torchtitan_pool, case, "tpinv", 1, False)
+    assert all(tensor.any() for name, tensor in alone.items() if "/grad/" in name)
+    for tp, sp in case.layouts:
+        found = recording(torchtitan_pool, case, "tpinv", tp, sp)
+        assert list(found) == list(alone)
+        for name, expected in alone.items():
+            assert_bitwise_equal(found[name], expected, f"TP={tp} SP={sp} {name}")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_stock_modules_differ(case, torchtitan_pool):
+    """From the same initial weights, at the largest size above."""
+    alone = recording(torchtitan_pool, case, "stock", 1, False)
+    found = recording(torchtitan_pool, case, "stock", *case.layouts[-1])
+    ours = recording(torchtitan_pool, case, "tpinv", 1, False)
+    for name in (name for name in alone if name.startswith("initial/")):
+        assert_bitwise_equal(found[name], alone[name], name)
+        assert_bitwise_equal(ours[name], alone[name], name)
+    computed = [name for name in alone if not name.startswith("initial/")]
+    differing = [name for name in computed if compare(found[name], alone[name])]
+    assert len(differing) > len(computed) / 2 and "step0/logits" in differing
+
+
+def test_the_backend_changes_no_bit(torchtitan_pool):
+    """FSDP with DTensors, and plain local tensors: in fp32 they hold the same numbers."""
+    fsdp, plain = case(""), case("", backend="spmd_types")
+    expected = recording(torchtitan_pool, fsdp, "tpinv", 4, True)
+    for name, found in recording(torchtitan_pool, plain, "tpinv", 2, False).items():
+        assert_bitwise_equal(found, expected[name], name)
+
+
+def test_not_far_from_stock(torchtitan_pool):
+    run = CASES[0]
+    stock, ours = (recording(torchtitan_pool, run, layers, 1, False) for layers in ("stock", "tpinv"))
+    for name in stock:
+        torch.testing.assert_close(ours[name], stock[name], rtol=2e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
