@@ -1,23 +1,24 @@
-"""tree_all_reduce and tree_reduce_scatter over any ProcessGroup (gloo, NCCL): the rank part of the tree.
+"""tree_all_reduce and tree_reduce_scatter: the rank part of the tree.
 
-A two-shot all-reduce in which only the additions are ours:
-
-    rank r's subtree values [S_r, n]  --all_to_all_single of slices-->  every subtree's value of slice r
-                                      --finish the tree above them-->   slice r of the sum
-    all-reduce only:                  --all_gather-->                   the sum
-
-With L and p powers of two S_r is 1, and a rank sends (p-1)/p n node values and (p-1)/p n results: what a ring all-reduce
-sends. Where a rank owns several maximal subtrees (L = 24 at p = 2, 4, 8: two) the first half grows by that factor.
-The order of additions comes from the tree alone; no message size, slice boundary or backend changes a bit.
+Where every rank can map every other rank's memory (the GPUs of one NVLink domain) it runs in one kernel (nvlink.py), elsewhere
+over the ProcessGroup (process_group.py). The order of additions comes from the tree alone; no path, message size or slice
+boundary changes a bit. Both are one torch operator, opaque to torch.compile and with a shape that it can trace.
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from tpinv import reference
-from tpinv.collectives.group import all_gather_single, resolve
+from tpinv.collectives import nvlink, process_group, symmetric
+from tpinv.collectives.group import Ranks, resolve
 from tpinv.tree import ReductionTree
+
+_library = torch.library.Library("tpinv", "FRAGMENT")
+_library.define(
+    "tree_reduce(Tensor values, int leaves, str node_dtype, str group, ScalarType out_dtype, bool scatter) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
 
 
 def tree_all_reduce(values: Tensor, *, tree: ReductionTree, group=None, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -38,19 +39,8 @@ def tree_all_reduce(values: Tensor, *, tree: ReductionTree, group=None, out_dtyp
         ValueError: p does not divide the leaves, S is not this rank's number of subtrees, dtype is not the node dtype, or
             ``values`` require a gradient (with gradients enabled).
     """
-    ranks, nodes = _check(values, tree, group)
-    shape = values.shape[1:]
-    if ranks.size == 1:
-        return reference.finish(values, tree, nodes[0], out_dtype)
-    count = shape.numel()
-    padded = -(-count // ranks.size) * ranks.size
-    flat = values.reshape(values.shape[0], count)
-    if padded > count:
-        flat = torch.nn.functional.pad(flat, (0, padded - count))
-    part = _finish_slice(flat, tree, ranks, nodes, out_dtype)
-    out = part.new_empty(padded)
-    all_gather_single(out, part, group=ranks.group)
-    return out[:count].view(shape)
+    ranks = _check(values, tree, group)
+    return _reduce(values, tree, ranks, out_dtype, False)
 
 
 def tree_reduce_scatter(values: Tensor, *, tree: ReductionTree, group=None, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -58,25 +48,36 @@ def tree_reduce_scatter(values: Tensor, *, tree: ReductionTree, group=None, out_
 
     Args and errors as there. values: [S, M, ...] with p dividing M. Returns [M/p, ...] in out_dtype.
     """
-    ranks, nodes = _check(values, tree, group)
-    shape = values.shape[1:]
-    if not shape or shape[0] % ranks.size:
+    ranks = _check(values, tree, group)
+    if values.dim() < 2 or values.shape[1] % ranks.size:
         raise ValueError(f"values of shape {tuple(values.shape)} cannot be scattered: {ranks.size} ranks must divide dimension 1")
-    if ranks.size == 1:
-        return reference.finish(values, tree, nodes[0], out_dtype)
-    part = _finish_slice(values.reshape(values.shape[0], -1), tree, ranks, nodes, out_dtype)
-    return part.view(shape[0] // ranks.size, *shape[1:])
+    return _reduce(values, tree, ranks, out_dtype, True)
 
 
-def _check(values: Tensor, tree: ReductionTree, group):
+def all_reduce_add_norm(
+    values: Tensor, residual: Tensor, weight: Tensor, eps: float, *, tree: ReductionTree, group=None
+) -> tuple[Tensor, Tensor] | None:
+    """hidden = residual + tree_all_reduce(values) and its RMSNorm in one kernel, for reduce_add_rms_norm; None, on all ranks alike,
+    where there is no such kernel. values [S, ..., H], residual [..., H], weight [H]."""
+    ranks = _check(values, tree, group)
+    if not values.is_cuda or ranks.size == 1 or nvlink.refuses(tree, ranks.size, residual.dtype):
+        return None
+    workspace = symmetric.workspace(ranks, values.device)
+    if workspace is None:
+        return None
+    width = residual.shape[-1]
+    fused = nvlink.add_norm(workspace, values.reshape(len(values), -1, width), residual.reshape(-1, width), weight, eps, tree)
+    return fused and (fused[0].view(residual.shape), fused[1].view(residual.shape))
+
+
+def _check(values: Tensor, tree: ReductionTree, group) -> Ranks:
     if torch.is_grad_enabled() and values.requires_grad:
         raise ValueError(
             f"values {tuple(values.shape)} require a gradient, which this collective does not have; use row_parallel_linear, "
             "or call it under torch.no_grad()"
         )
     ranks = resolve(group)
-    nodes = [tree.subtrees(rank, ranks.size) for rank in range(ranks.size)]
-    mine = nodes[ranks.rank]
+    mine = tree.subtrees(ranks.rank, ranks.size)
     if values.dim() < 1 or values.shape[0] != len(mine):
         raise ValueError(
             f"values of shape {tuple(values.shape)} must hold one value for each of this rank's {len(mine)} subtrees "
@@ -84,21 +85,31 @@ def _check(values: Tensor, tree: ReductionTree, group):
         )
     if values.dtype != reference.torch_node_dtype(tree):
         raise ValueError(f"values are {values.dtype} but the nodes of {tree.fingerprint} are {reference.torch_node_dtype(tree)}")
-    return ranks, nodes
+    return ranks
 
 
-def _finish_slice(flat: Tensor, tree: ReductionTree, ranks, nodes, out_dtype) -> Tensor:
-    """flat [S, n], p dividing n -> this rank's slice [n/p] of the finished sum."""
-    length = flat.shape[1] // ranks.size
-    send = flat.view(flat.shape[0], ranks.size, length).transpose(0, 1).contiguous()
-    counts = [len(subtrees) for subtrees in nodes]
-    received = flat.new_empty(sum(counts) * length)
-    dist.all_to_all_single(
-        received,
-        send.view(-1),
-        output_split_sizes=[count * length for count in counts],
-        input_split_sizes=[flat.shape[0] * length] * ranks.size,
-        group=ranks.group,
-    )
-    every = [node for subtrees in nodes for node in subtrees]
-    return reference.finish(received.view(len(every), length), tree, every, out_dtype)
+def _reduce(values: Tensor, tree: ReductionTree, ranks: Ranks, out_dtype: torch.dtype | None, scatter: bool) -> Tensor:
+    out_dtype = out_dtype or values.dtype
+    if ranks.size == 1:
+        return reference.finish(values, tree, tree.subtrees(0, 1), out_dtype)
+    return torch.ops.tpinv.tree_reduce(values, tree.leaves, tree.node_dtype, ranks.group.group_name, out_dtype, scatter)
+
+
+def _tree_reduce(values: Tensor, leaves: int, node_dtype: str, group: str, out_dtype: torch.dtype, scatter: bool) -> Tensor:
+    tree, ranks = ReductionTree(leaves, node_dtype), resolve(_resolve_process_group(group))
+    if values.is_cuda and not nvlink.refuses(tree, ranks.size, out_dtype):
+        if workspace := symmetric.workspace(ranks, values.device):
+            return nvlink.tree_reduce(workspace, values, tree, out_dtype, scatter)
+    path = process_group.reduce_scatter if scatter else process_group.all_reduce
+    return path(values, tree, ranks, out_dtype)
+
+
+def _tree_reduce_fake(values: Tensor, leaves: int, node_dtype: str, group: str, out_dtype: torch.dtype, scatter: bool) -> Tensor:
+    shape = values.shape[1:]
+    if scatter:
+        shape = (shape[0] // _resolve_process_group(group).size(), *shape[1:])
+    return values.new_empty(shape, dtype=out_dtype)
+
+
+_library.impl("tree_reduce", _tree_reduce, "CompositeExplicitAutograd")
+torch.library.register_fake("tpinv::tree_reduce", _tree_reduce_fake, lib=_library)

@@ -1,6 +1,7 @@
 """Functions with gradients: the only place that knows the tree and the group. Each file names every sum and whether it is cut."""
 
 from tpinv.functional.activation import gelu, silu
+from tpinv.functional.add_norm import reduce_add_rms_norm
 from tpinv.functional.cross_entropy import vocab_parallel_cross_entropy, vocab_parallel_log_probs
 from tpinv.functional.embedding import vocab_parallel_embedding
 from tpinv.functional.linear import column_parallel_linear, gather_last_dim, row_parallel_linear
@@ -11,6 +12,7 @@ __all__ = [
     "gather_last_dim",
     "gelu",
     "layer_norm",
+    "reduce_add_rms_norm",
     "rms_norm",
     "row_parallel_linear",
     "silu",

@@ -1,0 +1,183 @@
+"""The collectives over shared memory, as far as no GPU is needed: the order on symbols, what all ranks decide alike, and that the
+sources compile. test_nvlink_gpu.py runs them."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from hostile import hostile
+
+from tpinv import ReductionTree, reduce_add_rms_norm, rms_norm, tree_all_reduce, tree_reduce_scatter
+from tpinv.collectives import nvlink, resolve, schedule, symmetric
+from tpinv.kernels import cuda
+from tpinv.reference import torch_node_dtype
+from tpinv.testing import assert_bitwise_equal, run_ranks
+
+PAIRS = [(leaves, p) for leaves in (1, 2, 3, 4, 5, 6, 8, 12, 20, 24, 40, 56) for p in range(2, 17) if leaves % p == 0]
+
+
+@pytest.mark.parametrize("leaves, p", PAIRS)
+def test_the_tables_are_the_rank_part_of_the_tree(leaves, p):
+    tree = ReductionTree(leaves)
+    nodes = [node for rank in range(p) for node in tree.subtrees(rank, p)]
+    expected = tree.finish({node: i for i, node in enumerate(nodes)}, lambda left, right: (left, right))
+    merges = schedule.finish_merges(tree, p)
+    assert len(merges) == len(nodes) and merges != (0,) * len(merges)
+    table, stack = schedule.octal(merges), []
+    for value in range(len(merges)):  # finish() of the CUDA source
+        stack.append(value)
+        for _ in range(table >> 3 * value & 7):
+            right = stack.pop()
+            stack.append((stack.pop(), right))
+    assert stack == [expected]
+    left, right = schedule.children(merges)
+
+    def node(k):  # _word_node and _pack_node of the Triton kernels
+        return k if k < len(merges) else (node(left >> 6 * k & 63), node(right >> 6 * k & 63))
+
+    assert node(2 * len(merges) - 2) == expected
+    first = schedule.first_values(tree, p)
+    assert [nodes[first[rank] : first[rank + 1]] for rank in range(p)] == [list(tree.subtrees(rank, p)) for rank in range(p)]
+
+
+@pytest.mark.parametrize("scatter", [False, True])
+@pytest.mark.parametrize("p, values", [(2, 2), (2, 4), (3, 3), (6, 6), (8, 8), (8, 16)])
+def test_launches_cover_every_slice_and_fit_their_slots(p, values, scatter):
+    algorithms = set()
+    for packs in (1, 2, 5, 1000, 4099, 65_536, 1 << 20, 5_000_001):
+        packs = packs * p if scatter else packs
+        for algorithm in (None, "two_shot"):
+            plan = schedule.plan(packs, p, values, 8, scatter, algorithm)
+            algorithms.add(plan.algorithm)
+            covered = [i for start, count in plan.launches for i in (start, start + count)]
+            assert covered[0] == 0 and covered[1:-1:2] == covered[2:-1:2] and all(count > 0 for _, count in plan.launches)
+            length = plan.launches[0][1]
+            if plan.algorithm == "one_shot":
+                assert covered == [0, packs // p if scatter else packs] and plan.slice == (packs // p if scatter else 0)
+                assert values * length * 32 <= plan.slot_bytes == schedule.INBOX_BYTES
+            else:
+                assert covered[-1] == plan.slice == -(-packs // p)
+                assert max(count for _, count in plan.launches) * values * 16 <= plan.slot_bytes <= schedule.BULK_BYTES
+                assert plan.gathered_bytes == (0 if scatter else length * p * 8)
+    assert algorithms == {"one_shot", "two_shot"}
+
+
+def test_words_that_do_not_fit():
+    with pytest.raises(ValueError, match="do not fit in a slot of 4194304; use two_shot"):
+        schedule.plan(1 << 20, 2, 2, 8, False, "one_shot")
+
+
+def test_a_tree_with_too_many_values_takes_the_process_group():
+    assert nvlink.refuses(ReductionTree(56), 8, torch.bfloat16) == "24 subtree values are more than 21"
+    assert nvlink.refuses(ReductionTree(24), 8, torch.float64) == "an output of torch.float64"
+    assert nvlink.refuses(ReductionTree(24), 8, torch.bfloat16) is None
+
+
+FACT = symmetric.Facts("host", "gpu0", ("gpu0", "gpu1"), False, 132, "auto", None, None)
+
+
+def pair(**second):
+    return [FACT, symmetric.Facts(**{**vars(FACT), "device": "gpu1", **second})]
+
+
+def test_the_ranks_decide_alike():
+    assert symmetric.decide(pair()) == symmetric.Decision("cuda", "every rank can map every other rank's memory", 132)
+    for change, reason in (
+        ({"off": "TPINV_NVLINK=0"}, "rank 1: TPINV_NVLINK=0"),
+        ({"host": "other"}, "the ranks are on several hosts: ['host', 'other']"),
+        ({"device": "gpu0"}, "ranks share a GPU; TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1 allows that"),
+        ({"reachable": ("gpu1",)}, "the GPU of rank 1 cannot map the memory of rank 0's"),
+    ):
+        assert symmetric.decide(pair(**change)) == symmetric.Decision(None, reason)
+    assert symmetric.decide([FACT] * 17).backend is None
+    shared = symmetric.Facts(**{**vars(FACT), "overlap": True})
+    assert symmetric.decide([shared] * 8).blocks == 16  # ranks that share a GPU must fit on it together
+    assert symmetric.decide(pair(no_cuda="no NVRTC")) == symmetric.Decision("triton", "rank 1: no NVRTC", 132)
+    zero, one = (symmetric.Facts(**{**vars(shared), "wanted": wanted}) for wanted in "01")
+    assert symmetric.decide([zero, zero]).backend == "triton" and symmetric.decide([one, one]).backend == "cuda"
+    with pytest.raises(ValueError, match=r"TPINV_CUDA is \['0', 'auto'\] on the ranks of one group"):
+        symmetric.decide(pair(wanted="0"))
+    with pytest.raises(ValueError, match="TPINV_CUDA=1 asks for csrc/tree_reduce.cu, but rank 0: no NVRTC"):
+        symmetric.decide([symmetric.Facts(**{**vars(shared), "wanted": "1", "no_cuda": "no NVRTC"})] * 2)
+
+
+def compiled():
+    """On p gloo ranks: the operator under torch.compile, its fake kernel, and the fused form without a GPU."""
+    tree, group = ReductionTree(24), resolve()
+    mine = hostile("exponents", (len(tree.subtrees(group.rank, group.size)), 48, 5), torch_node_dtype(tree), group.rank)
+
+    def both(values):
+        doubled = values * 2
+        return tree_all_reduce(doubled, tree=tree, out_dtype=torch.bfloat16) + 1, tree_reduce_scatter(doubled, tree=tree)
+
+    expected, actual = both(mine), torch.compile(both, fullgraph=True, backend="aot_eager")(mine)
+    for name, e, a in zip(("all", "scattered"), expected, actual, strict=True):
+        assert_bitwise_equal(a, e, name)
+    arguments = (mine, tree.leaves, tree.node_dtype, group.group.group_name, torch.bfloat16)
+    for scatter in (False, True):
+        torch.library.opcheck(torch.ops.tpinv.tree_reduce.default, (*arguments, scatter))
+    residual, weight = torch.randn(48, 5, generator=torch.Generator().manual_seed(0)).bfloat16(), torch.rand(5)
+    with torch.inference_mode():
+        hidden, normed = reduce_add_rms_norm(mine, residual, weight, 1e-6, tree=tree)
+        assert_bitwise_equal(hidden, residual + tree_all_reduce(mine, tree=tree, out_dtype=torch.bfloat16))
+        assert_bitwise_equal(normed, rms_norm(hidden, weight, 1e-6, tree=tree))
+    with pytest.raises(ValueError, match=r"values \(\d, 48, 5\), residual \(48, 5\), weight \(4,\) must be"):
+        reduce_add_rms_norm(mine, residual, weight[:4], tree=tree)
+    with pytest.raises(ValueError, match="has no gradient"):
+        reduce_add_rms_norm(mine, residual, weight.requires_grad_(), tree=tree)
+
+
+@pytest.mark.parametrize("p", [2, 6])
+def test_compiled(p):
+    run_ranks(compiled, p, timeout=120)
+
+
+def test_the_host_fills_the_struct_that_the_kernel_reads():
+    text = cuda.source(symmetric.SOURCE)
+    body = re.search(r"struct Params \{(.*?)\n\};", text, re.S).group(1)
+    body = re.sub(r"//[^\n]*|\[[^\]]*\]", "", body)
+    names = [re.split(r"[\s*]+", part.strip())[-1] for line in body.split(";") if line.strip() for part in line.split(",")]
+    assert names == [name for name, _ in nvlink._params_type(4)._fields_]
+    assert f"kMaxBlocks = {symmetric.MAX_BLOCKS};" in text
+    for name in ("residual", "count", "slot_bytes"):  # 8-byte fields lie where a C compiler puts them
+        assert getattr(nvlink._params_type(4), name).offset % 8 == 0
+
+
+MACROS = [(ReductionTree(2), 2, 1), (ReductionTree(24, "bfloat16"), 8, 1), (ReductionTree(24), 3, 2), (ReductionTree(20), 4, 0)]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("tree, p, per_thread", MACROS, ids=str)
+def test_the_source_compiles_without_headers(tree, p, per_thread, tmp_path):
+    macros = dict(nvlink._macros(tree, p, torch.bfloat16, per_thread))
+    source = tmp_path / "tree_reduce.cu"
+    source.write_text(cuda.source(symmetric.SOURCE))
+    options = [f"-D{name}={value}" for name, value in macros.items()]
+    done = subprocess.run(
+        ["nvcc", "-arch=sm_90", "-std=c++17", "-cubin", "-Werror", "all-warnings", *options, "-o", tmp_path / "out", source],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("tree, p", [(ReductionTree(2), 2), (ReductionTree(24, "bfloat16"), 4)], ids=str)
+def test_the_triton_kernels_compile(tree, p):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tpinv.collectives import triton_kernels
+
+    merges = schedule.finish_merges(tree, p)
+    left, right = schedule.children(merges)
+    constants = {"RANKS": p, "VALUES": len(merges), "LEFT": left, "RIGHT": right, "NODE_BF16": tree.node_dtype == "bfloat16", "BLOCK": 512}
+    pointers = {"peers_ptr": "*i64", "first_ptr": "*i32", "values_ptr": "*i32", "out_ptr": "*bf16", "epochs_ptr": "*i64"}
+    for kernel, extra in ((triton_kernels.one_shot_kernel, {}), (triton_kernels.two_shot_kernel, {"GATHER": True})):
+        signature = {n: "constexpr" if n in constants | extra else pointers.get(n, "i64") for n in kernel.arg_names}
+        signature |= {"rank": "i32", "count_words": "i32"}
+        compiled = triton.compile(ASTSource(kernel, signature, constants | extra), target=GPUTarget("cuda", 90, 32))
+        ptx = compiled.asm["ptx"]
+        assert "release" in ptx or ("st.relaxed.sys.global.b64" in ptx and "ld.relaxed.sys.global.b64" in ptx)

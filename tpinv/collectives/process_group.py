@@ -1,0 +1,56 @@
+"""The rank part of the tree over any ProcessGroup (gloo, NCCL): a two-shot all-reduce in which only the additions are ours.
+
+    rank r's subtree values [S_r, n]  --all_to_all_single of slices-->  every subtree's value of slice r
+                                      --finish the tree above them-->   slice r of the sum
+    all-reduce only:                  --all_gather-->                   the sum
+
+With L and p powers of two S_r is 1, and a rank sends (p-1)/p n node values and (p-1)/p n results: what a ring all-reduce
+sends. Where a rank owns several maximal subtrees (L = 24 at p = 2, 4, 8: two) the first half grows by that factor.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tpinv import reference
+from tpinv.collectives.group import Ranks, all_gather_single
+from tpinv.tree import ReductionTree
+
+
+def all_reduce(values: Tensor, tree: ReductionTree, ranks: Ranks, out_dtype: torch.dtype) -> Tensor:
+    """values [S, ...] -> [...]."""
+    shape = values.shape[1:]
+    count = shape.numel()
+    padded = -(-count // ranks.size) * ranks.size
+    flat = values.reshape(values.shape[0], count)
+    if padded > count:
+        flat = torch.nn.functional.pad(flat, (0, padded - count))
+    part = _finish_slice(flat, tree, ranks, out_dtype)
+    out = part.new_empty(padded)
+    all_gather_single(out, part, group=ranks.group)
+    return out[:count].view(shape)
+
+
+def reduce_scatter(values: Tensor, tree: ReductionTree, ranks: Ranks, out_dtype: torch.dtype) -> Tensor:
+    """values [S, M, ...] -> [M/p, ...]."""
+    shape = values.shape[1:]
+    part = _finish_slice(values.reshape(values.shape[0], shape.numel()), tree, ranks, out_dtype)
+    return part.view(shape[0] // ranks.size, *shape[1:])
+
+
+def _finish_slice(flat: Tensor, tree: ReductionTree, ranks: Ranks, out_dtype: torch.dtype) -> Tensor:
+    """flat [S, n], p dividing n -> this rank's slice [n/p] of the finished sum."""
+    length = flat.shape[1] // ranks.size
+    send = flat.view(flat.shape[0], ranks.size, length).transpose(0, 1).contiguous()
+    nodes = [tree.subtrees(rank, ranks.size) for rank in range(ranks.size)]
+    counts = [len(subtrees) for subtrees in nodes]
+    received = flat.new_empty(sum(counts) * length)
+    dist.all_to_all_single(
+        received,
+        send.view(-1),
+        output_split_sizes=[count * length for count in counts],
+        input_split_sizes=[flat.shape[0] * length] * ranks.size,
+        group=ranks.group,
+    )
+    every = [node for subtrees in nodes for node in subtrees]
+    return reference.finish(received.view(len(every), length), tree, every, out_dtype)
