@@ -76,12 +76,13 @@ def generator_log_probs(run: Run, weights: dict, lengths: tuple[int, ...] = ()):
 
 
 def clipped(run: Run):
-    """The norm that the trainers' clip function returns for gradients 1, 2, ... of one trainer, and of a stranger's parameter."""
+    """What the trainers' clip function returns for gradients 1, 2, ... of a model's parameters; for a stranger's parameter, and what
+    the stock function returns for that."""
     with running(run) as trainer:
-        model = trainer.model_parts[0]
-        for i, parameter in enumerate(model.parameters()):
+        parameters = list(trainer.model_parts[0].parameters())
+        for i, parameter in enumerate(parameters):
             parameter.grad = torch.full_like(parameter, i + 1)
-        norm = dist_utils.clip_grad_norm_(list(model.parameters()), 1.0)
+        norm = dist_utils.clip_grad_norm_(parameters, 1.0)
         stranger = torch.nn.Parameter(torch.ones(3))
         stranger.grad = torch.full((3,), 2.0)
-        return norm, dist_utils.clip_grad_norm_([stranger], 100.0), type(dist_utils.clip_grad_norm_).__name__
+        return norm, dist_utils.clip_grad_norm_([stranger], 100.0), dist_utils.clip_grad_norm_.stock([stranger], 100.0)

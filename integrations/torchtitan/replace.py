@@ -73,9 +73,6 @@ def _attention(config, tree: ReductionTree):
     if isinstance(config.qkv_linear, (layers.FusedQKVLinear.Config, layers.QKVLinear.Config)):
         return config
     enable_sp = _sharded_sequence(config.sharding_config, "x_BLD")
-    heads = config.n_kv_heads or config.n_heads
-    if heads % tree.leaves and tree.leaves % heads:
-        raise ValueError(f"n_kv_heads={heads} and leaves={tree.leaves} must divide one another; use another number of leaves")
     qkv, qk_norm = config.qkv_linear, config.qk_norm
     fused = isinstance(qkv, attention.FusedQKVLinear.Config)
     _exactly(qkv, attention.FusedQKVLinear.Config if fused else attention.QKVLinear.Config)

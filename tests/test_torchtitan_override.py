@@ -1,0 +1,169 @@
+"""What the override claims, keeps, and refuses; and the clip function that it installs."""
+
+import dataclasses
+
+import pytest
+
+pytest.importorskip("torchtitan")
+
+import spmd_types as spmd
+import torchtitan_jobs as jobs
+from torchtitan.components.loss import ChunkedLossWrapper
+from torchtitan.config import CompileConfig, ConfigManager, DebugConfig, ParallelismConfig
+from torchtitan.config.override import OverrideConfig, apply_overrides
+from torchtitan.distributed.parallel_dims import MeshAxisName
+from torchtitan.models import deepseek_v3, llama3, qwen3
+from torchtitan.models.common.feed_forward import SigmoidGatedFeedForward
+from torchtitan.models.common.linear import Linear
+from torchtitan.protocols.module import Module
+
+from tpinv.integrations.torchtitan.loss import CrossEntropyLoss as InvariantLoss
+from tpinv.integrations.torchtitan.verify import OVERRIDE, Run, build_model_config, build_trainer_config
+from tpinv.testing import assert_bitwise_equal
+
+pytestmark = pytest.mark.torchtitan
+LLAMA = Run("tpinv", 2, True, (1, 2, 4))
+QWEN = dataclasses.replace(LLAMA, qk_norm=True, fused_qkv=False)
+
+
+def configured(run: Run, **settings):
+    """A trainer's config as it is when overrides are applied."""
+    config = build_trainer_config(run, build_model_config(run), "")
+    for name, value in settings.items():
+        setattr(config, name, value)
+    config.model_spec.model.update_from_config(config=config)
+    return config
+
+
+def override(config, **arguments):
+    return apply_overrides(OverrideConfig(imports=[(OVERRIDE, arguments)]), config)
+
+
+def modules(config, kind=Module.Config) -> dict[str, Module.Config]:
+    return {fqn: node for fqn, node, _, _ in config.model_spec.model.traverse(kind, recurse=True)}
+
+
+@pytest.mark.parametrize("run", [LLAMA, QWEN], ids=["llama3", "qwen3"])
+def test_every_module_with_parameters_is_replaced(run):
+    config, stock = configured(run), configured(run)
+    override(config, leaves=4, node_dtype="bfloat16")
+    found, before = modules(config), modules(stock)
+    assert found.keys() == before.keys()
+    with_states = {fqn for fqn, node in before.items() if getattr(node.sharding_config, "state_shardings", None) and "rope" not in fqn}
+    assert all(type(found[fqn]) is not type(before[fqn]) for fqn in with_states) and len(with_states) > 12
+    assert {(found[fqn].leaves, found[fqn].node_dtype) for fqn in with_states} == {(4, "bfloat16")}
+    assert isinstance(config.loss, ChunkedLossWrapper.Config) and type(config.loss.loss_fn) is InvariantLoss.Config
+    for fqn in with_states:
+        states, expected = found[fqn].sharding_config.state_shardings, before[fqn].sharding_config.state_shardings
+        assert states.keys() == expected.keys()
+        for name in states:  # FSDP must not add up once more what is complete
+            placements = [layout.per_axis_spmd_types()[MeshAxisName.TP] for layout in (states[name], expected[name])]
+            assert placements[0] == placements[1] or placements == [spmd.I, spmd.R], (fqn, name, placements)
+
+
+def test_a_second_time_changes_nothing():
+    config = configured(LLAMA)
+    override(config)
+    once = modules(config)
+    override(config)
+    assert {fqn: type(node) for fqn, node in modules(config).items()} == {fqn: type(node) for fqn, node in once.items()}
+
+
+@pytest.mark.parametrize("run", [LLAMA, QWEN], ids=["llama3", "qwen3"])
+def test_names_of_parameters_and_checkpoints_stay(run):
+    config = configured(run)
+    override(config)
+    ours, stock = config.model_spec.model.build(), configured(run).model_spec.model.build()
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in stock.named_parameters()]
+    assert {name: value.shape for name, value in ours.state_dict().items()} == {n: v.shape for n, v in stock.state_dict().items()}
+    ours.load_state_dict(stock.state_dict())
+    for (name, value), expected in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        assert_bitwise_equal(value, expected, name)
+
+
+def test_the_command_line_names_one_override():
+    arguments = "--module llama3 --config llama3_debugmodel --override.imports".split()
+    config = ConfigManager().parse_args([*arguments, OVERRIDE])
+    config.model_spec.model.update_from_config(config=config)
+    replaced = apply_overrides(config.override, config)
+    # 6 layers, embedding, norm, output layer, loss, 3 groups of settings
+    assert len(replaced) == 6 + 4 + 3
+    config = ConfigManager().parse_args([*arguments, OVERRIDE + '={"leaves": 16}'])
+    assert list(config.override.imports) == [(OVERRIDE, {"leaves": 16})]
+
+
+def moe():
+    return qwen3.model_registry("debugmodel_moe", attn_backend="flex").model
+
+
+def gated():
+    model = build_model_config(LLAMA)
+    forward = model.layers[0].feed_forward
+    gate = Linear.Config(in_features=model.dim, out_features=1)
+    model.layers[0].feed_forward = SigmoidGatedFeedForward.Config(w1=forward.w1, w2=forward.w2, w3=forward.w3, gate=gate)
+    return model
+
+
+def float8():
+    model = build_model_config(LLAMA)
+    for _, node, parent, name in list(model.traverse(Linear.Config)):
+        if name == "w2":
+            setattr(parent, name, type("Float8", (Linear.Config,), {})(in_features=node.in_features, out_features=node.out_features))
+    return model
+
+
+MODELS = {
+    "mixture of experts": moe,
+    "GQAttention.Config": lambda: deepseek_v3.model_registry("debugmodel", attn_backend="flex").model,
+    "SigmoidGatedFeedForward.Config is not covered": gated,
+    "Float8 is not covered": float8,
+    "AllGatherFused.* is not covered": lambda: llama3.model_registry("debugmodel", tp_gemm_backend="dist_gemm").model,
+}
+
+
+@pytest.mark.parametrize("message", MODELS)
+def test_models_that_are_not_covered(message):
+    config = configured(LLAMA)
+    config.model_spec.model = MODELS[message]()
+    with pytest.raises(ValueError, match=message):
+        override(config)
+
+
+SETTINGS = {
+    "context_parallel_degree=2": {"parallelism": ParallelismConfig(context_parallel_degree=2)},
+    "expert_parallel_degree=2": {"parallelism": ParallelismConfig(expert_parallel_degree=2)},
+    "spmd_backend='full_dtensor'": {"parallelism": ParallelismConfig(spmd_backend="full_dtensor")},
+    "16 ranks do not divide leaves=8": {"parallelism": ParallelismConfig(tensor_parallel_degree=16)},
+    "enable_async_tensor_parallel=True": {"compile": CompileConfig(enable=True, enable_async_tensor_parallel=True)},
+    "spmd_typechecking=True": {"debug": DebugConfig(spmd_typechecking=True)},
+}
+
+
+@pytest.mark.parametrize("message", SETTINGS)
+def test_settings_that_are_not_covered(message):
+    config = configured(LLAMA)
+    for name, value in SETTINGS[message].items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        override(config)
+
+
+@pytest.mark.parametrize("leaves, message", [(3, "no 3 equal leaves"), (0, "at least 1")])
+def test_trees_that_do_not_fit(leaves, message):
+    with pytest.raises(ValueError, match=message):
+        override(configured(LLAMA), leaves=leaves)
+
+
+def test_the_norm_of_gradients_is_exact(torchtitan_pool):
+    """Over FSDP's DTensors and over plain local tensors, at any size, and a stranger's parameters go to the stock function."""
+    runs = [(tp, backend) for tp in (1, 4) for backend in ("partial_dtensor", "spmd_types")]
+    results = [
+        torchtitan_pool.run(jobs.clipped, tp, dataclasses.replace(LLAMA, tp=tp, sequence_parallel=tp > 1, backend=backend))[0]
+        for tp, backend in runs
+    ]
+    model = build_model_config(LLAMA).build()
+    expected = sum((i + 1.0) ** 2 * parameter.numel() for i, parameter in enumerate(model.parameters())) ** 0.5
+    for norm, stranger, stock_norm in results:
+        assert abs(norm.item() - expected) <= expected * 2**-23
+        assert_bitwise_equal(norm, results[0][0])
+        assert stranger.item() == stock_norm.item() == pytest.approx(12**0.5)
