@@ -1,4 +1,5 @@
-"""``tpinv bench gemm``: our products against cuBLAS, alternating in one run, after the bits were checked.
+"""``tpinv bench gemm`` (``bench collectives`` is in bench_collectives.py): our products against cuBLAS, alternating in one run, after
+the bits were checked.
 
 Every time is the median over rounds in which both kernels run one after the other for the same few milliseconds, captured in
 CUDA graphs: a GPU at its power limit slows down under load, and a ratio is only fair between neighbours. With few tokens the
@@ -27,7 +28,7 @@ COLUMNS = ("product", "model", "linear", "M", "N", "K", "leaves", "kernel", "us"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["gemm"])
+    parser.add_argument("what", choices=["gemm", "collectives"])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["llama3-8b"])
     parser.add_argument("--linear", nargs="+", choices=["qkv", "o", "fc1", "fc2"], default=["qkv", "o", "fc1", "fc2"])
     parser.add_argument("--product", nargs="+", choices=["forward", "dgrad", "wgrad"], default=["forward", "dgrad", "wgrad"])
@@ -35,13 +36,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--leaves", nargs="+", type=int, default=[1, 2, 4, 8], help="local leaves (wgrad is always one chain)")
     parser.add_argument("--milliseconds", type=float, default=10.0, help="per kernel and round")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--ranks", type=int, help="collectives: one GPU each (default: all GPUs)")
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, default=[1 << n for n in range(10, 29)], help="collectives: bytes of the bf16 message"
+    )
     parser.add_argument("--csv", help="write every row to this file")
+    parser.add_argument("--plot", help="collectives: write a picture to this file")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise ValueError("bench needs a GPU; there is none here")
+    if arguments.what == "collectives":
+        from tpinv.cli import bench_collectives
+
+        return bench_collectives.run(arguments)
     import triton
 
     console = Console(highlight=False, width=150)

@@ -34,11 +34,15 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(f"{torch.cuda.get_device_name()}: no kernels here, because {reason}; tpinv runs its reference")
         return 0
 
+    from tpinv.collectives import symmetric
     from tpinv.kernels import cuda, sm90, tuner
 
     console.print(f"{torch.cuda.get_device_name()}, cache {cuda.cache_dir()}")
     if cuda.missing(sm90.SOURCE):
         console.print(f"csrc/{sm90.SOURCE}: {cuda.missing(sm90.SOURCE)}; Triton runs in its place, slower")
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    decision = symmetric.decide([symmetric.facts(device) for device in devices])
+    console.print(f"collectives of {len(devices)} ranks, a GPU each: {decision.backend or 'ProcessGroup'}, because {decision.reason}")
     table = Table("product", "dtype", "leaves", "tokens", "kernels", "agree", "struck off", title="bits against the canonical kernel")
     bad = 0
     for product, dtype, precision in _KINDS:
