@@ -9,7 +9,7 @@ import tpinv
 
 PACKAGE = Path(tpinv.__file__).parent
 # A module may import its own layer and those to the left; kernels know no process group. testing checks anyone and is used
-# only on top; optim uses the integer side of collectives.
+# only on top; optim uses exact kernels and the integer side of collectives.
 ALLOWED = {
     "tree": set(),
     "reference": {"tree"},
@@ -17,7 +17,7 @@ ALLOWED = {
     "collectives": {"tree", "reference", "kernels"},
     "functional": {"tree", "reference", "kernels", "collectives"},
     "layers": {"tree", "reference", "collectives", "functional"},
-    "optim": {"tree", "reference", "collectives"},
+    "optim": {"tree", "reference", "kernels", "collectives"},
     "testing": {"tree", "reference"},
     "integrations": {"", "tree", "reference", "collectives", "functional", "layers", "optim", "testing"},
     "__init__": {"tree", "reference", "collectives", "functional", "layers", "optim"},

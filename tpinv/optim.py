@@ -60,6 +60,8 @@ def norm_of(tensors: Iterable[Tensor], *, group=None, norm_type: float = 2.0, de
         return all_max(top.unsqueeze(0), ranks).squeeze(0)
     if norm_type != 2.0:
         raise ValueError(f"norm_type={norm_type} must be 2.0 or inf")
+    if device.type == "cuda":
+        return _norm_on_gpu(tensors, ranks, device)
     limbs = torch.zeros(LIMBS + 2, dtype=torch.int64, device=device)
     for t in tensors:
         for piece in t.detach().reshape(-1).split(PIECE):
@@ -73,6 +75,19 @@ def norm_of(tensors: Iterable[Tensor], *, group=None, norm_type: float = 2.0, de
     infinite, nan = limbs[LIMBS:].unbind(0)
     total = total.masked_fill(infinite > 0, float("inf")).masked_fill(nan > 0, float("nan"))
     return total.sqrt().float()
+
+
+def _norm_on_gpu(tensors: list[Tensor], ranks: Ranks, device: torch.device) -> Tensor:
+    """The same integers in wider limbs, by one kernel a tensor (kernels/squares.py)."""
+    from tpinv.kernels import squares
+
+    with torch.cuda.device(device):
+        counters = squares.counters(device)
+        for t in tensors:
+            squares.add_squares(counters, t.detach())
+        if ranks.size > 1:
+            dist.all_reduce(counters, group=ranks.group)
+        return squares.total(counters).sqrt().float()
 
 
 def clip_grad_norm_(

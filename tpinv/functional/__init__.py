@@ -1,7 +1,8 @@
 """Functions with gradients: the only place that knows the tree and the group. Each file names every sum and whether it is cut."""
 
-from tpinv.functional.activation import gelu, silu
+from tpinv.functional.activation import gelu, silu, swiglu
 from tpinv.functional.add_norm import reduce_add_rms_norm
+from tpinv.functional.attention import core_attention
 from tpinv.functional.cross_entropy import vocab_parallel_cross_entropy, vocab_parallel_log_probs
 from tpinv.functional.embedding import vocab_parallel_embedding
 from tpinv.functional.linear import column_parallel_linear, gather_last_dim, row_parallel_linear
@@ -9,6 +10,7 @@ from tpinv.functional.norm import layer_norm, rms_norm
 
 __all__ = [
     "column_parallel_linear",
+    "core_attention",
     "gather_last_dim",
     "gelu",
     "layer_norm",
@@ -16,6 +18,7 @@ __all__ = [
     "rms_norm",
     "row_parallel_linear",
     "silu",
+    "swiglu",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_embedding",
     "vocab_parallel_log_probs",

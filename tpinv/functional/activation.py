@@ -1,9 +1,10 @@
-"""silu and gelu whose bits depend on the element alone.
+"""silu, SwiGLU and gelu whose bits depend on the element alone.
 
 On a CPU, ATen computes silu, sigmoid and tanh-gelu (and their gradients) of the last few elements of a row, those that do not fill
 a vector, by another function than the others. Which elements those are depends on the row's width, and with column-parallel layers
 the width depends on the tensor-parallel size. Here they are put together from exp, erf, tanh and IEEE arithmetic, which treat all
-elements alike (tested), in fp32, rounded once. On a GPU every element has a thread of its own and torch's functions are used.
+elements alike (tested), in fp32, rounded once. On a GPU silu and SwiGLU are kernels with the same arithmetic, and gelu is torch's: every
+element has a thread of its own there.
 """
 
 import math
@@ -12,10 +13,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tpinv.functional import products
+from tpinv.functional.shapes import output, rows
+
 
 def silu(x: Tensor) -> Tensor:
     """x / (1 + exp(-x)), elementwise; any shape, result and gradient in x's dtype."""
-    return torch.nn.functional.silu(x) if x.is_cuda else _Silu.apply(x)
+    return _Silu.apply(x)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up of x = [gate, up] side by side in the last dimension: [..., 2 F] -> [..., F]. silu is rounded to x's dtype before
+    it is multiplied, as in the two steps, whose bits these are. ValueError for an odd last dimension."""
+    if x.dim() < 1 or x.shape[-1] % 2:
+        raise ValueError(f"x {tuple(x.shape)} must hold gate and up side by side: an even last dimension")
+    if products.on_gpu(x):
+        return _Swiglu.apply(x)
+    gate, up = x.chunk(2, dim=-1)
+    return silu(gate) * up
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -31,6 +46,10 @@ class _Silu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
+        if products.on_gpu(x):
+            from tpinv.kernels import activation
+
+            return activation.silu(x)
         wide = x.float()
         return (wide / (1.0 + torch.exp(-wide))).to(x.dtype)
 
@@ -38,9 +57,33 @@ class _Silu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
+        if products.on_gpu(x):
+            from tpinv.kernels import activation
+
+            return activation.silu_backward(x, dy)
         wide = x.float()
         sigmoid = 1.0 / (1.0 + torch.exp(-wide))
         return (dy.float() * (sigmoid * (1.0 + wide * (1.0 - sigmoid)))).to(x.dtype)
+
+
+class _Swiglu(torch.autograd.Function):
+    """On a GPU: one kernel each way."""
+
+    @staticmethod
+    def forward(ctx, x):
+        from tpinv.kernels import activation
+
+        ctx.save_for_backward(x)
+        y = activation.swiglu(rows(x).contiguous())
+        return output(y, (*x.shape[:-1], y.shape[-1]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        from tpinv.kernels import activation
+
+        (x,) = ctx.saved_tensors
+        return activation.swiglu_backward(rows(x).contiguous(), rows(dy).contiguous()).view(x.shape)
 
 
 class _Gelu(torch.autograd.Function):

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tpinv import reference
-from tpinv.collectives import all_max, resolve, select_all_reduce, tree_all_reduce
+from tpinv.collectives import Ranks, all_max, resolve, select_all_reduce, tree_all_reduce
+from tpinv.functional import products
 from tpinv.functional.embedding import check_ids
-from tpinv.functional.shapes import output
+from tpinv.functional.shapes import output, rows
 from tpinv.tree import ReductionTree
 
 
@@ -62,16 +63,12 @@ def vocab_parallel_log_probs(logits: Tensor, target: Tensor, *, tree: ReductionT
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, tree, ranks, smoothing, ignore_index):
-        x = logits.float()
+        x, target_shape, target = rows(logits), target.shape, target.flatten()
         vocab = x.shape[-1] * ranks.size
         local = target - ranks.rank * x.shape[-1]
         owned = (local >= 0) & (local < x.shape[-1])
         index = local.masked_fill(~owned, 0).unsqueeze(-1)
-        top = all_max(x.amax(-1), ranks)
-        shifted = x - top.unsqueeze(-1)
-        picked = shifted.gather(-1, index).squeeze(-1)
-        sums = [reference.tree_sum(shifted, tree, ranks.rank, ranks.size, dim=-1)] if smoothing else []
-        sums.append(reference.tree_sum(shifted.exp_(), tree, ranks.rank, ranks.size, dim=-1))  # in place: logits are large
+        top, picked, *sums = _statistics(x, index, tree, ranks, bool(smoothing))
         *shifted_sum, total = tree_all_reduce(torch.stack(sums, dim=1), tree=tree, group=ranks).unbind(0)
         log_total = total.log()
         loss = log_total - select_all_reduce(picked, owned, ranks)
@@ -80,17 +77,42 @@ class _CrossEntropy(torch.autograd.Function):
         ignored = target == ignore_index
         ctx.save_for_backward(logits, index, owned, top, total, ignored)
         ctx.args = (smoothing, vocab)
-        return output(loss.masked_fill(ignored, 0.0), target.shape)
+        return output(loss.masked_fill(ignored, 0.0), target_shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
         logits, index, owned, top, total, ignored = ctx.saved_tensors
         smoothing, vocab = ctx.args
-        dx = (logits.float() - top.unsqueeze(-1)).exp_().div_(total.unsqueeze(-1))
-        hit = (1.0 - smoothing) * owned.float().unsqueeze(-1)
-        dx.scatter_(-1, index, dx.gather(-1, index) - hit)
-        if smoothing:
-            dx -= smoothing / vocab
-        dx = dx.mul_(dloss.float().unsqueeze(-1)).masked_fill_(ignored.unsqueeze(-1), 0.0)
-        return dx.to(logits.dtype), None, None, None, None, None
+        x, dloss = rows(logits), dloss.float().flatten()
+        if products.on_gpu(x):
+            from tpinv.kernels import cross_entropy
+
+            index = index.squeeze(-1).masked_fill(~owned, -1).masked_fill(ignored, -2)
+            dx = cross_entropy.vocab_grad(x, top, total, index, dloss, 1.0 - smoothing, smoothing / vocab)
+        else:
+            dx = (x.float() - top.unsqueeze(-1)).exp_().div_(total.unsqueeze(-1))
+            hit = (1.0 - smoothing) * owned.float().unsqueeze(-1)
+            dx.scatter_(-1, index, dx.gather(-1, index) - hit)
+            if smoothing:
+                dx -= smoothing / vocab
+            dx = dx.mul_(dloss.unsqueeze(-1)).masked_fill_(ignored.unsqueeze(-1), 0.0).to(logits.dtype)
+        return dx.view(logits.shape), None, None, None, None, None
+
+
+def _statistics(x: Tensor, index: Tensor, tree: ReductionTree, ranks: Ranks, smoothing: bool) -> tuple[Tensor, ...]:
+    """x [M, V/p] -> the maximum over all ranks [M]; x - it at ``index`` [M]; the values [S, M] of this rank's subtrees of, with
+    smoothing, the sum of x - maximum, and of the sum of its exponential."""
+    if products.on_gpu(x):
+        from tpinv.kernels import cross_entropy
+
+        top = all_max(cross_entropy.row_max(x), ranks)
+        picked = x.gather(-1, index).squeeze(-1).float() - top
+        return top, picked, *cross_entropy.vocab_sums(x, top, tree, ranks.rank, ranks.size, smoothing)
+    wide = x.float()
+    top = all_max(wide.amax(-1), ranks)
+    shifted = wide - top.unsqueeze(-1)
+    picked = shifted.gather(-1, index).squeeze(-1)
+    sums = [reference.tree_sum(shifted, tree, ranks.rank, ranks.size, dim=-1)] if smoothing else []
+    sums.append(reference.tree_sum(shifted.exp_(), tree, ranks.rank, ranks.size, dim=-1))  # in place: logits are large
+    return top, picked, *sums

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from tpinv import reference
 from tpinv.collectives import all_gather, resolve, select_all_reduce, select_reduce_scatter
+from tpinv.functional import products
 from tpinv.functional.shapes import output, rows
 
 
@@ -91,4 +92,8 @@ class _VocabParallelEmbedding(torch.autograd.Function):
         (local,) = ctx.saved_tensors
         rows_here, dtype, ranks, sequence_parallel = ctx.args
         dy = all_gather(dy, ranks) if sequence_parallel else dy
+        if products.on_gpu(dy):
+            from tpinv.kernels import embedding
+
+            return None, embedding.sum_by_id(local.flatten(), rows(dy), rows_here, dtype), None, None
         return None, sum_by_id(local.flatten(), rows(dy), rows_here).to(dtype), None, None

@@ -94,6 +94,10 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.args = (eps, center, tree, ranks, heads_parallel)
         ctx.bias_dtype = None if bias is None else bias.dtype
+        if products.on_gpu(x):
+            from tpinv.kernels import norm
+
+            return output(norm.norm(rows(x).contiguous(), weight, bias, eps, center), x.shape)
         normalised, _ = _statistics(rows(x).float(), eps, center)
         y = normalised * weight.float()
         y = y if bias is None else y + bias.float()
@@ -104,21 +108,37 @@ class _Norm(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         eps, center, tree, ranks, heads_parallel = ctx.args
+        needs_parameters = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        if products.on_gpu(x):
+            from tpinv.kernels import norm
+
+            heads = x.shape[-2] if heads_parallel else 1
+            dx, values = norm.norm_backward(
+                rows(x).contiguous(), weight, rows(dy).contiguous(), eps, center, tree, ranks.rank, ranks.size,
+                heads=heads, bias=ctx.bias_dtype is not None, terms=needs_parameters,
+            )  # fmt: skip
+            return dx.view(x.shape), *_parameter_grads(values, weight, ctx.bias_dtype, tree, ranks), *([None] * 5)
         normalised, scale = _statistics(rows(x).float(), eps, center)
         dy = rows(dy).float()
-        dx = dw = db = None
+        dx = values = None
         if ctx.needs_input_grad[0]:
             g = dy * weight.float()
             dx = g - normalised * (reference.row_sum(g * normalised) / g.shape[-1]).unsqueeze(-1)
             if center:
                 dx = dx - (reference.row_sum(g) / g.shape[-1]).unsqueeze(-1)
             dx = (dx * scale).to(x.dtype).view(x.shape)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        if needs_parameters:
             terms = dy * normalised if ctx.bias_dtype is None else torch.cat([dy * normalised, dy], dim=-1)
             if heads_parallel:  # rows in the order (head, token), so that a rank's rows are consecutive
                 terms = rows(terms.view(*x.shape[:-1], terms.shape[-1]).movedim(-2, 0))
             values = products.column_sum(terms, tree, ranks)
-            total = tree_all_reduce(values, tree=tree, group=ranks)
-            dw = total[: weight.shape[0]].to(weight.dtype)
-            db = None if ctx.bias_dtype is None else total[weight.shape[0] :].to(ctx.bias_dtype)
-        return dx, dw, db, None, None, None, None, None
+        return dx, *_parameter_grads(values, weight, ctx.bias_dtype, tree, ranks), *([None] * 5)
+
+
+def _parameter_grads(values: Tensor | None, weight: Tensor, bias_dtype: torch.dtype | None, tree: ReductionTree, ranks: Ranks):
+    """This rank's subtree values [S, H] or, with a bias, [S, 2 H] -> the gradients of weight and bias, full on every rank."""
+    if values is None:
+        return None, None
+    total = tree_all_reduce(values, tree=tree, group=ranks)
+    dw = total[: weight.shape[0]].to(weight.dtype)
+    return dw, None if bias_dtype is None else total[weight.shape[0] :].to(bias_dtype)

@@ -11,7 +11,8 @@ from tpinv.collectives import Ranks
 from tpinv.tree import ReductionTree
 
 
-def _on_gpu(x: Tensor) -> bool:
+def on_gpu(x: Tensor) -> bool:
+    """Whether tpinv.kernels computes on ``x``. ValueError on a GPU that they cannot serve."""
     if x.device.type == "cpu":
         return False
     if reason := kernels.unavailable(x):
@@ -21,7 +22,7 @@ def _on_gpu(x: Tensor) -> bool:
 
 def tree_product(a: Tensor, b: Tensor, tree: ReductionTree, ranks: Ranks, *, stride: int = 1) -> Tensor:
     """``a [R, k/p] @ b [k/p, C]``, k sharded: the values [S, R, C] of this rank's maximal subtrees, in the node dtype."""
-    backend = kernels if _on_gpu(a) else reference
+    backend = kernels if on_gpu(a) else reference
     return backend.tree_product(a, b, tree, ranks.rank, ranks.size, stride=stride)
 
 
@@ -30,7 +31,7 @@ def local_product(
 ) -> Tensor:
     """``a [R, k] @ b [k, C]`` as one chain over k, which is whole here; output dimension ``dim`` is the sharded one. [R, C] in
     ``dtype``, to which the sum is rounded once; then ``bias`` [C] is added and rounded once."""
-    if _on_gpu(a):
+    if on_gpu(a):
         return kernels.matmul(a, b, bias=bias, out_dtype=dtype)
     leaves = len(tree.owned(ranks.rank, ranks.size))
     y = reference.local_product(a, b, leaves, dim=dim, stride=stride).to(dtype)
@@ -39,7 +40,7 @@ def local_product(
 
 def column_sum(x: Tensor, tree: ReductionTree, ranks: Ranks) -> Tensor:
     """Sum of x [T/p, H] over rows, of which every rank holds its part: float32 [S, H], the values of this rank's subtrees."""
-    if _on_gpu(x):
+    if on_gpu(x):
         return kernels.column_sum(x, tree, ranks.rank, ranks.size)
     return reference.tree_sum(x, tree, ranks.rank, ranks.size, dim=0)
 

@@ -10,6 +10,7 @@ An absent right child is skipped, not added as zero: -0.0 + 0.0 would lose the s
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -19,7 +20,7 @@ from torch import Tensor
 from tpinv.tree import Node, ReductionTree
 
 FAN = 32  # rows of a block
-_COLUMNS = 512  # columns of a program
+COLUMNS = 512  # columns of a program
 
 
 @triton.jit
@@ -54,26 +55,42 @@ def _table(device: torch.device, spans: tuple[tuple[int, int], ...]) -> Tensor:
     return torch.tensor(spans, dtype=torch.int32).to(device)
 
 
-def _groups_sum(x: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
-    """x [rows, H], spans of (first row, rows) -> fp32 [groups, H]; zero where a group has no rows."""
+Launch = Callable[[Tensor, Tensor, tuple[int, int]], None]
+
+
+def _sum_rows(x: Tensor) -> Launch:
+    """What fills ``partial`` [groups, blocks, cols] with the blocks' sums of x, given the groups' spans on the GPU."""
     cols = x.shape[1]
+
+    def launch(partial: Tensor, spans: Tensor, grid: tuple[int, int]) -> None:
+        column_sum_kernel[(*grid, triton.cdiv(cols, COLUMNS))](
+            x, partial, spans, cols, x.stride(0), partial.stride(0), FAN=FAN, COLUMNS=COLUMNS
+        )
+
+    return launch
+
+
+def _groups_sum(launch: Launch, spans: tuple[tuple[int, int], ...], cols: int, device: torch.device) -> Tensor:
+    """Sums of groups of rows, spans of (first row, rows) -> fp32 [groups, cols]; zero where a group has no rows. ``launch`` computes
+    the first level."""
     while True:
         counts = [count for _, count in spans]
         blocks = max(1, -(-max(counts) // FAN))
         out = torch.zeros if min(counts) == 0 else torch.empty
-        partial = out(len(spans), blocks, cols, dtype=torch.float32, device=x.device)
+        partial = out(len(spans), blocks, cols, dtype=torch.float32, device=device)
         if cols and max(counts):
-            grid = (len(spans), blocks, triton.cdiv(cols, _COLUMNS))
-            column_sum_kernel[grid](x, partial, _table(x.device, spans), cols, x.stride(0), partial.stride(0), FAN=FAN, COLUMNS=_COLUMNS)
+            launch(partial, _table(device, spans), (len(spans), blocks))
         if blocks == 1:
             return partial[:, 0]
         # An empty group keeps one zero row, the value of its empty sum.
         spans = tuple((group * blocks, max(1, -(-count // FAN))) for group, count in enumerate(counts))
-        x = partial.view(-1, cols)
+        launch = _sum_rows(partial.view(-1, cols))
 
 
-def _is_left_complete(tree: ReductionTree, node: Node) -> bool:
-    return tree.merges(node) == ReductionTree(node.stop - node.start).merges()
+def require_left_complete(tree: ReductionTree, nodes: tuple[Node, ...]) -> None:
+    """ValueError unless the contract's tree below each of ``nodes`` is the left-complete one, the only shape that kernels of plain sums know."""
+    if not all(tree.merges(node) == ReductionTree(node.stop - node.start).merges() for node in nodes):
+        raise ValueError(f"{tree.fingerprint} is not left-complete below {nodes}; these kernels know no other shape")
 
 
 def column_sum(x: Tensor, tree: ReductionTree, rank: int = 0, ranks: int = 1) -> Tensor:
@@ -91,17 +108,22 @@ def column_sum(x: Tensor, tree: ReductionTree, rank: int = 0, ranks: int = 1) ->
     """
     if x.dim() != 2:
         raise ValueError(f"column_sum sums the rows of a matrix, got shape {tuple(x.shape)}; flatten the tokens first")
-    tree = tree.with_float32_nodes()
-    owned = tree.owned(rank, ranks)
-    length = x.shape[0] * ranks
     if x.stride(1) != 1:
         x = x.contiguous()
+    return tree_of_rows(_sum_rows(x), *x.shape, x.device, tree, rank, ranks)
+
+
+def tree_of_rows(launch: Launch, rows: int, cols: int, device: torch.device, tree: ReductionTree, rank: int, ranks: int) -> Tensor:
+    """:func:`column_sum` of rows [T/p, H] that need not lie in memory: ``launch`` forms them while it adds up their first level."""
+    tree = tree.with_float32_nodes()
+    owned = tree.owned(rank, ranks)
+    length = rows * ranks
     first = tree.span(Node(owned.start, owned.start), length).start
     spans = (tree.span(Node(leaf, leaf + 1), length) for leaf in owned)
-    leaves = _groups_sum(x, tuple((span.start - first, len(span)) for span in spans))
+    leaves = _groups_sum(launch, tuple((span.start - first, len(span)) for span in spans), cols, device)
     nodes = tree.subtrees(rank, ranks)
-    if not all(_is_left_complete(tree, node) for node in nodes):
-        raise ValueError(f"{tree.fingerprint} is not left-complete below {nodes}; column_sum's kernel knows no other shape")
+    require_left_complete(tree, nodes)
     if len(nodes) == len(owned):
         return leaves
-    return _groups_sum(leaves, tuple((node.start - owned.start, node.stop - node.start) for node in nodes))
+    groups = tuple((node.start - owned.start, node.stop - node.start) for node in nodes)
+    return _groups_sum(_sum_rows(leaves), groups, cols, device)

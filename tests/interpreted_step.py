@@ -1,0 +1,229 @@
+"""The kernels of a training step beside the products, under Triton's interpreter, on a CPU. Run by test_kernels_interpreter.py.
+
+exp and rsqrt are NumPy's here, so the references below use those; everything else is the arithmetic of tpinv/functional, byte for byte.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from tpinv import reference
+from tpinv.functional import activation as functional_activation
+from tpinv.functional import embedding as functional_embedding
+from tpinv.kernels import activation, attention, cross_entropy, embedding, norm, squares
+from tpinv.optim import norm_of
+from tpinv.testing import assert_bitwise_equal
+from tpinv.tree import ReductionTree
+
+
+def wild(*shape, seed=0, dtype=torch.float32, spread=8):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=g) * torch.exp2(torch.randint(-spread, spread + 1, shape, generator=g).float())
+    x.view(-1)[::7] = -0.0
+    return x.to(dtype)
+
+
+def through_numpy(function):
+    return lambda x: torch.from_numpy(np.asarray(function(x.numpy())))
+
+
+exp = through_numpy(np.exp)
+rsqrt = through_numpy(lambda x: np.float32(1) / np.sqrt(x))
+
+
+# -- norms -------------------------------------------------------------------------------------------------------------------------
+
+
+def mean(x, inverse):
+    return (reference.row_sum(x) * inverse).unsqueeze(-1)
+
+
+def norm_oracle(x, w, b, dy, eps, center):
+    inverse = (1.0 / torch.tensor(float(x.shape[1]))).item()
+    wide, g = x.float(), dy.float() * w.float()
+    wide = wide - mean(wide, inverse) if center else wide
+    scale = rsqrt(mean(wide * wide, inverse) + eps)
+    normalised = wide * scale
+    y = normalised * w.float() if b is None else normalised * w.float() + b.float()
+    dx = g - normalised * mean(g * normalised, inverse)
+    dx = dx - mean(g, inverse) if center else dx
+    return y.to(x.dtype), (dx * scale).to(x.dtype), dy.float() * normalised
+
+
+def first_part(t, heads, share, ranks, by_head=False):
+    """Rank 0's rows of t [tokens * heads, H]: its heads of every token, or the first tokens."""
+    if not share:
+        return t[: len(t) // ranks]
+    part = t.view(-1, heads, t.shape[1])[:, :share]
+    return (part.transpose(0, 1) if by_head else part).reshape(-1, t.shape[1])
+
+
+@pytest.mark.parametrize("rows, cols, heads", [(37, 64, 1), (5, 18, 1), (2, 300, 1), (66, 16, 6), (0, 8, 1), (2, 2, 1)])
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_norm(rows, cols, heads, center, dtype):
+    tree, spread = ReductionTree(6), 2 if dtype == torch.float16 else 8
+    x, dy = wild(rows, cols, seed=1, dtype=dtype, spread=spread), wild(rows, cols, seed=2, dtype=dtype, spread=spread)
+    w, b = wild(cols, seed=3, dtype=dtype, spread=1), wild(cols, seed=4, dtype=dtype, spread=1) if center else None
+    y, dx, terms = norm_oracle(x, w, b, dy, 1e-5, center)
+    assert_bitwise_equal(norm.norm(x, w, b, 1e-5, center), y, "y")
+    for ranks in (1, 2, 3):
+        if rows % ranks or heads % ranks:
+            continue
+        share = heads // ranks if heads > 1 else 0  # of heads, if those are what is sharded, else of rows
+        mine = functools.partial(first_part, heads=heads, share=share, ranks=ranks)
+        in_order = functools.partial(first_part, heads=heads, share=share, ranks=ranks, by_head=True)
+        got_dx, values = norm.norm_backward(mine(x), w, mine(dy), 1e-5, center, tree, 0, ranks, heads=max(1, share), bias=center)
+        assert_bitwise_equal(got_dx, mine(dx), "dx")
+        expected = reference.tree_sum(in_order(terms), tree, 0, ranks, dim=0)
+        if center:
+            expected = torch.cat([expected, reference.tree_sum(in_order(dy).float(), tree, 0, ranks, dim=0)], dim=1)
+        assert_bitwise_equal(values, expected, f"terms, {ranks} ranks")
+
+
+# -- cross-entropy -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab, leaves", [(48, 8), (24, 24), (5000, 1), (17, 3), (5, 8)])
+@pytest.mark.parametrize("smooth", [0.0, 0.1])
+def test_cross_entropy(vocab, leaves, smooth):
+    tree, rows = ReductionTree(leaves), 3
+    x = wild(rows, vocab, seed=5, spread=3).half()
+    top = x.float().amax(-1)
+    assert_bitwise_equal(cross_entropy.row_max(x), top, "maximum")
+    shifted = x.float() - top.unsqueeze(-1)
+    for ranks in (p for p in (1, 2, 3, 8) if leaves % p == 0 and vocab % p == 0):
+        for rank in {0, ranks - 1}:
+            part = slice(rank * vocab // ranks, (rank + 1) * vocab // ranks)
+            values = cross_entropy.vocab_sums(x[:, part], top, tree, rank, ranks, shifted=True)
+            assert_bitwise_equal(values[0], reference.tree_sum(shifted[:, part], tree, rank, ranks, dim=-1), "sum of shifted")
+            assert_bitwise_equal(values[1], reference.tree_sum(exp(shifted[:, part]), tree, rank, ranks, dim=-1), "sum of exp")
+            (alone,) = cross_entropy.vocab_sums(x[:, part], top, tree, rank, ranks, shifted=False)
+            assert_bitwise_equal(alone, values[1], "sum of exp alone")
+    total, dloss = exp(shifted).sum(-1), wild(rows, seed=6)
+    index = torch.tensor([vocab // 2, -1, -2])
+    dx = exp(shifted) / total.unsqueeze(-1)
+    dx[0, vocab // 2] -= 1.0 - smooth
+    dx = dx - smooth / vocab if smooth else dx
+    dx = (dx * dloss.unsqueeze(-1)).half()
+    dx[2] = 0.0
+    got = cross_entropy.vocab_grad(x, top, total, index, dloss, 1.0 - smooth, smooth / vocab)
+    assert_bitwise_equal(got, dx, "gradient")
+
+
+def test_maximum_keeps_nan():
+    x = torch.tensor([[1.0, float("nan"), 2.0], [float("-inf")] * 3, [3.0, float("inf"), 0.0]])
+    top = cross_entropy.row_max(x)
+    assert top[0].isnan() and top[1] == float("-inf") and top[2] == float("inf")
+
+
+# -- embedding, activation ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens, rows, cols", [(40, 5, 20), (1, 3, 4), (0, 3, 4), (25, 1, 520)])
+def test_embedding(tokens, rows, cols):
+    ids = torch.randint(-2, rows + 2, (tokens,), generator=torch.Generator().manual_seed(7))
+    dy = wild(tokens, cols, seed=8, spread=3).half()
+    got = embedding.sum_by_id(ids, dy, rows, torch.float16)
+    assert_bitwise_equal(got, functional_embedding.sum_by_id(ids, dy, rows).half(), "rows")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_swiglu_has_the_bits_of_its_two_steps(dtype, monkeypatch):
+    monkeypatch.setattr(torch, "exp", exp)
+    x, dy = wild(5, 46, seed=9, dtype=dtype, spread=3), wild(5, 23, seed=10, dtype=dtype, spread=3)
+    leaf = x.clone().requires_grad_()
+    gate, up = leaf.chunk(2, -1)
+    active = functional_activation._Silu.apply(gate)
+    y = active * up
+    y.backward(dy)
+    assert_bitwise_equal(activation.swiglu(x), y.detach(), "y")
+    assert_bitwise_equal(activation.swiglu_backward(x, dy), leaf.grad, "dx")
+    assert_bitwise_equal(activation.silu(x[:, :23]), active.detach(), "silu")
+    gate = x[:, :23].clone().requires_grad_()
+    functional_activation._Silu.apply(gate).backward(dy)
+    assert_bitwise_equal(activation.silu_backward(x[:, :23], dy), gate.grad, "silu's gradient")
+
+
+# -- sum of squares ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spread", [0, 20, 140])
+def test_squares_are_exact(spread):
+    g = torch.Generator().manual_seed(spread)
+    x = torch.randn(70_000, generator=g) * torch.exp2(torch.randint(-spread, min(spread, 126) + 1, (70_000,), generator=g).float())
+    x[:9] = torch.tensor(
+        [0.0, -0.0, 2.0**-149, -(2.0**-149), 2.0**-126, 3.4028234663852886e38 if spread > 100 else 1.0, 1.0, 1 + 2**-23, 3.0]
+    )
+    once = squares.counters(x.device)
+    squares.add_squares(once, x)
+    exact = sum(int(v * 2**149) ** 2 for v in x.double().tolist())
+    assert sum(int(c) << (24 * i) for i, c in enumerate(once[:25].tolist())) == exact
+    parts = squares.counters(x.device)
+    for part in x.flip(0).split(9_999):
+        squares.add_squares(parts, part)
+    total = squares.total(once)
+    assert_bitwise_equal(squares.total(parts), total, "another grouping")
+    assert total.sqrt().float() == norm_of([x])
+    assert abs(total.item() - exact / 4**149) <= 2**-50 * exact / 4**149
+
+
+def test_squares_of_infinity_and_nan():
+    for values, check in (([1.0, float("-inf")], torch.isinf), ([float("inf"), float("nan")], torch.isnan)):
+        bins = squares.counters(torch.device("cpu"))
+        squares.add_squares(bins, torch.tensor(values))
+        assert check(squares.total(bins))
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------------------
+
+
+def attention_inputs(sq, sk, batch, heads, groups, width, dtype=torch.float32):
+    q, k, v, dout = (
+        torch.randn(s, batch, h, width, generator=torch.Generator().manual_seed(i)).to(dtype)
+        for i, (s, h) in enumerate(((sq, heads), (sk, groups), (sk, groups), (sq, heads)))
+    )
+    return q, k, v, dout
+
+
+def run_attention(q, k, v, dout, causal):
+    out, lse = attention.forward(q, k, v, q.shape[-1] ** -0.5, causal)
+    return out, *attention.backward(q, k, v, out, lse, dout, q.shape[-1] ** -0.5, causal)
+
+
+def attention_oracle(q, k, v, dout, causal):
+    q, k, v = (t.double().requires_grad_() for t in (q, k, v))
+    expand = lambda t: t.repeat_interleave(q.shape[2] // t.shape[2], 2).permute(1, 2, 0, 3)  # noqa: E731
+    scores = q.permute(1, 2, 0, 3) @ expand(k).mT * q.shape[-1] ** -0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1 + k.shape[0] - q.shape[0]), float("-inf"))
+    out = (scores.softmax(-1) @ expand(v)).permute(2, 0, 1, 3)
+    out.backward(dout.double())
+    return out, q.grad, k.grad, v.grad
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("sq, sk, width", [(70, 70, 16), (33, 33, 40), (1, 45, 16), (20, 50, 8), (64, 64, 130)])
+def test_attention_is_right(sq, sk, width, causal):
+    inputs = attention_inputs(sq, sk, 2, 4, 2, width)
+    for name, got, expected in zip(
+        ("out", "dq", "dk", "dv"), run_attention(*inputs, causal), attention_oracle(*inputs, causal), strict=True
+    ):
+        assert got.isfinite().all()
+        assert (got.double() - expected).norm() <= 3e-6 * expected.norm(), name
+
+
+def test_attention_ignores_other_heads_batches_and_later_tokens():
+    inputs = attention_inputs(50, 50, 2, 6, 3, 16)
+    whole = run_attention(*inputs, True)
+    part = run_attention(*(t[:, 1:, -t.shape[2] // 3 :] for t in inputs), True)  # the last group of the second sequence, strided
+    for name, a, b in zip(("out", "dq", "dk", "dv"), part, whole, strict=True):
+        assert_bitwise_equal(a, b[:, 1:, -a.shape[2] :], name)
+    assert_bitwise_equal(run_attention(*(t[:41] for t in inputs), True)[0], whole[0][:41], "a shorter sequence")
+
+
+def test_heads_wider_than_the_blocks_are_refused():
+    with pytest.raises(ValueError, match="width 300"):
+        attention.forward(*attention_inputs(4, 4, 1, 1, 1, 300)[:3], 1.0, True)
