@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine: make demo, make test.
-# PYTHON picks the interpreter (3.10 or newer), TORCH the build of torch to install.
+# PYTHON picks the interpreter (3.11 or newer), TORCH the build of torch to install.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -10,9 +10,10 @@ export PYTHONWARNINGS ?= ignore
 
 .PHONY: demo test lint verify-all clean
 
-demo: $(VENV)/.ready  ## train a Megatron GPT at TP = 1, 2, 4, stock and tpinv, and compare every byte
+demo: $(VENV)/.ready  ## train a GPT with Megatron and with TorchTitan at TP = 1, 2, 4, stock and tpinv, and compare every byte
 	$(BIN)/tpinv show --leaves 8 --tp 4
 	$(BIN)/tpinv verify --tp 1,2,4 --sequence-parallel --dtype bf16 --json verify.json --plot verify.png
+	$(BIN)/tpinv verify --framework torchtitan --tp 1,2,4 --sequence-parallel --dtype bf16 --json verify-torchtitan.json --plot verify-torchtitan.png
 
 test: $(VENV)/.ready $(MEGATRON_NEW)/.ready lint  ## lint, every test, and the Megatron tests again with megatron-core 0.19.2
 	$(BIN)/python -m pytest
@@ -39,4 +40,4 @@ $(MEGATRON_NEW)/.ready: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info verify.json verify.png
+	rm -rf $(VENV) build dist *.egg-info verify*.json verify*.png
