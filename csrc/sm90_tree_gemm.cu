@@ -8,14 +8,17 @@
 // waits for its sibling waits where it was accumulated, and the sum of the two is merged further, parked or stored while the
 // tensor cores are already busy with the next leaf. What waits longer is held where there is room, from the bottom of the stack:
 //
-//     BN <=  64    positions 0 and 1 in registers
-//     BN  = 128    position 0 in registers (192 with both accumulators)
-//     BN  = 192    none
-//     BN  = 256    one set of accumulators; position 0 half in registers, half in shared memory
-//     then         one position in shared memory when SHARED_SLOTS = 1, the others in global scratch, in practice L2
+//     BN <=  64    positions 0 and 1 in registers, then
+//     BN  = 128    position 0 in registers (192 with both accumulators), then
+//                  one position in shared memory when SHARED_SLOTS = 1, the others in global scratch, in practice L2
+//     BN  = 192    all positions in scratch
+//     BN  = 256    one set of accumulators; what the next leaf is merged with half in registers, half in shared memory;
+//                  the others in scratch
 //
-// Every slot is private to a thread, so parking needs no barrier. While one warpgroup merges, the other one keeps the
-// tensor cores busy with the stages it is ahead, and the producer warp never sees the leaf boundaries at all.
+// From 192 columns on no register is free to have many loads in flight, so parked values come back through the copy
+// pipeline: the producer knows the table too and brings them in pieces of a stage, behind the stages of the leaf that they
+// are merged with. Every value is private to a thread. While one warpgroup merges, the other one keeps the tensor cores busy
+// with the stages it is ahead.
 //
 // One block: two consumer warpgroups (128 rows), one producer warp that drives the copy engine through STAGES stages of
 // 64 k. With CLUSTER = 2 two blocks share a column of tiles and each multicasts half of B. Persistent over units; a unit
@@ -23,7 +26,7 @@
 //
 // Compiled at run time (NVRTC, no headers) for sm_90a with these macros:
 //   BN 16 ... 256        columns of a tile           STAGES       depth of the copy pipeline
-//   CLUSTER 1 | 2        blocks that share B         DEPTH        positions of the stack (host: stack_depth)
+//   CLUSTER 1 | 2        blocks that share B         DEPTH        positions of the stack, 7 at most (host: stack_depth)
 //   A_MAJOR, B_MAJOR     0: k contiguous, 1: rows of A (columns of B) contiguous
 //   IN_FP16              inputs fp16, else bf16      OUT          0 fp32, 1 bf16, 2 fp16
 //   BIAS                 a bias follows the root     SWAP         rows of A are the output's columns: for few tokens, W is A
@@ -34,6 +37,7 @@ typedef unsigned long long u64;
 
 constexpr int kBM = 128, kBK = 64;
 constexpr int kRegs = BN / 2;                                     // accumulators of a thread
+constexpr bool kPiped = BN >= 192;                                // parked values come back through the pipeline
 constexpr int kRoom = BN <= 64 ? 2 : BN == 192 ? 0 : 1;           // positions of the stack that fit in registers ...
 constexpr int kHeld = DEPTH < kRoom ? DEPTH : kRoom;              // ... and are needed
 constexpr int kHeldShared = (DEPTH > 0 && BN == 256) ? 64 : 0;    // how many values of a held position are in shared memory
@@ -42,14 +46,16 @@ constexpr int kConsumers = 256;                                   // threads of 
 constexpr int kBytesA = kBM * kBK * 2, kBytesB = BN * kBK * 2;
 constexpr int kSlotVecs = kRegs / 4;                              // a slot is float4[kSlotVecs][kConsumers]
 constexpr int kSlots = DEPTH - kHeld;                             // positions that are not in registers
-constexpr int kSharedSlots = kSlots > 0 ? SHARED_SLOTS : 0;
+constexpr int kSharedSlots = kSlots > 0 && !kPiped ? SHARED_SLOTS : 0;
+constexpr int kVecBytes = kConsumers * 16;                        // one float4 of every thread
+constexpr int kVecsA = kBytesA / kVecBytes, kPieceVecs = kVecsA + kBytesB / kVecBytes;  // of a stage's A part, of a stage
 
 struct alignas(64) TensorMap { char opaque[128]; };
 
 struct Params {
     void* out;                // [rows, cols], row stride out_stride elements
     const void* bias;         // [cols] in the output dtype, or null
-    float4* scratch;          // positions past the shared one: [blocks][DEPTH][kSlotVecs][kConsumers]
+    float4* scratch;          // positions that have no other place: [blocks][DEPTH][kSlotVecs][kConsumers]
     float4* parts;            // values of split tiles: [tiles][SPLIT][CLUSTER][kSlotVecs][kConsumers]
     u32* arrivals;            // [tiles][CLUSTER][2], zero before and after every launch
     long long out_stride;
@@ -83,6 +89,17 @@ __device__ __forceinline__ void barrier_wait(u32 bar, u32 phase) {
                  "@done bra finished;\nbra again;\nfinished:\n}\n" ::"r"(bar), "r"(phase) : "memory");
 }
 
+// Arrives in this block, for all that the warp did and, with the fence, for its copies to see what it wrote to global memory.
+__device__ __forceinline__ void barrier_arrive_parked(u32 bar, int lane) {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+    __syncwarp();
+    if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+
+__device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
+}
 __device__ __forceinline__ void copy(u32 to, const TensorMap* map, u32 bar, int c0, int c1, int c2, int c3) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
                  ::"r"(to), "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
@@ -217,6 +234,22 @@ __device__ __forceinline__ Unit unit_at(const Params& p, int index) {
     return u;
 }
 
+// How many pending values are merged after a leaf: the contract's table. `leaf` counts from the unit's first one.
+__device__ __forceinline__ int merges_after(const Params& p, int index, int leaf) {
+    return SPLIT > 1 && index >= p.whole ? p.part_merges[leaf] : p.merges[leaf];
+}
+// What the consumers do with parked values after a leaf when kPiped, from the table alone: producer and consumers agree.
+struct Parking { int unpark; bool park; };  // values that come back to be merged; whether the result is then parked
+__device__ __forceinline__ Parking parking_after(const Params& p, int index, int leaf, bool last) {
+    const int count = merges_after(p, index, leaf);
+#if BN == 256  // the first merge is with the held value; the result is held if the next leaf is merged with it
+    return {count > 0 ? count - 1 : 0, !last && merges_after(p, index, leaf + 1) == 0};
+#else  // a left leaf waits in its accumulators, and the first merge of the next one is with it
+    if (count == 0 && !last) return {0, false};
+    return {count - (leaf > 0 && merges_after(p, index, leaf - 1) == 0 ? 1 : 0), !last};
+#endif
+}
+
 // -- a warpgroup's results ----------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float4 four(const float (&x)[kRegs], int i) { return make_float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]); }
@@ -280,29 +313,33 @@ __device__ __forceinline__ void store_root(const Params& p, int row0, int col0, 
 struct Stack {
     float held[kHeld > 0 ? kHeld : 1][kHeldRegs];
     float4 *shared_held, *shared, *scratch;  // this thread's first element of each
-    int pending;                             // values on the stack
+    int pending;                             // values on the stack; when kPiped, in scratch
 };
 
 struct Done { int index, leaf; bool last; };  // a finished leaf: its unit, its place in the unit, whether it is the unit's last
 
-// How many pending values are merged after a leaf: the contract's table.
-__device__ __forceinline__ int merges_after(const Params& p, const Done& done) {
-    return SPLIT > 1 && done.index >= p.whole ? p.part_merges[done.leaf] : p.merges[done.leaf];
+// x = held value + x. A pending value is the left operand: it lies left in the tree.
+__device__ __forceinline__ void merge_held(Stack& stack, int at, float (&x)[kRegs]) {
+#pragma unroll
+    for (int i = 0; i < kHeldRegs; i++) x[i] = add(stack.held[at][i], x[i]);
+#pragma unroll
+    for (int i = 0; i < kHeldShared / 4; i++)
+        set_four(x, kHeldRegs / 4 + i, add(stack.shared_held[i * kConsumers], four(x, kHeldRegs / 4 + i)));
+}
+__device__ __forceinline__ void hold(Stack& stack, int at, const float (&x)[kRegs]) {
+#pragma unroll
+    for (int i = 0; i < kHeldRegs; i++) stack.held[at][i] = x[i];
+#pragma unroll
+    for (int i = 0; i < kHeldShared / 4; i++) stack.shared_held[i * kConsumers] = four(x, kHeldRegs / 4 + i);
 }
 
-// x = pending value + x. The pending value is the left operand: it lies left in the tree.
+// x = pending value + x, for tiles up to 128 columns.
 __device__ __forceinline__ void pop(Stack& stack, float (&x)[kRegs]) {
     const int position = --stack.pending;
     if (position < kHeld) {
 #pragma unroll
         for (int at = 0; at < kHeld; at++)
-            if (position == at) {
-#pragma unroll
-                for (int i = 0; i < kHeldRegs; i++) x[i] = add(stack.held[at][i], x[i]);
-#pragma unroll
-                for (int i = 0; i < kHeldShared / 4; i++)
-                    set_four(x, kHeldRegs / 4 + i, add(stack.shared_held[i * kConsumers], four(x, kHeldRegs / 4 + i)));
-            }
+            if (position == at) merge_held(stack, at, x);
     } else if (position - kHeld < kSharedSlots) {
 #pragma unroll
         for (int i = 0; i < kSlotVecs; i++) set_four(x, i, add(stack.shared[i * kConsumers], four(x, i)));
@@ -318,12 +355,7 @@ __device__ __forceinline__ void push(Stack& stack, const float (&x)[kRegs]) {
     if (position < kHeld) {
 #pragma unroll
         for (int at = 0; at < kHeld; at++)
-            if (position == at) {
-#pragma unroll
-                for (int i = 0; i < kHeldRegs; i++) stack.held[at][i] = x[i];
-#pragma unroll
-                for (int i = 0; i < kHeldShared / 4; i++) stack.shared_held[i * kConsumers] = four(x, kHeldRegs / 4 + i);
-            }
+            if (position == at) hold(stack, at, x);
     } else {
         const int slot = position - kHeld;
         float4* to = slot < kSharedSlots ? stack.shared : stack.scratch + (long long)slot * kSlotVecs * kConsumers;
@@ -369,12 +401,8 @@ __device__ __forceinline__ void round_leaf(float (&x)[kRegs]) {
     }
 }
 
-// Merges `count` pending values into x, the newest first. Then x waits in turn, or it is the root.
-__device__ __forceinline__ void settle(const Params& p, float (&x)[kRegs], int count, Stack& stack, const Done& done, int cta, int warpgroup) {
-#if DEPTH > 0
-    for (; count > 0; count--) pop(stack, x);
-    if (!done.last) return push(stack, x);
-#endif
+// The root of a unit.
+__device__ __forceinline__ void finish(const Params& p, float (&x)[kRegs], const Done& done, int cta, int warpgroup) {
     const Unit u = unit_at(p, done.index);
     const int row0 = (u.m * CLUSTER + cta) * kBM + warpgroup * 64 + threadIdx.x / 32 % 4 * 16, col0 = u.n * BN;
     if (SPLIT > 1 && done.index >= p.whole) publish(p, x, u, cta, warpgroup, row0, col0);
@@ -394,7 +422,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     char* stage_b = shared + STAGES * kBytesA;
     float4* shared_slot = (float4*)(stage_b + STAGES * kBytesB);
     float4* shared_held = shared_slot + kSharedSlots * kSlotVecs * kConsumers;
-    const u32 full = smem_address(shared_held + kHeldShared / 4 * kConsumers), empty = full + STAGES * 8;
+    const u32 full = smem_address(shared_held + kHeldShared / 4 * kConsumers), empty = full + STAGES * 8, parked = empty + STAGES * 8;
 
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int cta = CLUSTER > 1 ? blockIdx.x % CLUSTER : 0;
@@ -406,6 +434,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             barrier_init(full + 8 * s, 1);              // the producer's expect, then the bytes
             barrier_init(empty + 8 * s, 8 * CLUSTER);   // every consumer warp of every block that the stage's B went to
         }
+        for (int s = 0; s < DEPTH; s++) barrier_init(parked + 8 * s, 8);  // every consumer warp has parked a value in slot s
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
@@ -416,10 +445,35 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     if (warpgroup == 2) {  // ---- producer
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (warp == 8 && lane == 0) {
+            const char* scratch = (const char*)(p.scratch + (long long)blockIdx.x * DEPTH * kSlotVecs * kConsumers);
+            int in_scratch = 0;   // parked values, and a bit per slot: the phase of its barrier
+            u32 slot_phases = 0;
+            Parking due{0, false};
+            auto bring = [&]() {
+                if (!kPiped || DEPTH == 0) return;
+                for (; due.unpark > 0; due.unpark--) {
+                    const int slot = --in_scratch;
+                    barrier_wait(parked + 8 * slot, slot_phases >> slot & 1);
+                    slot_phases ^= 1 << slot;
+                    for (int first = 0; first < kSlotVecs; first += kPieceVecs) {
+                        const int vecs = min(kPieceVecs, kSlotVecs - first), vecs_a = min(kVecsA, vecs);
+                        const char* from = scratch + (slot * kSlotVecs + first) * kVecBytes;
+                        const u32 bar = full + 8 * stage;
+                        barrier_wait(empty + 8 * stage, phase ^ 1);
+                        barrier_expect(bar, vecs * kVecBytes);
+                        copy_bulk(smem_address(stage_a) + stage * kBytesA, from, vecs_a * kVecBytes, bar);
+                        if (vecs > vecs_a)
+                            copy_bulk(smem_address(stage_b) + stage * kBytesB, from + vecs_a * kVecBytes, (vecs - vecs_a) * kVecBytes, bar);
+                        if (++stage == STAGES) stage = 0, phase ^= 1;
+                    }
+                }
+                in_scratch += due.park;
+                due.park = false;
+            };
             for (int index = first_unit; index < units; index += unit_step) {
                 const Unit u = unit_at(p, index);
                 const int row0 = (u.m * CLUSTER + cta) * kBM, col0 = u.n * BN;
-                for (int leaf = u.first; leaf < u.last; leaf++)
+                for (int leaf = u.first; leaf < u.last; leaf++) {
                     for (int piece = 0; piece < p.pieces; piece++)
                         for (int step = 0; step < p.steps; step++) {
                             const u32 bar = full + 8 * stage;
@@ -443,8 +497,15 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                                 copy_to_both(to_b + i * kBK * 128 + cta * (kBK / 2) * 128, &map_b, bar, col0 + 64 * i, k + cta * (kBK / 2), leaf, piece);
 #endif
                             if (++stage == STAGES) stage = 0, phase ^= 1;
+                            bring();  // up to 192 columns: consumers issue the next leaf's first step, then merge
                         }
+                    if (kPiped && DEPTH > 0) {
+                        due = parking_after(p, index, leaf - u.first, leaf + 1 == u.last);
+                        if (BN == 256) bring();
+                    }
+                }
             }
+            bring();
         }
     } else {  // ---- consumers
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
@@ -486,8 +547,50 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         auto drain = [&](float (&last)[kRegs]) {
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             pin(last);
-            if (lane < CLUSTER) barrier_arrive(empty + 8 * before, lane);
+            if (before >= 0 && lane < CLUSTER) barrier_arrive(empty + 8 * before, lane);
             before = -1;
+        };
+
+        // x = parked value + x, from the pipeline. The step that was issued last may be in flight, on other registers.
+        auto unpark = [&](float (&x)[kRegs]) {
+            --stack.pending;
+#pragma unroll
+            for (int first = 0; first < kSlotVecs; first += kPieceVecs) {
+                barrier_wait(full + 8 * stage, phase);
+                const float4* part_a = (const float4*)(stage_a + stage * kBytesA) + threadIdx.x;
+                const float4* part_b = (const float4*)(stage_b + stage * kBytesB) + threadIdx.x;
+#pragma unroll
+                for (int i = 0; i < kPieceVecs && first + i < kSlotVecs; i++)
+                    set_four(x, first + i, add(i < kVecsA ? part_a[i * kConsumers] : part_b[(i - kVecsA) * kConsumers], four(x, first + i)));
+                __syncwarp();  // all lanes have read
+                if (lane < CLUSTER) barrier_arrive(empty + 8 * stage, lane);
+                if (++stage == STAGES) stage = 0, phase ^= 1;
+                if (before >= 0) drain(acc);  // the producer cannot go round while that stage is kept
+            }
+        };
+        auto park = [&](const float (&x)[kRegs]) {
+            float4* to = stack.scratch + (long long)stack.pending * kSlotVecs * kConsumers;
+#pragma unroll
+            for (int i = 0; i < kSlotVecs; i++) to[i * kConsumers] = four(x, i);
+            barrier_arrive_parked(parked + 8 * stack.pending++, lane);
+        };
+        // Merges `count` pending values into x, the newest first. Then x waits in turn, or it is the root.
+        auto settle = [&](float (&x)[kRegs], int count, const Done& done) {
+#if DEPTH > 0 && BN < 192
+            for (; count > 0; count--) pop(stack, x);
+            if (!done.last) return push(stack, x);
+#elif DEPTH > 0
+            const Parking after = parking_after(p, done.index, done.leaf, done.last);
+#if BN == 256
+            if (count > 0) merge_held(stack, 0, x);
+#endif
+            for (int i = 0; i < after.unpark; i++) unpark(x);
+            if (after.park) return park(x);
+#if BN == 256
+            if (!done.last) return hold(stack, 0, x);
+#endif
+#endif
+            finish(p, x, done, cta, warpgroup);
         };
 
         Unit u = unit_at(p, first_unit);
@@ -510,10 +613,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         release();
         rest(acc, 1);
         while (true) {
-            int count = merges_after(p, done);
+            int count = merges_after(p, done.index, done.leaf);
             if (count == 0 && !done.last) {  // a left leaf: in the contract's tree the next leaf is its sibling
                 advance();
-                count = merges_after(p, done) - 1;
+                count = merges_after(p, done.index, done.leaf) - 1;
                 issue(second, false);
                 asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
                 release();
@@ -532,12 +635,12 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             }
             const Done finished = done;
             if (!advance()) {
-                settle(p, second, count, stack, finished, cta, warpgroup);
+                settle(second, count, finished);
                 break;
             }
             issue(acc, false);
             release();
-            settle(p, second, count, stack, finished, cta, warpgroup);
+            settle(second, count, finished);
             pin(second);
             rest(acc, 1);
         }
@@ -548,7 +651,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             rest(acc, 1);
             drain(acc);
             round_leaf(acc);
-            settle(p, acc, merges_after(p, done), stack, done, cta, warpgroup);
+            settle(acc, merges_after(p, done.index, done.leaf), done);
         } while (advance());
 #endif
     }

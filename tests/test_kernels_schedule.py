@@ -1,7 +1,9 @@
 """The kernels' schedules, run on symbols: what a stack machine does with the contract's merge table must be the contract's tree.
 
-``single`` is the schedule of gemm.py, and of sm90 at 256 columns; ``pairs`` that of sm90 at up to 192 columns, where a left leaf
-waits in its accumulators for its sibling. That the compiled kernels follow them is shown by the order probe (test_kernels_gpu).
+``single`` is the schedule of gemm.py; ``pairs`` that of sm90 at up to 192 columns, where a left leaf waits in its accumulators for
+its sibling; ``held`` that of sm90 at 256 columns, which keeps at hand what the next leaf is merged with. From 192 columns on the
+producer brings parked values back: it knows the table and must foresee what the consumers do (``parking_after`` of the source).
+That the compiled kernels follow them is shown by the order probe (test_kernels_gpu).
 """
 
 import pytest
@@ -47,6 +49,96 @@ def pairs(merges, first=0):
         most = max(most, len(stack))
 
 
+def held(merges, first=0):
+    """One value at hand and the others parked, each step as ``parking_after`` foresees it at 256 columns."""
+    at_hand, parked, most, last = None, [], 0, len(merges) - 1
+    for leaf, count in enumerate(merges):
+        value = first + leaf
+        unpark, park = max(count - 1, 0), leaf != last and merges[leaf + 1] == 0
+        if count > 0:
+            value, at_hand = add(at_hand, value), None
+        for _ in range(unpark):
+            value = add(parked.pop(), value)
+        assert at_hand is None
+        if park:
+            parked.append(value)
+            most = max(most, len(parked))
+        elif leaf != last:
+            at_hand = value
+    assert not parked and at_hand is None
+    return value, most
+
+
+def parking_of_pairs(merges):
+    """What the producer foresees after every leaf up to 192 columns: (values to bring back, whether one is parked)."""
+    last = len(merges) - 1
+    for leaf, count in enumerate(merges):
+        if count == 0 and leaf != last:
+            yield 0, False
+        else:
+            yield count - (leaf > 0 and merges[leaf - 1] == 0), leaf != last
+
+
+def parks_of_pairs(merges):
+    """The same from what the consumers do: see ``pairs``."""
+    leaf, last = 0, len(merges) - 1
+    while leaf <= last:
+        if merges[leaf] == 0 and leaf != last:
+            yield 0, False
+            leaf += 1
+            yield merges[leaf] - 1, leaf != last
+        else:
+            yield merges[leaf], leaf != last
+        leaf += 1
+
+
+def brought(units, steps, wide):
+    """What the producer of sm90 puts through the pipeline: steps of leaves, and parked values, named by the slot they lay in."""
+    parked, due = 0, (0, False)
+
+    def bring():
+        nonlocal parked, due
+        for _ in range(due[0]):
+            parked -= 1
+            yield "parked", parked
+        parked, due = parked + due[1], (0, False)
+
+    for unit, merges in enumerate(units):
+        pairs_after, last = list(parking_of_pairs(merges)), len(merges) - 1
+        for leaf, count in enumerate(merges):
+            for step in range(steps):
+                yield unit, leaf, step
+                yield from bring()
+            due = (max(count - 1, 0), leaf != last and merges[leaf + 1] == 0) if wide else pairs_after[leaf]
+            if wide:
+                yield from bring()
+    yield from bring()
+
+
+def taken(units, steps, wide):
+    """What its consumers take from the pipeline, in their order: up to 192 columns they merge after the next leaf's first step."""
+    parked, settle = 0, (0, False)
+
+    def merge():
+        nonlocal parked, settle
+        for _ in range(settle[0]):
+            parked -= 1
+            yield "parked", parked
+        parked, settle = parked + settle[1], (0, False)
+
+    for unit, merges in enumerate(units):
+        consumed = list(parks_of_pairs(merges))
+        for leaf, count in enumerate(merges):
+            for step in range(steps):
+                yield unit, leaf, step
+                if step == 0:
+                    yield from merge()
+            settle = (max(count - 1, 0), leaf + 1 < len(merges) and merges[leaf + 1] == 0) if wide else consumed[leaf]
+            if wide:
+                yield from merge()
+    yield from merge()
+
+
 def expected(tree, node):
     return tree.reduce(range(*node), add, node)
 
@@ -59,6 +151,11 @@ def test_schedules_are_the_contract(tree):
                 merges = tree.merges(node)
                 assert single(merges, node.start) == (expected(tree, node), most_pending(merges))
                 assert pairs(merges, node.start) == (expected(tree, node), most_pending_pairs(merges))
+                value, parked = held(merges, node.start)
+                assert value == expected(tree, node) and parked <= most_pending(merges)
+                for wide in (False, True):
+                    for steps in (1, 3):
+                        assert list(brought([merges] * 2, steps, wide)) == list(taken([merges] * 2, steps, wide))
 
 
 @pytest.mark.parametrize("tree", TREES, ids=lambda t: str(t.leaves))

@@ -54,7 +54,7 @@ class Sm90Config:
     def shared_bytes(self, merges: tuple[int, ...]) -> int:
         held_shared = 64 * _CONSUMERS * 4 if self.cols == 256 and self.stack_depth(merges) > 0 else 0
         slots = self.shared_slots * self.cols * 512 if self.spills(merges) else 0
-        return 1024 + self.stages * (_BM + self.cols) * _BK * 2 + slots + held_shared + 16 * self.stages
+        return 1024 + self.stages * (_BM + self.cols) * _BK * 2 + slots + held_shared + 16 * self.stages + 8 * self.stack_depth(merges)
 
 
 class _Params(ctypes.Structure):
@@ -224,9 +224,7 @@ def candidates(problem: Problem) -> list[Sm90Config]:
     if rows <= 128:
         wanted += [(max(16, 1 << (rows - 1).bit_length()), 1, parts, True) for parts in problem.splits]
     if rows > 64:
-        if most_pending(merges) < 2:  # a second pending value of 128 KB would have no place
-            wanted += [(256, 1, 1, False), (256, 2, 1, False)]
-        wanted += [(192, 1, 1, False), (192, 2, 1, False), (128, 1, 1, False), (128, 2, 1, False)]
+        wanted += [(256, 1, 1, False), (256, 2, 1, False), (192, 1, 1, False), (192, 2, 1, False), (128, 1, 1, False), (128, 2, 1, False)]
         if rows <= 1024:
             wanted += [(128, 1, parts, False) for parts in problem.splits if parts > 1]
         if rows <= 512:
@@ -234,7 +232,7 @@ def candidates(problem: Problem) -> list[Sm90Config]:
     found = []
     for cols, cluster, parts, swap in wanted:
         spills = Sm90Config(cols, 3, cluster, 0, parts, swap).spills(merges)
-        slots = int(spills and cols <= 128)  # 192 columns need their stages more than a slot
+        slots = int(spills and cols <= 128)  # wider tiles get parked values back through the pipeline
         deepest = (Sm90Config(cols, stages, cluster, slots, parts, swap) for stages in _STAGES)
         found += [c for c in deepest if fits(problem, c)][:1]
     return found
