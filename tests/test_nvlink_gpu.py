@@ -53,6 +53,8 @@ def test_same_bytes_as_the_reference(p, leaves, node, backend):
             for out_dtype in (torch.bfloat16, torch.float32, torch.float16) if shape == (48, 5) else (torch.bfloat16,):
                 expected = expected_sum(data, tree, out_dtype)
                 for algorithm in (None, *ALGORITHMS):
+                    if algorithm == "one_shot" and schedule.first_values(tree, p)[-1] * expected.numel() * 8 > schedule.INBOX_BYTES:
+                        continue
                     for rank, actual in enumerate(group.tree_reduce(values, tree, out_dtype, False, algorithm)):
                         assert same_bytes(actual, expected), (shape, kind, out_dtype, algorithm, rank)
                     if shape[0] % p == 0:
@@ -112,6 +114,15 @@ def test_skewed_arrival(backend, iterations):
         data = [leaf_values("normal", tree, size, seed=seed) for seed in range(3)]
         cases += [(subtree_values(d, tree, p), expected_sum(d, tree, torch.bfloat16), algorithm, scatter) for d in data]
     wrong = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in range(p)]
+
+    def count(rank, actual, right):
+        wrong[rank] += (actual.view(torch.int16) != right.view(torch.int16)).sum()
+
+    # CUDA loads a kernel when it is first launched, and may wait for those that run: here they wait for what comes after.
+    torch.cuda._sleep(1)
+    for values, expected, algorithm, scatter in cases:
+        for rank, actual in enumerate(group.tree_reduce(values, tree, torch.bfloat16, scatter, algorithm)):
+            count(rank, actual, expected.chunk(p)[rank] if scatter else expected)
     torch.cuda.synchronize()
     delays = torch.randint(0, 20_000, (iterations, p), generator=g)
     delays[torch.rand(iterations, p, generator=g) < 0.7] = 0
@@ -122,8 +133,7 @@ def test_skewed_arrival(backend, iterations):
                 if delay := int(delays[i, rank]):
                     torch.cuda._sleep(delay)
                 actual = nvlink.tree_reduce(workspace, values[rank], tree, torch.bfloat16, scatter, algorithm)
-                right = expected.chunk(p)[rank] if scatter else expected
-                wrong[rank] += (actual.view(torch.int16) != right.view(torch.int16)).sum()
+                count(rank, actual, expected.chunk(p)[rank] if scatter else expected)
     torch.cuda.synchronize()
     assert [int(w) for w in wrong] == [0] * p
 
@@ -212,7 +222,7 @@ def test_processes_over_shared_memory(pool, p):
                 assert_bitwise_equal(actual, result["expected"], f"graph {factor} on rank {rank}")
     assert_bitwise_equal(torch.cat([r["scattered"] for r in results]), results[0]["expected"])
     if p >= 4:
-        assert compare(results[0]["gloo"].bfloat16(), results[0]["expected"])  # the stock sum over the same ranks
+        assert compare(results[0]["gloo"], results[0]["float32"])  # the stock sum over the same ranks
 
 
 def lonely() -> str:
