@@ -49,7 +49,7 @@ def convert(
     """Makes a Megatron-Core GPTModel or HybridModel invariant to the tensor-parallel size, in place.
 
     Replaced: every column- and row-parallel linear (the output layer too), the word and position embeddings, every norm (q/k
-    norms too), the core attention, on a CPU the activation, and the loss. Converting twice with one tree changes nothing.
+    norms too), the core attention, the activation (on a CPU; SwiGLU on a GPU), and the loss. Converting twice with one tree changes nothing.
 
     Args:
         model: the model, wrapped or not, or Megatron's list of model chunks.
@@ -87,8 +87,8 @@ def convert(
             module.converted = True
         if isinstance(module, ColumnParallelLinear):
             module.tpinv_stride = _stride(module)
-        elif isinstance(module, MLP) and _on_cpu(module):
-            layers.replace_activation(module)
+        elif isinstance(module, MLP):
+            layers.replace_activation(module) if _on_cpu(module) else layers.fuse_swiglu(module)
         elif hasattr(module, "core_attention") and not hasattr(module, "tpinv_hook"):
             module.tpinv_hook = module.register_forward_pre_hook(_no_dynamic_batching, with_kwargs=True)
         if isinstance(module, layers._NormMixin):

@@ -112,6 +112,24 @@ def replace_activation(mlp: MLP) -> None:
     mlp.config.activation_func = mlp.activation_func = ACTIVATIONS.get(activation, activation)
 
 
+class TPInvariantSwiGLU(MLP):
+    """An MLP whose SwiGLU is one kernel each way, on a GPU. The linears have added their biases."""
+
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_):
+        if per_token_scale is not None:
+            raise ValueError("per_token_scale belongs to mixture of experts, which is not covered")
+        intermediate, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(functional.swiglu(intermediate))
+
+
+def fuse_swiglu(mlp: MLP) -> None:
+    """Where the module computes silu(gate) * up and nothing else."""
+    config = mlp.config
+    plain = not getattr(config, "glu_linear_offset", 0.0) and getattr(config, "activation_func_clamp_value", None) is None
+    if type(mlp) is MLP and plain and config.gated_linear_unit and config.activation_func is torch.nn.functional.silu:
+        mlp.__class__ = TPInvariantSwiGLU
+
+
 class TPInvariantVocabParallelEmbedding(TreeBound, VocabParallelEmbedding):
     """VocabParallelEmbedding: selects in the forward, sums tokens in the order (sequence, batch) in the backward, SP or not."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import GPTModel
@@ -48,6 +48,8 @@ class Run:
     qk_norm: bool = False
     num_layers: int = 2
     seed: int = 1234
+    device: str = "cpu"  # or "cuda", the current GPU
+    hidden: int = 0  # about, with heads of 128; 0: as small as can be
 
     @property
     def tree(self) -> ReductionTree:
@@ -60,7 +62,7 @@ class Run:
     @property
     def sequence(self) -> int:
         fits = math.lcm(*self.sizes)
-        return -(-48 // fits) * fits
+        return -(-(128 if self.hidden else 48) // fits) * fits
 
 
 def build_config(run: Run) -> TransformerConfig:
@@ -68,6 +70,8 @@ def build_config(run: Run) -> TransformerConfig:
     groups = math.lcm(*run.sizes)
     heads = 2 * groups
     width = 16 if heads <= 16 else 8
+    if run.hidden:
+        heads, width = groups * max(1, run.hidden // (128 * groups)), 128
     unit = math.lcm(heads * width, run.leaves)
     llama = run.variant == "llama"
     dtype = DTYPES[run.dtype]
@@ -77,7 +81,8 @@ def build_config(run: Run) -> TransformerConfig:
         num_attention_heads=heads,
         num_query_groups=groups if llama else heads,
         kv_channels=unit // heads,
-        ffn_hidden_size=2 * unit + run.leaves,  # on purpose no multiple of a vector: see tpinv/functional/activation.py
+        # on purpose no multiple of a vector (see tpinv/functional/activation.py), but where speed counts
+        ffn_hidden_size=2 * unit + (0 if run.hidden else run.leaves),
         normalization="RMSNorm" if llama else "LayerNorm",
         activation_func=torch.nn.functional.silu if llama else torch.nn.functional.gelu,
         gated_linear_unit=llama,
@@ -123,14 +128,14 @@ def build_model(run: Run, config: TransformerConfig) -> GPTModel:
         max_sequence_length=run.sequence,
         position_embedding_type="rope" if run.variant == "llama" else "learned_absolute",
         share_embeddings_and_output_weights=run.tied,
-    )
+    ).to(run.device)
     if run.layers == "stock":
         return model
     return convert(model, tree=run.tree, tokenizer_vocab_size=256, make_vocab_size_divisible_by=1)
 
 
 def train(run: Run) -> dict[str, Tensor] | None:
-    """Trains on this rank. Rank 0 returns the recording, name -> whole tensor on the CPU, in the order in which things are computed.
+    """Trains on this rank. Rank 0 returns the recording, name -> whole tensor, in the order in which things are computed.
 
     initial/NAME, step0/logits, stepI/loss, stepI/grad/NAME for the first and the last step (before clipping), stepI/grad_norm,
     final/NAME. The others return None. RuntimeError if a replicated parameter or gradient is not the same bytes on all ranks.
@@ -140,6 +145,8 @@ def train(run: Run) -> dict[str, Tensor] | None:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=run.tp)
     try:
         with on_cpu():
+            if run.device == "cuda":
+                tensor_parallel.model_parallel_cuda_manual_seed(run.seed)  # Megatron forks that stream around dropout, 0 too
             return _train(run)
     finally:
         parallel_state.destroy_model_parallel()
@@ -158,9 +165,9 @@ def _train(run: Run) -> dict[str, Tensor] | None:
         convert_optimizer(optimizer)
     record = _Record()
     record.parameters("initial", gpt)
-    text, size = real_text(), 2 * run.sequence
-    positions = torch.arange(run.sequence).expand(2, -1)
-    mask = torch.ones(1, 1, run.sequence, run.sequence).triu(1).bool()
+    text, size = real_text().to(run.device), 2 * run.sequence
+    positions = torch.arange(run.sequence, device=run.device).expand(2, -1)
+    mask = torch.ones(1, 1, run.sequence, run.sequence, device=run.device).triu(1).bool()
     for step in range(run.steps):
         model.zero_grad_buffer()
         optimizer.zero_grad()
@@ -179,7 +186,7 @@ def _train(run: Run) -> dict[str, Tensor] | None:
         if step in (0, run.steps - 1):
             record.parameters(f"step{step}/grad", gpt, "main_grad")
         _, norm, _ = optimizer.step()
-        record.replicated(f"step{step}/grad_norm", torch.tensor(norm, dtype=torch.float32))
+        record.replicated(f"step{step}/grad_norm", torch.tensor(norm, dtype=torch.float32, device=run.device))
     record.parameters("final", gpt)
     return record.tensors if dist.get_rank() == 0 else None
 

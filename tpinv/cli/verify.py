@@ -13,6 +13,7 @@ import os
 import warnings
 from dataclasses import asdict, dataclass, field
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -51,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of parameters and activations (default fp32)")
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps (default 5)")
     parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches per step (default 1)")
+    parser.add_argument(
+        "--device", default="cpu", choices=["cpu", "cuda"], help="cuda: NCCL if every rank has a GPU, else ranks share GPUs over gloo"
+    )
+    parser.add_argument("--hidden", type=int, default=0, help="hidden size, about, with heads of 128 (default: as small as can be)")
     parser.add_argument("--leaves", type=int, default=8, help="leaves of the tree, a multiple of every size (default 8; 24 for 3 and 6)")
     parser.add_argument("--variant", default="llama", choices=["llama", "gpt"], help=VARIANTS)
     parser.add_argument("--tied", action="store_true", help="share the embedding with the output layer")
@@ -67,10 +72,12 @@ def run(arguments: argparse.Namespace) -> int:
     for size in sizes:
         tree.owned(0, size)
     check_outputs(arguments)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a GPU; there is none here")
     console = Console()
     console.print(
         f"[bold]{tree.fingerprint}[/]  {arguments.framework} {arguments.variant}{' tied' if arguments.tied else ''}"
-        f"{' qk-norm' if arguments.qk_norm else ''} {arguments.dtype}, {arguments.steps} steps of {arguments.micro_batches} micro-batches"
+        f"{' qk-norm' if arguments.qk_norm else ''} {arguments.dtype} on {arguments.device}, {arguments.steps} steps of {arguments.micro_batches} micro-batches"
     )
     rows = _compare_all(arguments, sizes, console)
     console.print(_table(rows))
@@ -122,7 +129,9 @@ def _compare_all(arguments: argparse.Namespace, sizes: tuple[int, ...], console:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True
     )
     rows = []
-    with warnings.catch_warnings(), bar, _environment_of_workers(), RankPool(preload=[module]) as pool:
+    # The fork server must not touch CUDA, which whatever a framework imports may do.
+    preload = [module] if arguments.device == "cpu" else []
+    with warnings.catch_warnings(), bar, _environment_of_workers(arguments.device), RankPool(preload=preload) as pool:
         warnings.simplefilter("ignore")
         task = bar.add_task(f"importing {arguments.framework}", total=2 * len(layouts))
         try:
@@ -130,23 +139,21 @@ def _compare_all(arguments: argparse.Namespace, sizes: tuple[int, ...], console:
         except ModuleNotFoundError as error:
             raise ValueError(f"{arguments.framework} cannot be imported ({error}); pip install 'tpinv[{arguments.framework}]'") from error
         for layers in ("stock", "tpinv"):
-            reference = None
             for size, sp in layouts:
                 bar.update(task, description=f"{layers}  TP={size}{'  SP' if sp else ''}")
-                recording = pool.run(
-                    framework.train, size, _settings(framework, arguments, sizes, layers, size, sp), timeout=arguments.timeout
-                )[0]
-                reference = recording if reference is None else reference
-                rows.append(_row(layers, size, sp, recording, reference))
+                settings = _settings(framework, arguments, sizes, layers, size, sp)
+                job = (_train_and_compare, size, framework.train, settings)
+                rows.append(pool.run(*job, timeout=arguments.timeout, device=arguments.device)[0])
                 bar.advance(task)
     return rows
 
 
 @contextlib.contextmanager
-def _environment_of_workers():
-    """The comparison runs on the CPU, also where there are GPUs, and Megatron-Core warns a lot there. Workers inherit this."""
+def _environment_of_workers(device: str):
+    """What workers inherit: no GPUs for a comparison on the CPU, and no warnings, of which Megatron-Core has a lot."""
     saved = dict(os.environ)
-    os.environ.update(CUDA_VISIBLE_DEVICES="", PYTHONWARNINGS=os.environ.get("PYTHONWARNINGS", "ignore"))
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ.update({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
     try:
         yield
     finally:
@@ -155,6 +162,9 @@ def _environment_of_workers():
 
 
 def _settings(framework, arguments: argparse.Namespace, sizes: tuple[int, ...], layers: str, size: int, sp: bool):
+    on_gpu = {} if arguments.device == "cpu" and not arguments.hidden else {"device": arguments.device, "hidden": arguments.hidden}
+    if on_gpu.keys() - framework.Run.__dataclass_fields__.keys():
+        raise ValueError(f"--device {arguments.device} and --hidden {arguments.hidden} are not for {arguments.framework}")
     return framework.Run(
         layers=layers,
         tp=size,
@@ -167,7 +177,22 @@ def _settings(framework, arguments: argparse.Namespace, sizes: tuple[int, ...], 
         micro_batches=arguments.micro_batches,
         tied=arguments.tied,
         qk_norm=arguments.qk_norm,
+        **on_gpu,
     )
+
+
+_first: dict[str, Tensor] = {}  # on rank 0: what TP = 1 of the same layers recorded
+
+
+def _train_and_compare(train, settings) -> Row | None:
+    """Trains on this rank. Rank 0, which trains at every size, keeps the recording of TP = 1 and compares the others with it where they are."""
+    recording = train(settings)
+    if recording is None:
+        return None
+    if settings.tp == 1:
+        _first.clear()
+        _first.update(recording)
+    return _row(settings.layers, settings.tp, settings.sequence_parallel, recording, _first)
 
 
 def _row(layers: str, size: int, sp: bool, recording: dict[str, Tensor], reference: dict[str, Tensor]) -> Row:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tpinv import reference
+from tpinv import kernels, reference
 from tpinv.collectives import Ranks, all_gather, resolve, tree_all_reduce, tree_reduce_scatter
 from tpinv.functional import products
 from tpinv.functional.shapes import output, rows
@@ -107,8 +107,13 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, ranks: Ranks, tree: R
     reference.check_dtypes(x=x, weight=weight, bias=bias)
 
 
-def _reduce(values: Tensor, lead: torch.Size, tree: ReductionTree, ranks: Ranks, scatter: bool, dtype: torch.dtype) -> Tensor:
-    """Subtree values [S, M, C] -> the sum as [*lead, C], or this rank's part of its dimension 0."""
+def _tree_product(
+    a: Tensor, b: Tensor, lead: torch.Size, tree: ReductionTree, ranks: Ranks, scatter: bool, dtype: torch.dtype, stride: int = 1
+) -> Tensor:
+    """``a [M, k/p] @ b [k/p, C]`` summed over all ranks as [*lead, C] in ``dtype``, or this rank's part of its dimension 0."""
+    if ranks.size == 1 and products.on_gpu(a):  # the root comes rounded out of the kernel
+        return output(kernels.tree_matmul(a, b, tree, stride=stride, out_dtype=dtype), (*lead, b.shape[1]))
+    values = products.tree_product(a, b, tree, ranks, stride=stride)
     values = values.view(values.shape[0], *lead, values.shape[-1])
     collective = tree_reduce_scatter if scatter else tree_all_reduce
     result = collective(values, tree=tree, group=ranks, out_dtype=dtype)
@@ -132,8 +137,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
         lead, dy = dy.shape[:-1], rows(dy)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            values = products.tree_product(dy, weight, tree, ranks, stride=stride)
-            dx = _reduce(values, lead, tree, ranks, sequence_parallel, x.dtype)
+            dx = _tree_product(dy, weight, lead, tree, ranks, sequence_parallel, x.dtype, stride)
         if ctx.needs_input_grad[1]:
             whole = all_gather(x, ranks) if sequence_parallel else x
             dw = products.local_product(dy.t(), rows(whole), tree, ranks, dim=0, dtype=weight.dtype, stride=stride)
@@ -147,8 +151,7 @@ class _RowParallelLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, tree, ranks, sequence_parallel):
         ctx.save_for_backward(x, weight)
         ctx.args, ctx.has_bias = (tree, ranks, sequence_parallel), bias is not None
-        values = products.tree_product(rows(x), weight.t(), tree, ranks)
-        y = _reduce(values, x.shape[:-1], tree, ranks, sequence_parallel, x.dtype)
+        y = _tree_product(rows(x), weight.t(), x.shape[:-1], tree, ranks, sequence_parallel, x.dtype)
         return y if bias is None else y + bias
 
     @staticmethod

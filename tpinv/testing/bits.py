@@ -37,7 +37,9 @@ def compare(actual: Tensor, expected: Tensor) -> Difference:
         raise ValueError(
             f"only tensors of one shape and dtype can be compared: {tuple(actual.shape)} {actual.dtype} and {tuple(expected.shape)} {expected.dtype}"
         )
-    actual, expected = actual.detach().cpu().contiguous(), expected.detach().cpu().contiguous()
+    if actual.device != expected.device:
+        actual, expected = actual.cpu(), expected.cpu()
+    actual, expected = actual.detach().contiguous(), expected.detach().contiguous()
     if actual.is_complex():
         actual, expected = torch.view_as_real(actual), torch.view_as_real(expected)
     integer = _INTEGERS[actual.element_size()]

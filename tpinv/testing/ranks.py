@@ -1,4 +1,4 @@
-"""Runs a function on p ranks of one machine, over gloo, with a deadline, in worker processes that are kept for the next call.
+"""Runs a function on p ranks of one machine, with a deadline, in worker processes that are kept for the next call.
 
 Workers come from a fork server that has imported torch (and whatever is named in ``preload``) once: importing Megatron-Core takes
 seconds, and p copies of that on a small machine take longer than the tests. Every run has its own rendezvous and process group.
@@ -39,8 +39,11 @@ class RankPool:
         self._workers: list[tuple] = []
         weakref.finalize(self, _stop, self._workers)  # also at interpreter exit: workers are not daemons, see _start
 
-    def run(self, function: Callable, ranks: int, *args, timeout: float = 60.0) -> list:
+    def run(self, function: Callable, ranks: int, *args, timeout: float = 60.0, device: str = "cpu") -> list:
         """Calls ``function(*args)`` on ranks 0 to ranks-1 of a fresh default process group; returns their results in rank order.
+
+        On the CPU the group is gloo's. With ``device="cuda"`` rank r has GPU r modulo their number as its current one, and the group is NCCL's
+        if no two ranks share a GPU, else gloo's.
 
         ``function`` must be importable (defined at the top level of a module); results are moved to the CPU on the way back.
 
@@ -55,7 +58,7 @@ class RankPool:
             self._workers.append(self._start(len(self._workers)))
         with tempfile.TemporaryDirectory(prefix="tpinv-") as directory:
             for rank, (_, pipe) in enumerate(self._workers[:ranks]):
-                pipe.send((function, args, rank, ranks, os.path.join(directory, "store"), timeout))
+                pipe.send((function, args, rank, ranks, os.path.join(directory, "store"), timeout, device))
             try:
                 return self._collect(ranks, time.monotonic() + timeout, timeout)
             except BaseException:
@@ -143,9 +146,16 @@ def _serve(pipe) -> None:
         pipe.send(_run_one(*job))
 
 
-def _run_one(function, args, rank, ranks, store, timeout) -> tuple[bool, object]:
+def _run_one(function, args, rank, ranks, store, timeout, device) -> tuple[bool, object]:
     try:
-        dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout))
+        backend = "gloo"
+        if device == "cuda":
+            gpus = torch.cuda.device_count()
+            torch.cuda.set_device(rank % gpus)
+            backend = "gloo" if ranks > gpus else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(
+            backend, store=dist.FileStore(store, ranks), rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
+        )
         result = function(*args)
         buffer = io.BytesIO()
         torch.save(result, buffer)
