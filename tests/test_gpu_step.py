@@ -1,0 +1,178 @@
+"""A training step's functions on a GPU: the same bytes on 1, 2, 4, 8 ranks that share it, and those of plain torch where that is the
+oracle. Skipped without a GPU."""
+
+import gpu_step_jobs as jobs
+import pytest
+import torch
+
+from tpinv import functional
+from tpinv.functional import products
+from tpinv.optim import norm_of
+from tpinv.testing import RankPool, assert_bitwise_equal, compare
+from tpinv.tree import ReductionTree
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+TREE = ReductionTree(8)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool() as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def alone(pool):
+    return lambda *args: pool.run(jobs.block, 1, *args, device="cuda", timeout=180)[0]
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("dtype, sp, node_dtype", [("bf16", False, "float32"), ("bf16", True, "bfloat16"), ("fp32", True, "float32")])
+def test_ranks_give_the_bytes_of_one(ranks, dtype, sp, node_dtype, pool, alone):
+    results = pool.run(jobs.block, ranks, 8, dtype, sp, node_dtype, device="cuda", timeout=180)[0]
+    expected = alone(8, dtype, False, node_dtype)
+    assert len(expected) > 30 and results.keys() == expected.keys()
+    different = {name: str(d) for name in expected if (d := compare(results[name], expected[name]))}
+    assert not different
+
+
+def test_three_and_six_ranks(pool):
+    one, *others = (pool.run(jobs.scattered_norm, p, 24, device="cuda", timeout=120)[0] for p in (1, 2, 3, 6))
+    for other in others:
+        assert_bitwise_equal(other, one)
+
+
+def test_twin_stock_differs(pool):
+    one, four = (pool.run(jobs.stock, p, "bf16", device="cuda", timeout=120)[0] for p in (1, 4))
+    assert compare(four["row"], one["row"]) and compare(four["db"], one["db"])
+
+
+# -- against plain torch on the same GPU -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Runs a function with the kernels, then in the plain torch arithmetic that defines it, on the same GPU; returns both results."""
+
+    def both(function):
+        kernels = function()
+        with monkeypatch.context() as patch:
+            patch.setattr(products, "on_gpu", lambda x: False)
+            return kernels, function()
+
+    return both
+
+
+def grads(function, dy, *inputs):
+    inputs = [t.clone().requires_grad_() for t in inputs]
+    y = function(*inputs)
+    y.backward(dy)
+    return [y.detach(), *(t.grad for t in inputs)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(257, 4096), (64, 2, 5, 128), (33, 1000), (7, 8192)])
+@pytest.mark.parametrize("kind", ["rms", "layer", "heads"])
+def test_norms(shape, dtype, kind, plain):
+    x, dy = jobs.make("x", *shape, dtype=dtype), jobs.make("dy", *shape, dtype=dtype)
+    w, b = jobs.make("w", shape[-1], dtype=dtype), jobs.make("b", shape[-1], dtype=dtype)
+    if kind == "layer":
+        ours, torchs = plain(lambda: grads(lambda x, w, b: functional.layer_norm(x, w, b, tree=TREE), dy, x, w, b))
+    else:
+        ours, torchs = plain(lambda: grads(lambda x, w: functional.rms_norm(x, w, tree=TREE, heads_parallel=kind == "heads"), dy, x, w))
+    for name, a, b in zip(("y", "dx", "dw", "db"), ours, torchs, strict=False):
+        assert_bitwise_equal(a, b, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("smooth", [0.0, 0.1])
+@pytest.mark.parametrize("vocab", [1000, 128256])
+def test_cross_entropy(vocab, smooth, dtype, plain):
+    logits, dloss = jobs.make("logits", 40, vocab, dtype=dtype), jobs.make("dloss", 40, dtype=torch.float32)
+    target = torch.arange(40, device="cuda") * (vocab // 40)
+    target[7] = -100
+    run = lambda x: functional.vocab_parallel_cross_entropy(x, target, tree=TREE, label_smoothing=smooth)  # noqa: E731
+    ours, torchs = plain(lambda: grads(run, dloss, logits))
+    for name, a, b in zip(("loss", "dlogits"), ours, torchs, strict=True):
+        assert_bitwise_equal(a, b, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_swiglu_and_embedding(dtype, plain):
+    x, dy = jobs.make("x", 65, 2 * 700, dtype=dtype), jobs.make("dy", 65, 700, dtype=dtype)
+    for a, b in zip(*plain(lambda: grads(functional.swiglu, dy, x)), strict=True):
+        assert_bitwise_equal(a, b, "swiglu")
+    for a, b in zip(*plain(lambda: grads(functional.silu, dy, x[:, :700])), strict=True):
+        assert_bitwise_equal(a, b, "silu")
+    ids, table = torch.arange(65, device="cuda").square() % 23, jobs.make("table", 50, 700, dtype=dtype)
+    for a, b in zip(*plain(lambda: grads(lambda w: functional.vocab_parallel_embedding(ids, w), dy, table)), strict=True):
+        assert_bitwise_equal(a, b, "embedding")
+
+
+def test_twin_torch_norm_gradient_moves_with_the_columns():
+    x = jobs.make("x", 4096, 512, dtype=torch.float32)
+    assert compare(x.sum(0)[:64], x[:, :64].contiguous().sum(0))
+
+
+def test_gradient_norm_is_that_of_a_cpu():
+    x = jobs.make("x", 3_000_001, dtype=torch.float32) * torch.exp2(torch.randint(-60, 60, (3_000_001,), device="cuda").float())
+    whole = norm_of([x])
+    assert_bitwise_equal(norm_of([x[:999_999], x[999_999:]]), whole)
+    assert_bitwise_equal(whole.cpu(), norm_of([x.cpu()]))
+    assert norm_of([x, torch.full((3,), float("inf"), device="cuda")]).isinf()
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------------------
+
+
+def attention(q, k, v, dout):
+    return grads(lambda q, k, v: functional.core_attention(q, k, v), dout, q, k, v)
+
+
+def attention_inputs(s, b, heads, groups, d, dtype):
+    g = torch.Generator("cuda").manual_seed(0)
+    return [torch.randn(s, b, n, d, device="cuda", generator=g).to(dtype) for n in (heads, groups, groups, heads)]
+
+
+@pytest.mark.parametrize(
+    "s, heads, groups, d, dtype", [(1000, 32, 8, 128, torch.bfloat16), (513, 8, 8, 64, torch.float16), (200, 8, 2, 80, torch.bfloat16)]
+)
+def test_attention_heads_batches_and_reruns(s, heads, groups, d, dtype):
+    inputs = attention_inputs(s, 2, heads, groups, d, dtype)
+    whole = attention(*inputs)
+    for p in (1, 2, groups):
+        for rank in {0, p - 1}:
+            part = attention(*(t.chunk(p, 2)[rank][:, 1:] for t in inputs))
+            for name, a, b in zip(("out", "dq", "dk", "dv"), part, whole, strict=True):
+                assert_bitwise_equal(a, b.chunk(p, 2)[rank][:, 1:], f"{name}, rank {rank} of {p}")
+    for _ in range(20):
+        for a, b in zip(attention(*inputs), whole, strict=True):
+            assert_bitwise_equal(a, b, "a rerun")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_is_as_accurate_as_the_stock_one(dtype):
+    inputs = attention_inputs(700, 1, 8, 2, 128, dtype)
+
+    def stock(q, k, v, dout):
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        by_head = lambda q, k, v: sdpa(*(t.permute(1, 2, 0, 3) for t in (q, k, v)), is_causal=True, enable_gqa=True).permute(2, 0, 1, 3)  # noqa: E731
+        return grads(by_head, dout, q, k, v)
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        exact = stock(*(t.double() for t in inputs))
+    theirs = stock(*inputs)
+    for name, a, b, e in zip(("out", "dq", "dk", "dv"), attention(*inputs), theirs, exact, strict=True):
+        assert (a.double() - e).norm() <= 1.1 * (b.double() - e).norm() + 1e-6 * e.norm(), name
+
+
+def test_twin_flash_attention_moves():
+    """The backward of torch's flash attention adds with atomics: some rerun differs."""
+    q, k, v, dout = (t.permute(1, 2, 0, 3).requires_grad_() for t in attention_inputs(2048, 1, 16, 16, 128, torch.bfloat16))
+    seen = []
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        for _ in range(10):
+            q.grad = None
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).backward(dout.detach())
+            seen.append(q.grad)
+    assert any(compare(a, seen[0]) for a in seen)
