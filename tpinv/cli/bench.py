@@ -1,4 +1,4 @@
-"""``tpinv bench gemm`` (``bench collectives`` is in bench_collectives.py): our products against cuBLAS, alternating in one run, after
+"""``tpinv bench gemm`` (``bench collectives`` and ``bench step`` are in files of their own): our products against cuBLAS, alternating in one run, after
 the bits were checked.
 
 Every time is the median over rounds in which both kernels run one after the other for the same few milliseconds, captured in
@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tpinv.cli import bench_step
 from tpinv.tree import ReductionTree
 
 # (out-features, in-features) of the four linears of a transformer block; fc1 holds gate and up.
@@ -28,7 +29,7 @@ COLUMNS = ("product", "model", "linear", "M", "N", "K", "leaves", "kernel", "us"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["gemm", "collectives"])
+    parser.add_argument("what", choices=["gemm", "collectives", "step"])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["llama3-8b"])
     parser.add_argument("--linear", nargs="+", choices=["qkv", "o", "fc1", "fc2"], default=["qkv", "o", "fc1", "fc2"])
     parser.add_argument("--product", nargs="+", choices=["forward", "dgrad", "wgrad"], default=["forward", "dgrad", "wgrad"])
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--csv", help="write every row to this file")
     parser.add_argument("--plot", help="collectives: write a picture to this file")
+    bench_step.add_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -52,6 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
         from tpinv.cli import bench_collectives
 
         return bench_collectives.run(arguments)
+    if arguments.what == "step":
+        return bench_step.run(arguments)
     import triton
 
     console = Console(highlight=False, width=150)
