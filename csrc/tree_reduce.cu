@@ -14,9 +14,9 @@
 // Ordering, one_shot. A word of 8 bytes carries 4 bytes of payload and the flag of this call. It is written and read by one
 // relaxed access of system scope, which is single-copy atomic: who sees the flag sees the payload. No fence, no barrier.
 //
-// Ordering, two_shot. All threads store payload; bar.sync; one thread stores the flag with st.release.sys. The release is
-// cumulative over the bar.sync, so the payload of the whole block is visible before the flag. The receiver polls with
-// ld.acquire.sys in one thread, then bar.sync: all its threads see the payload.
+// Ordering, two_shot. All threads of a block store payload; bar.sync; one thread per peer stores the flag with st.release.sys,
+// which is cumulative over the bar.sync: the payload of the whole block is visible before the flag. The receiver polls with
+// ld.acquire.sys in one thread per peer, then bar.sync: all its threads see the payload.
 //
 // Reuse. `epoch` counts the calls of a group, equally on all ranks. No rank ends call e before every peer has begun it (it needs
 // something from each), and a peer begins e after it has ended e - 1. So whoever stores for call e knows that everybody
@@ -45,7 +45,7 @@ static_assert(VALUES <= 21, "the table of merges is 64 bits");
 struct alignas(kOutWords == 2 ? 8 : 16) OutPack { u32 word[kOutWords]; };
 
 struct Params {
-    u64 flags[RANKS];          // per rank: u64 [2][kMaxBlocks][RANKS], by half, block, sender
+    u64 flags[RANKS];          // per rank: u64 [kMaxBlocks][RANKS], by block and sender
     u64 slots[RANKS];          // per rank: two slots that values are stored to
     u64 gathered[RANKS];       // per rank: where finished slices are stored to
     u64 slot_bytes;
@@ -53,7 +53,7 @@ struct Params {
     OutPack* out;
     u64* epochs;               // [kMaxBlocks], one copy a block, equal between launches
     u64* claim;                // 0 until a block reports
-    volatile u64* report;      // host memory: done, sender, slot, block, seen, expected
+    volatile u64* report;      // host memory: done, sender, 0 chunk or 1 word, block, seen, expected
     u64 timeout_ns;
     long long packs;           // of a value
     long long slice;           // packs from one rank's slice to the next; 0: every rank finishes everything
@@ -136,10 +136,10 @@ __device__ __forceinline__ u64 now() {
 }
 
 /* Called again and again by a wait that has not ended. */
-__device__ __noinline__ void waited(const Params& p, u64 began, int sender, int slot, u64 seen, u64 expected) {
+__device__ __noinline__ void waited(const Params& p, u64 began, int sender, int what, u64 seen, u64 expected) {
     if (now() - began < p.timeout_ns) return;
     if (atomicExch(p.claim, 1ull) == 0) {
-        p.report[1] = sender, p.report[2] = slot, p.report[3] = blockIdx.x, p.report[4] = seen, p.report[5] = expected;
+        p.report[1] = sender, p.report[2] = what, p.report[3] = blockIdx.x, p.report[4] = seen, p.report[5] = expected;
         __threadfence_system();
         p.report[0] = 1;
         __threadfence_system();
@@ -158,24 +158,24 @@ __device__ __forceinline__ ulonglong2 load_word2(u64 address) {
 }
 
 /* For all threads: what this block has stored so far is visible to whoever acquires `value` or more. */
-__device__ __forceinline__ void signal(const Params& p, int half, u64 value) {
+__device__ __forceinline__ void signal(const Params& p, u64 value) {
     __syncthreads();
     if (threadIdx.x < RANKS && threadIdx.x != p.rank) {
-        const u64 flag = p.flags[threadIdx.x] + ((half * kMaxBlocks + blockIdx.x) * RANKS + p.rank) * 8;
+        const u64 flag = p.flags[threadIdx.x] + (blockIdx.x * RANKS + p.rank) * 8;
         asm volatile("st.release.sys.global.b64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
     }
 }
 
 /* For all threads: returns when every peer's block of this index has signalled `value` or more. */
-__device__ __forceinline__ void wait(const Params& p, int half, u64 value) {
+__device__ __forceinline__ void wait(const Params& p, u64 value) {
     if (threadIdx.x < RANKS && threadIdx.x != p.rank) {
-        const u64 flag = p.flags[p.rank] + ((half * kMaxBlocks + blockIdx.x) * RANKS + threadIdx.x) * 8;
+        const u64 flag = p.flags[p.rank] + (blockIdx.x * RANKS + threadIdx.x) * 8;
         u64 seen, began = 0;
         for (u32 polls = 0;; polls++) {
             asm volatile("ld.acquire.sys.global.b64 %0, [%1];" : "=l"(seen) : "l"(flag) : "memory");
             if (seen >= value) break;
             if (polls == 0) began = now();
-            if (polls % 1024 == 1023) waited(p, began, threadIdx.x, half, seen, value);
+            if (polls % 1024 == 1023) waited(p, began, threadIdx.x, 0, seen, value);
         }
     }
     __syncthreads();
@@ -237,7 +237,7 @@ __device__ __forceinline__ void receive_words(const Params& p, u64 slot, u32 fla
             if (polls % 1024 == 1023) {
                 int sender = 0;
                 while (p.first[sender + 1] <= missing) sender++;
-                waited(p, began, sender, 2, seen, flag);
+                waited(p, began, sender, 1, seen, flag);
             }
         }
 #pragma unroll
@@ -426,38 +426,30 @@ __device__ __forceinline__ void collect_slices(const Params& p, long long begin,
     }
 }
 
-/* Chunks go round robin over blocks. Each is a chain send, finish, collect; the chains of neighbouring chunks overlap, so that
-   stores are on the wire while this block waits. */
+/* Chunks go round robin over blocks. One flag a turn tells the peers two things: chunk c + 1 has been sent, and with GATHER chunk c
+   is finished and stored. So the stores of the next chunk are on the wire while this block waits for the last one. */
 template <bool GATHER>
 __device__ __forceinline__ void slices(const Params& p) {
     const u64 epoch = p.epochs[blockIdx.x], base = epoch << 20;
     const u64 slot = epoch % 2 * p.slot_bytes;
-    const long long size = (long long)p.chunk * blockDim.x, round = size * gridDim.x, offset = size * blockIdx.x;
-    const int chunks = (int)((p.count + round - 1) / round);  // the same for all blocks and ranks: all signal all chunks
+    const long long size = (long long)p.chunk * blockDim.x, turn = size * gridDim.x, offset = size * blockIdx.x;
+    const int chunks = (int)((p.count + turn - 1) / turn);  // the same for all blocks and ranks: all signal all chunks
     send_slices(p, slot, offset, offset + size);
-    signal(p, 0, base + 1);
+    signal(p, base + 1);
     for (int c = 0; c < chunks; c++) {
-        const long long begin = c * round + offset;
-        if (c + 1 < chunks) {
-            send_slices(p, slot, begin + round, begin + round + size);
-            signal(p, 0, base + c + 2);
-        }
-        wait(p, 0, base + c + 1);
+        const long long begin = c * turn + offset;
+        if (c + 1 < chunks) send_slices(p, slot, begin + turn, begin + turn + size);
+        wait(p, base + c + 1);
         finish_slice<GATHER>(p, slot, begin, begin + size);
-        if (GATHER) {
-            signal(p, 1, base + c + 1);
-            if (c > 0) {
-                wait(p, 1, base + c);
-                collect_slices(p, begin - round, begin - round + size);
-            }
-        }
+        if (GATHER || c + 1 < chunks) signal(p, base + c + 2);
+        if (GATHER && c > 0) collect_slices(p, begin - turn, begin - turn + size);
     }
     if (GATHER) {
-        wait(p, 1, base + chunks);
-        collect_slices(p, (chunks - 1) * round + offset, (chunks - 1) * round + offset + size);
+        wait(p, base + chunks + 1);
+        collect_slices(p, (chunks - 1) * turn + offset, (chunks - 1) * turn + offset + size);
     }
     count_call(p, epoch);
 }
 
-extern "C" __global__ void __launch_bounds__(512) two_shot(const __grid_constant__ Params p) { slices<true>(p); }
-extern "C" __global__ void __launch_bounds__(512) two_shot_scatter(const __grid_constant__ Params p) { slices<false>(p); }
+extern "C" __global__ void __launch_bounds__(256, 2) two_shot(const __grid_constant__ Params p) { slices<true>(p); }
+extern "C" __global__ void __launch_bounds__(256, 2) two_shot_scatter(const __grid_constant__ Params p) { slices<false>(p); }

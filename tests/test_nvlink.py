@@ -83,7 +83,7 @@ def pair(**second):
 
 
 def test_the_ranks_decide_alike():
-    assert symmetric.decide(pair()) == symmetric.Decision("cuda", "every rank can map every other rank's memory", 132)
+    assert symmetric.decide(pair()) == symmetric.Decision("cuda", "every rank can map every other rank's memory", 256)
     for change, reason in (
         ({"off": "TPINV_NVLINK=0"}, "rank 1: TPINV_NVLINK=0"),
         ({"host": "other"}, "the ranks are on several hosts: ['host', 'other']"),
@@ -93,8 +93,8 @@ def test_the_ranks_decide_alike():
         assert symmetric.decide(pair(**change)) == symmetric.Decision(None, reason)
     assert symmetric.decide([FACT] * 17).backend is None
     shared = symmetric.Facts(**{**vars(FACT), "overlap": True})
-    assert symmetric.decide([shared] * 8).blocks == 16  # ranks that share a GPU must fit on it together
-    assert symmetric.decide(pair(no_cuda="no NVRTC")) == symmetric.Decision("triton", "rank 1: no NVRTC", 132)
+    assert symmetric.decide([shared] * 8).blocks == 33  # ranks that share a GPU must fit on it together
+    assert symmetric.decide(pair(no_cuda="no NVRTC")) == symmetric.Decision("triton", "rank 1: no NVRTC", 256)
     zero, one = (symmetric.Facts(**{**vars(shared), "wanted": wanted}) for wanted in "01")
     assert symmetric.decide([zero, zero]).backend == "triton" and symmetric.decide([one, one]).backend == "cuda"
     with pytest.raises(ValueError, match=r"TPINV_CUDA is \['0', 'auto'\] on the ranks of one group"):
@@ -145,7 +145,7 @@ def test_the_host_fills_the_struct_that_the_kernel_reads():
         assert getattr(nvlink._params_type(4), name).offset % 8 == 0
 
 
-MACROS = [(ReductionTree(2), 2, 1), (ReductionTree(24, "bfloat16"), 8, 1), (ReductionTree(24), 3, 2), (ReductionTree(20), 4, 0)]
+MACROS = [(ReductionTree(8, "bfloat16"), 4, 1), (ReductionTree(24), 3, 2), (ReductionTree(2), 2, 0)]
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

@@ -250,4 +250,4 @@ def test_a_peer_that_never_comes():
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     with RankPool() as pool:
         message = pool.run(lonely, 2, timeout=60)[0]
-    assert "rank 0 of 2 waited 2 s for rank 1 and gave up: slot 2 (words)" in message and "seen 0, expected 3" in message, message
+    assert "rank 0 of 2 waited 2 s for rank 1 and gave up: word of block 0, seen 0, expected 3" in message, message

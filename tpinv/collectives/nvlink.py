@@ -14,8 +14,9 @@ from tpinv.kernels import cuda
 from tpinv.tree import ReductionTree
 
 _OUT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ONE_SHOT_THREADS, _TWO_SHOT_THREADS, _NORM_THREADS = 256, 512, 512
-_CHUNK = 4  # packs of a thread in a chunk of two_shot, at most
+_THREADS = 256
+_NORM_THREADS = 512
+_CHUNKS, _SHORTEST = 3, 4  # of a block in two_shot: how many at least where each has this many packs a thread
 
 
 def refuses(tree: ReductionTree, ranks: int, out_dtype: torch.dtype) -> str | None:
@@ -93,7 +94,7 @@ def add_norm(
     params.eps, params.inverse_width = eps, _inverse(width)
     params.rows, params.row_packs = rows, row_packs
     macros = _macros(tree, workspace.size, hidden.dtype, per_thread, _OUT[weight.dtype])
-    blocks = min(rows, workspace.blocks)
+    blocks = min(rows, max(1, workspace.blocks // 2))
     cuda.launch(_function("one_shot_norm", macros, workspace.device.index), blocks, threads, 0, workspace.enter(), params)
     return hidden, normed
 
@@ -161,10 +162,12 @@ def _function(name: str, macros: tuple, device: int) -> ctypes.c_void_p:
     return cuda.load(SOURCE, name, macros, f"sm_{major}{minor}", 0, device)
 
 
-def grid(packs: int, threads: int, blocks: int, unroll: int) -> tuple[int, int]:
-    """Blocks, and packs of a thread and turn: as many blocks as have work, then longer turns."""
+def grid(packs: int, blocks: int, one_shot: bool) -> tuple[int, int, int]:
+    """Blocks, threads, and packs of a thread and chunk: as many blocks as have work, then longer turns. Found by timing two H200."""
+    threads = _THREADS // 2 if one_shot and packs <= _THREADS // 4 * blocks else _THREADS
     grid = max(1, min(blocks, -(-packs // threads)))
-    return grid, max(1, min(unroll, -(-packs // (grid * threads))))
+    turns = -(-packs // (grid * threads))
+    return grid, threads, min(turns, max(_SHORTEST, -(-turns // _CHUNKS)))
 
 
 def _launch_cuda(workspace, values, out, tree, plan, start, packs, scatter) -> None:
@@ -172,8 +175,7 @@ def _launch_cuda(workspace, values, out, tree, plan, start, packs, scatter) -> N
     one_shot = plan.algorithm == "one_shot"
     macros = _macros(tree, workspace.size, out.dtype)
     name = "one_shot" if one_shot else "two_shot_scatter" if scatter else "two_shot"
-    threads = _ONE_SHOT_THREADS if one_shot else _TWO_SHOT_THREADS
-    blocks, params.chunk = grid(packs, threads, workspace.blocks, _CHUNK)
+    blocks, threads, params.chunk = grid(packs, workspace.blocks, one_shot)
     cuda.launch(_function(name, macros, workspace.device.index), blocks, threads, 0, workspace.enter(), params)
 
 
@@ -186,6 +188,8 @@ def _table(entries: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
 
 
 def _launch_triton(workspace, values, out, tree, plan, start, packs, scatter) -> None:
+    import triton
+
     from tpinv.collectives import triton_kernels
 
     one_shot = plan.algorithm == "one_shot"
@@ -205,7 +209,7 @@ def _launch_triton(workspace, values, out, tree, plan, start, packs, scatter) ->
         rank=workspace.rank, RANKS=workspace.size, VALUES=len(merges), LEFT=left, RIGHT=right, NODE_BF16=values.dtype == torch.bfloat16,
     )  # fmt: skip
     block = 512 if one_shot else 2048
-    blocks, _ = grid(packs * words, block, workspace.blocks, 1)
+    blocks = min(workspace.blocks, triton.cdiv(packs * words, block))
     workspace.enter()
     with torch.cuda.device(device):
         if one_shot:

@@ -12,8 +12,8 @@ INBOX_BYTES = 4 << 20  # a slot for words
 BULK_BYTES = 64 << 20  # a slot for packs, at most; larger messages take several launches
 MAX_VALUES = 21  # a table of merges is 64 bits, three a value
 MAX_RANKS = 16
-# One-shot sends more bytes and saves a way, two fences and two flags, about as long as this many bytes take on NVLink 4.
-_EXTRA_BYTES = 1 << 20
+# One-shot sends more bytes, and saves a fence, a flag and (all-reduce) a way back. By timing two H200: about what this many take.
+_EXTRA_BYTES = {False: 768 << 10, True: 384 << 10}
 
 
 @functools.cache
@@ -85,7 +85,8 @@ def plan(
     one_shot = own * WORD_BYTES if scatter else own * WORD_BYTES * ranks
     two_shot = own if scatter else own + packs * out_pack
     if algorithm is None:
-        algorithm = "one_shot" if words <= INBOX_BYTES and (one_shot - two_shot) * (ranks - 1) // ranks <= _EXTRA_BYTES else "two_shot"
+        extra = (one_shot - two_shot) * (ranks - 1) // ranks
+        algorithm = "one_shot" if words <= INBOX_BYTES and extra <= _EXTRA_BYTES[scatter] else "two_shot"
     if algorithm == "one_shot":
         if words > INBOX_BYTES:
             raise ValueError(f"{words} bytes of words do not fit in a slot of {INBOX_BYTES}; use two_shot")

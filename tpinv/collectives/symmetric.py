@@ -7,8 +7,8 @@ than its peers. Whatever speaks against it is a reason to use the ProcessGroup p
     control      flags and two slots for small messages; allocated once
     bulk         two slots and a place for finished slices; grown by powers of two. Old ones are kept for graphs that captured them
 
-Calls of one group must reach the GPU in the same order on all ranks, as with NCCL. Calls from several streams are put in order
-here; the replay of a CUDA graph is ordered by the stream it is launched on, and must not run beside other calls of its group.
+Ranks must make their calls in the same order, as with NCCL. Calls from several streams of a device are put in that order here; the
+replay of a CUDA graph is ordered by the stream it is launched on, and must not run beside other calls.
 """
 
 import os
@@ -29,6 +29,7 @@ from tpinv.kernels import cuda
 
 SOURCE = "tree_reduce.cu"
 MAX_BLOCKS = 256  # kMaxBlocks of the source
+BLOCKS_PER_MULTIPROCESSOR = 2  # that wait for other blocks must all run at once: __launch_bounds__ of the source
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def decide(facts: Sequence[Facts]) -> Decision:
     if wanted == {"1"} and missing:
         raise ValueError(f"TPINV_CUDA=1 asks for csrc/{SOURCE}, but {missing}; set TPINV_CUDA=auto to use Triton")
     sharing = max(devices.count(device) for device in devices)
-    blocks = max(1, min(MAX_BLOCKS, min(fact.multiprocessors for fact in facts) // sharing))
+    blocks = max(1, min(MAX_BLOCKS, BLOCKS_PER_MULTIPROCESSOR * min(fact.multiprocessors for fact in facts) // sharing))
     if missing or wanted == {"0"}:
         return Decision("triton", missing or "TPINV_CUDA=0", blocks)
     return Decision("cuda", "every rank can map every other rank's memory", blocks)
@@ -116,16 +117,37 @@ class Shared:
         self.addresses = tuple(self._handle.get_buffer(r, (size,), torch.uint8).data_ptr() for r in range(ranks.size))
 
 
+class Turns:
+    """Puts the launches of several streams of a device in the order of their calls, whatever their groups: two collectives that
+    wait for peers must not each hold half of the ranks."""
+
+    def __init__(self):
+        self._stream: torch.cuda.Stream | None = None
+
+    def next(self, stream: torch.cuda.Stream) -> int:
+        if self._stream is not None and self._stream != stream:
+            # An event recorded inside a capture means nothing outside of it, and the other way round.
+            with torch.cuda.stream(self._stream):
+                before = torch.cuda.is_current_stream_capturing()
+            if before == torch.cuda.is_current_stream_capturing():
+                stream.wait_event(self._stream.record_event())
+        self._stream = stream
+        return stream.cuda_stream
+
+
+_turns: dict[torch.device, Turns] = {}
+
+
 class Workspace:
     """Addresses that kernels are given, and the host's side of their order and their waits."""
 
-    def __init__(self, rank: int, size: int, device: torch.device, backend: str, blocks: int, allocate):
+    def __init__(self, rank: int, size: int, device: torch.device, backend: str, blocks: int, turns: "Turns", allocate):
         """``allocate(bytes)`` returns the addresses of that many zeroed bytes of every rank, and what keeps them alive."""
         self.rank, self.size, self.device, self.backend, self.blocks = rank, size, device, backend, blocks
         self.timeout = float(os.environ.get("TPINV_TIMEOUT", "600"))
         self.bulk_bytes = BULK_BYTES
         self._allocate, self._kept = allocate, []
-        self._flag_bytes = 2 * MAX_BLOCKS * size * 8
+        self._flag_bytes = MAX_BLOCKS * size * 8
         self.flags = self._new(self._flag_bytes + 2 * INBOX_BYTES)
         self.inbox = tuple(address + self._flag_bytes for address in self.flags)
         self._bulk: tuple[int, int, tuple[int, ...]] = (0, 0, (0,) * size)
@@ -133,7 +155,7 @@ class Workspace:
         self.epochs[MAX_BLOCKS] = 0  # claimed by the block that reports a wait that did not end
         self.report = torch.zeros(8, dtype=torch.int64, pin_memory=True)
         self._report = self.report.numpy()
-        self._stream: torch.cuda.Stream | None = None
+        self._turns = turns
         torch.cuda.synchronize(device)
         _watched.add(self)
 
@@ -157,27 +179,18 @@ class Workspace:
         return slot, addresses, tuple(address + 2 * slot for address in addresses)
 
     def enter(self) -> int:
-        """Orders the calls of several streams; returns the current stream for a launch. RuntimeError after a wait that did not end."""
+        """The current stream, for a launch that may begin when its turn has come. RuntimeError after a wait that did not end."""
         if self._report[0]:
             raise RuntimeError(self.failure())
-        stream = torch.cuda.current_stream(self.device)
-        if self._stream is not None and self._stream != stream:
-            # An event recorded inside a capture means nothing outside of it, and the other way round.
-            with torch.cuda.stream(self._stream):
-                before = torch.cuda.is_current_stream_capturing()
-            if before == torch.cuda.is_current_stream_capturing():
-                stream.wait_event(self._stream.record_event())
-        self._stream = stream
-        return stream.cuda_stream
+        return self._turns.next(torch.cuda.current_stream(self.device))
 
     def failure(self) -> str | None:
         """What a kernel reported before it gave up; None when all is well."""
         if not self._report[0]:
             return None
-        _, sender, slot, block, seen, expected = (int(x) for x in self._report[:6])
-        what = {0: "values", 1: "finished slices", 2: "words"}[slot]
+        _, sender, what, block, seen, expected = (int(x) for x in self._report[:6])
         return (
-            f"tpinv: rank {self.rank} of {self.size} waited {self.timeout:g} s for rank {sender} and gave up: slot {slot} ({what}), block {block}, "
+            f"tpinv: rank {self.rank} of {self.size} waited {self.timeout:g} s for rank {sender} and gave up: {('chunk', 'word')[what]} of block {block}, "
             f"seen {seen}, expected {expected}. That rank has died, hangs, or has called other collectives; TPINV_TIMEOUT sets the seconds"
         )
 
@@ -230,9 +243,9 @@ def _agree(ranks: Ranks, device: torch.device) -> tuple[Workspace | None, Decisi
             shared = Shared(size, ranks, device)
             return shared.addresses, shared
 
-        made, failed = None, None
+        made, failed, turns = None, None, _turns.setdefault(device, Turns())
         try:
-            made = Workspace(ranks.rank, ranks.size, device, decision.backend, decision.blocks, allocate)
+            made = Workspace(ranks.rank, ranks.size, device, decision.backend, decision.blocks, turns, allocate)
         except RuntimeError as error:  # what torch raises where memory cannot be shared after all; the peers are told
             failed = f"{error}".splitlines()[0]
         for rank, reason in enumerate(_gather(failed, ranks)):

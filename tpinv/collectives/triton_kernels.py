@@ -43,13 +43,13 @@ def _now():
 
 
 @triton.jit
-def _waited(began, timeout, report, epochs_ptr, sender, slot, seen, expected):
+def _waited(began, timeout, report, epochs_ptr, sender, what, seen, expected):
     """Called again and again by a wait that has not ended; in the end it tells the host and traps."""
     if _now() - began > timeout:
         if tl.atomic_xchg(epochs_ptr + MAX_BLOCKS, 1) == 0:
             to = report.to(tl.pointer_type(tl.int64))
             tl.store(to + 1, sender.to(tl.int64))
-            tl.store(to + 2, slot)
+            tl.store(to + 2, what)
             tl.store(to + 3, tl.program_id(0).to(tl.int64))
             tl.store(to + 4, seen.to(tl.int64))
             tl.store(to + 5, expected.to(tl.int64))
@@ -77,7 +77,7 @@ def _receive(address, flag, began, timeout, report, epochs_ptr, sender):
     while late > 0:
         words = _load_words(address)
         late = tl.sum(((words >> 32) != flag).to(tl.int32), 0)
-        _waited(began, timeout, report, epochs_ptr, sender, 2, tl.min(words >> 32, 0), flag)
+        _waited(began, timeout, report, epochs_ptr, sender, 1, tl.min(words >> 32, 0), flag)
     return words.to(tl.int32)
 
 
@@ -154,25 +154,25 @@ def one_shot_kernel(
 
 
 @triton.jit
-def _signal(peers_ptr, rank, half: tl.constexpr, value, RANKS: tl.constexpr):
+def _signal(peers_ptr, rank, value, RANKS: tl.constexpr):
     """What this program has stored so far is visible to whoever acquires ``value`` or more."""
     tl.debug_barrier()
     for k in tl.static_range(1, RANKS):
         flags = tl.load(peers_ptr + (rank + k) % RANKS).to(tl.pointer_type(tl.int64))
-        tl.atomic_xchg(flags + (half * MAX_BLOCKS + tl.program_id(0)) * RANKS + rank, value, sem="release", scope="sys")
+        tl.atomic_xchg(flags + tl.program_id(0) * RANKS + rank, value, sem="release", scope="sys")
 
 
 @triton.jit
-def _wait(peers_ptr, rank, half: tl.constexpr, value, timeout, report, epochs_ptr, RANKS: tl.constexpr):
+def _wait(peers_ptr, rank, value, timeout, report, epochs_ptr, RANKS: tl.constexpr):
     """Returns when every peer's program of this index has signalled ``value`` or more."""
     began = _now()
-    flags = tl.load(peers_ptr + rank).to(tl.pointer_type(tl.int64)) + (half * MAX_BLOCKS + tl.program_id(0)) * RANKS
+    flags = tl.load(peers_ptr + rank).to(tl.pointer_type(tl.int64)) + tl.program_id(0) * RANKS
     for k in tl.static_range(1, RANKS):
         peer = (rank + k) % RANKS
         seen = tl.atomic_add(flags + peer, 0, sem="acquire", scope="sys")
         while seen < value:
             seen = tl.atomic_add(flags + peer, 0, sem="acquire", scope="sys")
-            _waited(began, timeout, report, epochs_ptr, peer, half, seen, value)
+            _waited(began, timeout, report, epochs_ptr, peer, 0, seen, value)
     tl.debug_barrier()
 
 
@@ -228,8 +228,8 @@ def two_shot_kernel(
                 at = tl.multiple_of(start, 4) + tl.arange(0, BLOCK)
                 words = tl.load(source + s.to(tl.int64) * value_words + at, mask=at < stop)
                 tl.store(to + (own + s) * count + at, words, mask=at < stop)
-    _signal(peers_ptr, rank, 0, value, RANKS)
-    _wait(peers_ptr, rank, 0, value, timeout, report, epochs_ptr, RANKS)
+    _signal(peers_ptr, rank, value, RANKS)
+    _wait(peers_ptr, rank, value, timeout, report, epochs_ptr, RANKS)
     mine = rank.to(tl.int64) * slice_words + start_words
     stop = _slice_count(value_words, slice_words, start_words, count_words, rank)
     received = (tl.load(peers_ptr + RANKS + rank) + slot).to(tl.pointer_type(tl.int32))
@@ -245,8 +245,8 @@ def two_shot_kernel(
         else:
             _store_root(out_ptr, start_words + at, root, mask, NODE_BF16)
     if GATHER:
-        _signal(peers_ptr, rank, 1, value, RANKS)
-        _wait(peers_ptr, rank, 1, value, timeout, report, epochs_ptr, RANKS)
+        _signal(peers_ptr, rank, value + 1, RANKS)
+        _wait(peers_ptr, rank, value + 1, timeout, report, epochs_ptr, RANKS)
         for k in tl.static_range(1, RANKS):
             peer = (rank + k) % RANKS
             stop = _slice_count(value_words, slice_words, start_words, count_words, peer) * per_word
