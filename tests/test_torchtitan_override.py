@@ -86,8 +86,8 @@ def test_the_command_line_names_one_override():
     config = ConfigManager().parse_args([*arguments, OVERRIDE])
     config.model_spec.model.update_from_config(config=config)
     replaced = apply_overrides(config.override, config)
-    # 6 layers, embedding, norm, output layer, loss, 3 groups of settings
-    assert len(replaced) == 6 + 4 + 3
+    # 6 layers; embedding, norm, output layer, loss; checkpointing; 3 groups of settings
+    assert len(replaced) == 6 + 4 + 1 + 3
     config = ConfigManager().parse_args([*arguments, OVERRIDE + '={"leaves": 16}'])
     assert list(config.override.imports) == [(OVERRIDE, {"leaves": 16})]
 

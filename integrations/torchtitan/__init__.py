@@ -12,6 +12,7 @@ from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper
 from torchtitan.config import Configurable
 from torchtitan.config.configs import CompileConfig, DebugConfig, ParallelismConfig
 from torchtitan.config.override import override
+from torchtitan.distributed.activation_checkpoint import SelectiveAC
 from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.module import Module
 
@@ -19,7 +20,7 @@ from tpinv.integrations.torchtitan import clip
 from tpinv.integrations.torchtitan.replace import invariant_config
 from tpinv.tree import ReductionTree
 
-_CLAIMED = (Module.Config, BaseLoss.Config, ParallelismConfig, CompileConfig, DebugConfig)
+_CLAIMED = (Module.Config, BaseLoss.Config, SelectiveAC.Config, ParallelismConfig, CompileConfig, DebugConfig)
 
 
 class _Claims(type):

@@ -15,7 +15,10 @@ from torchtitan.models.common import attention, embedding, feed_forward, linear,
 
 from tpinv import functional
 from tpinv.collectives import all_gather
+from tpinv.functional import operators  # noqa: F401  defines torch.ops.tpinv
 from tpinv.integrations.torchtitan.module import Invariant, TreeConfig, local, tokens_first
+
+ops = torch.ops.tpinv
 
 
 class ColumnParallelLinear(Invariant, linear.Linear):
@@ -55,26 +58,17 @@ class RowParallelLinear(Invariant, linear.Linear):
         pass
 
     def forward(self, input: Tensor) -> Tensor:
-        y = functional.row_parallel_linear(
-            tokens_first(input),
-            local(self.weight),
-            local(self.bias),
-            tree=self.tree,
-            group=self.ranks,
-            sequence_parallel=self.sequence_parallel,
+        tree = self.tree
+        y = ops.row_parallel_linear(
+            tokens_first(input), local(self.weight), local(self.bias), tree.leaves, tree.node_dtype, self.group, self.sequence_parallel
         )
         return tokens_first(y)
 
 
 def column_parallel(module: Invariant, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
-    y = functional.column_parallel_linear(
-        tokens_first(x),
-        weight,
-        bias,
-        tree=module.tree,
-        group=module.ranks,
-        sequence_parallel=module.sequence_parallel,
-        stride=stride,
+    tree = module.tree
+    y = ops.column_parallel_linear(
+        tokens_first(x), weight, bias, tree.leaves, tree.node_dtype, module.group, module.sequence_parallel, stride
     )
     return tokens_first(y)
 
@@ -115,8 +109,7 @@ class FeedForward(Invariant, feed_forward.FeedForward):
         w1, w3 = self.w1, self.w3
         weight = torch.cat([local(w1.weight), local(w3.weight)])
         bias = None if w1.bias is None else torch.cat([local(w1.bias), local(w3.bias)])
-        gate, up = column_parallel(self, x, weight, bias, stride=2).chunk(2, dim=-1)
-        return self.w2(functional.silu(gate) * up)
+        return self.w2(ops.swiglu(column_parallel(self, x, weight, bias, stride=2)))
 
 
 class RMSNorm(Invariant, nn_modules.RMSNorm):
@@ -127,14 +120,7 @@ class RMSNorm(Invariant, nn_modules.RMSNorm):
         pass
 
     def forward(self, input: Tensor) -> Tensor:
-        y = functional.rms_norm(
-            tokens_first(input),
-            local(self.weight),
-            self.eps,
-            tree=self.tree,
-            group=self.ranks,
-            sequence_parallel=self.sequence_parallel,
-        )
+        y = ops.rms_norm(tokens_first(input), local(self.weight), self.eps, self.tree.leaves, self.group, self.sequence_parallel, False)
         return tokens_first(y)
 
 
@@ -172,7 +158,7 @@ class QKNorm(Invariant, nn_modules.RMSNorm):
         pass
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.rms_norm(input, local(self.weight), self.eps, tree=self.tree, group=self.ranks, heads_parallel=True)
+        return ops.rms_norm(input, local(self.weight), self.eps, self.tree.leaves, self.group, False, True)
 
 
 class Embedding(Invariant, embedding.Embedding):
@@ -191,21 +177,31 @@ class Embedding(Invariant, embedding.Embedding):
 
 
 class ScaledDotProductAttention(attention.ScaledDotProductAttention):
-    """One (sequence, key-value head) at a time, so that no shape depends on how many heads a rank holds."""
+    """Attention whose bits do not depend on how many heads a rank holds: on a GPU a kernel of tpinv's; on a CPU torch's, one (sequence,
+    key-value head) at a time, so that no shape depends on it."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(attention.ScaledDotProductAttention.Config):
         pass
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
-        groups, per_group = k.shape[2], q.shape[2] // k.shape[2]
-        rows = []
-        for b in range(q.shape[0]):
-            heads = [
-                super(ScaledDotProductAttention, self).forward(
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, is_causal: bool = True, **options) -> Tensor:
+        if not q.is_cuda:
+            return self._by_head(q, k, v, scale=scale, is_causal=is_causal, **options)
+        if options.get("attention_masks") is not None:
+            raise ValueError("ScaledDotProductAttention takes no attention_masks; use FlexAttention")
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        out, _ = ops.core_attention(*(t.transpose(0, 1) for t in (q, k, v)), scale, is_causal)
+        return out.transpose(0, 1)
+
+    def _by_head(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+        stock, per_group = super().forward, q.shape[2] // k.shape[2]
+        sequences = [
+            [
+                stock(
                     q[b : b + 1, :, g * per_group : (g + 1) * per_group], k[b : b + 1, :, g : g + 1], v[b : b + 1, :, g : g + 1], **options
                 )
-                for g in range(groups)
+                for g in range(k.shape[2])
             ]
-            rows.append(torch.cat(heads, dim=2))
-        return torch.cat(rows)
+            for b in range(q.shape[0])
+        ]
+        return torch.cat([torch.cat(heads, dim=2) for heads in sequences])

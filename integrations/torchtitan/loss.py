@@ -11,7 +11,8 @@ from torchtitan.tools.logging import logger
 
 from tpinv import functional
 from tpinv.collectives import resolve
-from tpinv.integrations.torchtitan.module import ALONE, TreeConfig, local
+from tpinv.functional.operators import ALONE
+from tpinv.integrations.torchtitan.module import TreeConfig, local
 from tpinv.tree import ReductionTree
 
 

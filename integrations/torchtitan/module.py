@@ -17,10 +17,9 @@ from torchtitan.distributed.utils import get_spmd_backend
 from torchtitan.models.common.param_init import skip_param_init
 
 from tpinv.collectives import Ranks, resolve
+from tpinv.functional.operators import ALONE, group_name
 from tpinv.layers import shard
 from tpinv.tree import ReductionTree
-
-ALONE = Ranks(None, 0, 1)
 
 
 @dataclass(kw_only=True)  # without slots: it is mixed with Configs that have them
@@ -36,6 +35,7 @@ class Invariant:
     """Mixin before a stock module class, whose ``Config`` also derives from :class:`TreeConfig`."""
 
     ranks = ALONE
+    group = ""  # the name by which operators know the ranks
     shards: dict[str, int] = {}  # parameter -> dimension sharded over the tensor-parallel ranks; all others are whole
 
     def __init__(self, config):
@@ -48,6 +48,7 @@ class Invariant:
         check_parallelism(self.tree, tp=dims.tp, cp=dims.cp, ep=dims.ep, backend=dims.spmd_backend)
         if (mesh := dims.get_optional_mesh("tp")) is not None:
             self.ranks = resolve(mesh)
+            self.group = group_name(self.ranks)
         super().parallelize(dims)
         self._mark()
 

@@ -8,6 +8,7 @@ import spmd_types as spmd
 from torchtitan.components import loss as stock_loss
 from torchtitan.config.configs import CompileConfig, DebugConfig, ParallelismConfig
 from torchtitan.config.override import derive
+from torchtitan.distributed import activation_checkpoint
 from torchtitan.distributed.parallel_dims import MeshAxisName, SpmdLayout
 from torchtitan.models.common import attention, embedding, feed_forward, linear, nn_modules
 from torchtitan.models.common.decoder import TransformerBlock
@@ -15,6 +16,7 @@ from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import ShardingConfig
 
 from tpinv.integrations.torchtitan import layers
+from tpinv.integrations.torchtitan.checkpointing import SelectiveAC
 from tpinv.integrations.torchtitan.loss import CrossEntropyLoss
 from tpinv.integrations.torchtitan.module import check_parallelism
 from tpinv.tree import ReductionTree
@@ -28,6 +30,9 @@ def invariant_config(config, tree: ReductionTree):
     if isinstance(config, (ParallelismConfig, CompileConfig, DebugConfig)):
         check_settings(config, tree)
         return config
+    if isinstance(config, activation_checkpoint.SelectiveAC.Config):
+        stock = type(config) is activation_checkpoint.SelectiveAC.Config
+        return derive(config, SelectiveAC.Config) if stock else config  # another policy is its author's
     if isinstance(config, TransformerBlock.Config):
         return _block(config, tree)
     if type(config) in OURS:

@@ -30,6 +30,8 @@ from torchtitan.config import CompileConfig, DebugConfig, ParallelismConfig, Tra
 from torchtitan.config.override import OverrideConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.distributed.activation_checkpoint import SelectiveAC
+from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.parallel_dims import MeshAxisName
 from torchtitan.models.common import ComplexRoPE, CosSinRoPE, Embedding, Linear, RMSNorm
 from torchtitan.models.common.attention import ScaledDotProductAttention
@@ -70,6 +72,8 @@ class Run:
     qk_norm: bool = False  # Qwen3's model
     fused_qkv: bool = True
     num_layers: int = 2
+    selective_ac: bool = False
+    compile: str = ""  # torch.compile's backend for every block; none if empty
     seed: int = 1234
     backend: str = "spmd_types" if SPMD_FSDP else "partial_dtensor"
 
@@ -168,18 +172,20 @@ def build_trainer_config(run: Run, model, folder: str) -> Trainer.Config:
         ),
         metrics=MetricsProcessor.Config(log_freq=1, disable_color_printing=True),
         checkpoint=CheckpointManager.Config(enable=False),
-        activation_checkpoint=None,
-        compile=CompileConfig(),
+        activation_checkpoint=SelectiveAC.Config() if run.selective_ac else None,
+        compile=CompileConfig(enable=bool(run.compile), components=["model"], backend=run.compile or "inductor"),
         debug=DebugConfig(seed=run.seed, enable_structured_logging=False),
         override=OverrideConfig(imports=[(OVERRIDE, {"leaves": run.leaves})] if run.layers == "tpinv" else []),
     )
 
 
-def parallelize_without_fsdp(model, *, parallel_dims, ac_config=None, dump_folder="", **_):
+def parallelize_without_fsdp(model, *, parallel_dims, compile_config, ac_config=None, dump_folder="", **_):
     """Tensor parallelism alone: parameters, gradients and optimizer states in one dtype, as generators hold them (skip_dp)."""
     model.parallelize(parallel_dims)
     if ac_config is not None:
         ac_config.build(dump_folder=dump_folder).apply(model)
+    if compile_config.enable:
+        apply_compile(model, compile_config=compile_config, parallel_dims=parallel_dims)
     return model
 
 
@@ -317,7 +323,7 @@ class Record:
 
 def shard_dim(model: nn.Module, name: str) -> int | None:
     """The dimension on which tensor parallelism shards a parameter, by its module's own declaration."""
-    owner, _, leaf = name.rpartition(".")
+    owner, _, leaf = name.replace("._checkpoint_wrapped_module", "").rpartition(".")
     layout = model.get_submodule(owner)._sharding_config.state_shardings[leaf]
     return getattr(layout.per_axis_spmd_types()[MeshAxisName.TP], "dim", None)
 

@@ -1,0 +1,238 @@
+"""The functions of a transformer block as torch operators: opaque to torch.compile(fullgraph=True), and one entry each in the save set
+of selective activation checkpointing. The bits are those of the functions, which compute them.
+
+    torch.ops.tpinv.column_parallel_linear    row_parallel_linear    rms_norm    swiglu    core_attention
+
+An operator takes what a graph can hold: tensors, numbers, and the tree and the group by their names ("" is a single rank).
+"""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from tpinv.collectives import Ranks, resolve
+from tpinv.functional import activation, attention, linear, norm, products
+from tpinv.tree import ReductionTree
+
+ALONE = Ranks(None, 0, 1)
+_library = torch.library.Library("tpinv", "FRAGMENT")
+
+
+def group_name(ranks: Ranks) -> str:
+    return ranks.group.group_name if ranks.size > 1 else ""
+
+
+def _ranks(name: str) -> Ranks:
+    return resolve(_resolve_process_group(name)) if name else ALONE
+
+
+def _operator(signature: str, compute, shape) -> None:
+    """Defines an operator of any device, without a gradient. ``shape`` makes its result from fake tensors."""
+    name = "tpinv::" + signature.split("(")[0]
+    _library.define(signature, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    _library.impl(name, torch.no_grad()(compute), "CompositeExplicitAutograd")
+    torch.library.register_fake(name, shape, lib=_library)
+
+
+def _gradient(name: str, setup, backward) -> None:
+    torch.library.register_autograd(f"tpinv::{name}", backward, setup_context=setup, lib=_library)
+
+
+def _like(dy, *inputs_and_needs) -> list[Tensor]:
+    *inputs, needs = inputs_and_needs
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, need in zip(inputs, needs, strict=True) if need]
+
+
+def _context(saved: tuple[Tensor, ...], needs: list[bool], **attributes) -> SimpleNamespace:
+    """What the functions' backward reads."""
+    return SimpleNamespace(saved_tensors=saved, needs_input_grad=tuple(needs), **attributes)
+
+
+def _needed(gradients, needs: list[bool]) -> list[Tensor]:
+    return [gradient for gradient, need in zip(gradients, needs, strict=False) if need]
+
+
+def _spread(gradients: list[Tensor], needs: list[bool], arguments: int) -> tuple:
+    gradients = iter(gradients)
+    return (*(next(gradients) if need else None for need in needs), *([None] * (arguments - len(needs))))
+
+
+# -- linears: (x, weight, bias, leaves, node_dtype, group, sequence_parallel[, stride]) -------------------------------------
+
+
+def _column(x, weight, bias, leaves, node_dtype, group, sequence_parallel, stride):
+    tree = ReductionTree(leaves, node_dtype)
+    return linear.column_parallel_linear(
+        x, weight, bias, tree=tree, group=_ranks(group), sequence_parallel=sequence_parallel, stride=stride
+    )
+
+
+def _column_shape(x, weight, bias, leaves, node_dtype, group, sequence_parallel, stride):
+    tokens, *rest = x.shape[:-1]
+    return x.new_empty(tokens * (_ranks(group).size if sequence_parallel else 1), *rest, weight.shape[0])
+
+
+def _column_backward(dy, x, weight, needs, leaves, node_dtype, group, sequence_parallel, stride):
+    args = (ReductionTree(leaves, node_dtype), _ranks(group), sequence_parallel, stride)
+    context = _context((x, weight), needs, args=args, has_bias=needs[2])
+    return _needed(linear._ColumnParallelLinear.backward(context, dy), needs)
+
+
+def _row(x, weight, bias, leaves, node_dtype, group, sequence_parallel):
+    tree = ReductionTree(leaves, node_dtype)
+    return linear.row_parallel_linear(x, weight, bias, tree=tree, group=_ranks(group), sequence_parallel=sequence_parallel)
+
+
+def _row_shape(x, weight, bias, leaves, node_dtype, group, sequence_parallel):
+    tokens, *rest = x.shape[:-1]
+    return x.new_empty(tokens // (_ranks(group).size if sequence_parallel else 1), *rest, weight.shape[0])
+
+
+def _row_backward(dy, x, weight, needs, leaves, node_dtype, group, sequence_parallel):
+    args = (ReductionTree(leaves, node_dtype), _ranks(group), sequence_parallel)
+    return _needed(linear._RowParallelLinear.backward(_context((x, weight), needs, args=args, has_bias=needs[2]), dy), needs)
+
+
+def _linear_gradient_shapes(dy, x, weight, needs, *_):
+    bias = weight[:, 0]
+    return _like(dy, x, weight, bias, needs)
+
+
+def _linear_setup(ctx, inputs, output):
+    x, weight, bias, *ctx.settings = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _linear_gradient(operator):
+    def backward(ctx, dy):
+        needs = list(ctx.needs_input_grad[:3])
+        gradients = operator(dy, *ctx.saved_tensors, needs, *ctx.settings)
+        return _spread(gradients, needs, 3 + len(ctx.settings))
+
+    return backward
+
+
+_SETTINGS = "int leaves, str node_dtype, str group, bool sequence_parallel"
+_operator(f"column_parallel_linear(Tensor x, Tensor weight, Tensor? bias, {_SETTINGS}, int stride) -> Tensor", _column, _column_shape)
+_operator(
+    f"column_parallel_linear_backward(Tensor dy, Tensor x, Tensor weight, bool[] needs, {_SETTINGS}, int stride) -> Tensor[]",
+    _column_backward,
+    _linear_gradient_shapes,
+)
+_gradient("column_parallel_linear", _linear_setup, _linear_gradient(torch.ops.tpinv.column_parallel_linear_backward))
+_operator(f"row_parallel_linear(Tensor x, Tensor weight, Tensor? bias, {_SETTINGS}) -> Tensor", _row, _row_shape)
+_operator(
+    f"row_parallel_linear_backward(Tensor dy, Tensor x, Tensor weight, bool[] needs, {_SETTINGS}) -> Tensor[]",
+    _row_backward,
+    _linear_gradient_shapes,
+)
+_gradient("row_parallel_linear", _linear_setup, _linear_gradient(torch.ops.tpinv.row_parallel_linear_backward))
+
+
+# -- rms_norm ---------------------------------------------------------------------------------------------------------------
+
+
+def _rms_norm(x, weight, eps, leaves, group, sequence_parallel, heads_parallel):
+    return norm.rms_norm(
+        x, weight, eps, tree=ReductionTree(leaves), group=_ranks(group),
+        sequence_parallel=sequence_parallel, heads_parallel=heads_parallel,
+    )  # fmt: skip
+
+
+def _rms_norm_backward(dy, x, weight, needs, eps, leaves, group, sequence_parallel, heads_parallel):
+    ranks = _ranks(group) if sequence_parallel or heads_parallel else ALONE
+    args = (eps, False, ReductionTree(leaves), ranks, heads_parallel)
+    return _needed(norm._Norm.backward(_context((x, weight), [*needs, False], args=args, bias_dtype=None), dy), needs)
+
+
+def _rms_norm_setup(ctx, inputs, output):
+    x, weight, *ctx.settings = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _rms_norm_gradient(ctx, dy):
+    needs = list(ctx.needs_input_grad[:2])
+    return _spread(torch.ops.tpinv.rms_norm_backward(dy, *ctx.saved_tensors, needs, *ctx.settings), needs, 7)
+
+
+_SETTINGS = "float eps, int leaves, str group, bool sequence_parallel, bool heads_parallel"
+_operator(
+    f"rms_norm(Tensor x, Tensor weight, {_SETTINGS}) -> Tensor",
+    _rms_norm,
+    lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+_operator(
+    f"rms_norm_backward(Tensor dy, Tensor x, Tensor weight, bool[] needs, {_SETTINGS}) -> Tensor[]",
+    _rms_norm_backward,
+    lambda dy, x, weight, needs, *_: _like(dy, x, weight, needs),
+)
+_gradient("rms_norm", _rms_norm_setup, _rms_norm_gradient)
+
+
+# -- swiglu -----------------------------------------------------------------------------------------------------------------
+
+
+def _swiglu_backward(dy, x):
+    if products.on_gpu(x):
+        return activation._Swiglu.backward(_context((x,), [True]), dy)
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(activation.swiglu(leaf), leaf, dy)[0]
+
+
+_operator("swiglu(Tensor x) -> Tensor", activation.swiglu, lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
+_operator("swiglu_backward(Tensor dy, Tensor x) -> Tensor", _swiglu_backward, lambda dy, x: x.new_empty(x.shape))
+_gradient(
+    "swiglu",
+    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    lambda ctx, dy: torch.ops.tpinv.swiglu_backward(dy, *ctx.saved_tensors),
+)
+
+
+# -- core_attention: query [sq, b, h, d], key and value [sk, b, g, d], on a GPU; unit stride in d ---------------------------------
+
+
+def _attention(query, key, value, scale, causal):
+    from tpinv.kernels import attention as kernels  # needs Triton
+
+    attention._probe(query.device, query.dtype, query.shape[-1])
+    with torch.cuda.device(query.device):
+        return kernels.forward(query, key, value, scale, causal)
+
+
+def _attention_shape(query, key, value, scale, causal):
+    sq, batch, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty(batch, heads, sq, dtype=torch.float32)
+
+
+def _attention_backward(dout, query, key, value, out, lse, scale, causal):
+    from tpinv.kernels import attention as kernels
+
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    with torch.cuda.device(query.device):
+        return kernels.backward(query, key, value, out, lse, dout, scale, causal)
+
+
+def _attention_setup(ctx, inputs, output):
+    query, key, value, *ctx.settings = inputs
+    ctx.save_for_backward(query, key, value, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _attention_gradient(ctx, dout, _):
+    return *torch.ops.tpinv.core_attention_backward(dout, *ctx.saved_tensors, *ctx.settings), None, None
+
+
+_operator(
+    "core_attention(Tensor query, Tensor key, Tensor value, float scale, bool causal) -> (Tensor, Tensor)", _attention, _attention_shape
+)
+_operator(
+    "core_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, float scale, bool causal) "
+    "-> (Tensor, Tensor, Tensor)",
+    _attention_backward,
+    lambda dout, *inputs: tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[:3]),
+)
+_gradient("core_attention", _attention_setup, _attention_gradient)
