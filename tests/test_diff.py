@@ -152,11 +152,15 @@ def test_tpinv_layers_differ_nowhere(parallel, a, b, capsys):
 def test_every_way_of_sharding_is_told(parallel):
     found = {row.key: row.rule for row in compare_runs(Run(parallel / "tpinv1"), Run(parallel / "sp4"))}
     at = lambda phase, module, tensor: found[Key(1, phase, module, tensor, 0)]  # noqa: E731
-    assert at("parameter", "1.fc1", "weight") == "shards on dimension 0, stride 2, as marked"
-    assert at("gradient", "1.fc2", "weight.grad") == "shards on dimension 1, stride 1, as marked"
-    assert at("forward", "1.fc1", "output") == at("backward", "1.fc1", "grad_output") == "shards on dimension 1, stride 2, by its module"
-    assert at("forward", "1.fc1", "input") == at("backward", "1.norm", "grad_input") == "shards on dimension 0, stride 1, by the shapes"
-    assert at("backward", "1.fc2", "grad_input") == "shards on dimension 1, stride 1, by the shapes"
+    assert at("parameter", "1.fc1", "weight") == "shards of dimension 0 in 2 blocks, as marked"
+    assert at("gradient", "1.fc2", "weight.grad") == "shards of dimension 1, as marked"
+    assert (
+        at("forward", "1.fc1", "output")
+        == at("backward", "1.fc1", "grad_output")
+        == "shards of dimension 1 in 2 blocks, as its module says"
+    )
+    assert at("forward", "1.fc1", "input") == at("backward", "1.norm", "grad_input") == "shards of dimension 0, by the shapes"
+    assert at("backward", "1.fc2", "grad_input") == "shards of dimension 1, by the shapes"
     assert at("gradient", "0.norm", "weight.grad") == "replicated"
 
 
@@ -168,6 +172,37 @@ def test_digests_alone_tell_that_but_not_how(parallel, capsys):
     assert diff(parallel / "stock1", parallel / "digests1", "--partial") == 1
     assert "digests differ; how far apart the values are was not kept" in capsys.readouterr().out
     assert sum(file.stat().st_size for file in (parallel / "digests1").iterdir()) < 100_000
+
+
+class Heads(nn.Module):
+    """Calls a module once per head, of which each rank has its part; with a batch first, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.head = nn.Linear(4, 4), nn.Tanh()
+
+    def forward(self, x):  # [batch, heads, 4]
+        x = self.linear(x)
+        return torch.stack([self.head(x[b, h]) for b in range(x.shape[0]) for h in range(x.shape[1])])
+
+
+def heads(directory: str, planted: bool) -> None:
+    torch.manual_seed(0)
+    model, x, p = Heads(), torch.randn(3, 4, 4), dist.get_world_size()
+    with record(model, f"{directory}/{p}", modules="head"):
+        x[2, 1, 0] += 0.1 * planted
+        model(x.chunk(p, 1)[dist.get_rank()]).pow(2).sum().backward()
+
+
+def test_calls_may_be_shards(tmp_path, capsys):
+    for name, planted in (("same", False), ("planted", True)):
+        for ranks in (1, 2):
+            run_ranks(heads, ranks, str(tmp_path / name), planted)
+    assert diff(tmp_path / "same/1", tmp_path / "same/2") == 0
+    (rule,) = {row.rule for row in compare_runs(Run(tmp_path / "same/1"), Run(tmp_path / "same/2"))}
+    assert rule == "12 calls on each of 1 and 6 on each of 2, as shards"
+    assert diff(tmp_path / "same/1", tmp_path / "planted/2") == 1
+    assert "first difference  step 0, forward: head input\n" in capsys.readouterr().out
 
 
 # -- on one rank ----------------------------------------------------------------------------------------------------------------

@@ -106,6 +106,8 @@ def _print_first(found: list[Comparison], first: Comparison, console: Console) -
     if first.histogram:
         console.print("  ulp")
     for power, count in enumerate(first.histogram):
+        if not count:
+            continue
         lowest, highest = 1 << power, (2 << power) - 1
         label = str(lowest) if lowest == highest else f"{lowest}-{highest}"
         console.print(f"  {label:>21} {count:>9} {'█' * math.ceil(40 * count / max(first.histogram))}")

@@ -41,12 +41,14 @@ def module_map(rows, path: str, title: str) -> None:
     from matplotlib import pyplot
 
     distances: dict[tuple[str, str], float] = {}
-    for row in (row for row in rows if row.compared):
-        at = (row.key.module or "(model)", row.key.tensor)
+    compared = [row for row in rows if row.compared]
+    for row in compared:
+        at = (row.key.module or "(model)", _column(row.key))
         ulp = row.difference.max_ulp if row.difference else 0
         distances[at] = max(distances.get(at, 0.0), math.log2(1 + ulp) if ulp else float(row.differs))
-    modules = list(dict.fromkeys(module for module, _ in distances))
-    tensors = sorted({tensor for _, tensor in distances}, key=_column)
+    # Parameters are recorded first, in the order of construction; modules shall stand in the order in which they are called.
+    modules = list(dict.fromkeys(row.key.module or "(model)" for row in sorted(compared, key=lambda row: row.key.phase != "forward")))
+    tensors = sorted({tensor for _, tensor in distances}, key=_place)
     top = max(distances.values(), default=0.0) or 1.0
     figure, axis = pyplot.subplots(figsize=(4.5 + 0.45 * len(tensors), 1.8 + 0.145 * len(modules)), layout="constrained")
     colors = matplotlib.colormaps["viridis_r"].with_extremes(bad="lightgrey", under="white")
@@ -62,8 +64,16 @@ def module_map(rows, path: str, title: str) -> None:
     pyplot.close(figure)
 
 
-def _column(tensor: str) -> tuple:
-    """Parameters, inputs, outputs, their gradients, parameter gradients."""
-    kinds = ("input", "output", "grad_output", "grad_input")
-    kind = tensor.partition(".")[0]
-    return (1 + kinds.index(kind) if kind in kinds else 5 if tensor.endswith(".grad") else 0, tensor)
+_KINDS = ("parameter", "input", "output", "recompute", "grad_output", "grad_input", "gradient")
+
+
+def _column(key) -> str:
+    """input.0 and input.attention_mask are both "input"; parameters keep their names."""
+    if key.phase == "recompute":
+        return key.phase
+    return key.tensor if key.phase in ("parameter", "gradient") else key.tensor.partition(".")[0]
+
+
+def _place(column: str) -> tuple[int, str]:
+    kind = column if column in _KINDS else "gradient" if column.endswith(".grad") else "parameter"
+    return _KINDS.index(kind), column

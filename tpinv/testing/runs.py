@@ -8,6 +8,8 @@ the recording was given), else by the shapes, in this order:
     shards           one dimension differs, and the parts' lengths add up to the other run's: joined in rank order. Two blocks side by
                      side (SwiGLU's gate and up) leave the same shapes as one: then the way that brings the runs closer is taken
     layout           the same elements as [s, b, h], [b, s, h] or [tokens, h], as frameworks differ
+    calls            a module that is called once per head, or the like, is called p times as often on one rank as on each of p: the
+                     calls are its shards
 
 Each comparison says which it was. What fits none of these is counted as not compared, never as equal.
 """
@@ -15,7 +17,7 @@ Each comparison says which it was. What fits none of these is counted as not com
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,7 +116,10 @@ def _parts(file: dict) -> Iterator[tuple[Key, Part]]:
 
 
 def renamed(run: Run, rules: Sequence[tuple[str, str]]) -> None:
-    """Renames the modules of ``run``: (regular expression, replacement), one after the other. ValueError when two become one, or one is no expression."""
+    """Renames the modules of ``run``: (regular expression, replacement), one after the other.
+
+    ValueError when two become one, or when one is no regular expression.
+    """
     if not rules:
         return
     for rank, parts in enumerate(run.parts):
@@ -143,13 +148,26 @@ def compare_runs(a: Run, b: Run) -> list[Comparison]:
         only = [str(next(iter(run.parts[0]), "nothing")) for run in (a, b)]
         raise ValueError(f"{a.path} and {b.path} have no tensor in common ({only[0]!r}, {only[1]!r}); name the modules' map with --map")
     found = []
+    calls_a, calls_b = _calls(a), _calls(b)
     for key in [*a.parts[0], *(key for key in b.parts[0] if key not in a.parts[0])]:
-        if key in in_a and key in in_b:
+        mine, other = (calls.get(key._replace(call=0), []) for calls in (calls_a, calls_b))
+        if mine and other and len(mine) != len(other) and len(mine) * a.ranks == len(other) * b.ranks:
+            if key.call == 0:
+                found.append(_compare_calls(key, [a[call] for call in mine], [b[call] for call in other]))
+        elif key in in_a and key in in_b:
             found.append(_compare(key, a[key], b[key]))
         elif key.phase != "recompute" or (key in a.parts[0] and key in b.parts[0]):
             where = [run.path for run, keys in ((a, in_a), (b, in_b)) if key in keys]
             found.append(Comparison(key, f"only in {where[0]}" if where else "not on every rank", compared=False))
     return found
+
+
+def _calls(run: Run) -> dict[Key, list[Key]]:
+    """All calls of a tensor, under the key of the first."""
+    calls: dict[Key, list[Key]] = {}
+    for key in run.keys:
+        calls.setdefault(key._replace(call=0), []).append(key)
+    return calls
 
 
 # -- one tensor -----------------------------------------------------------------------------------------------------------
@@ -170,6 +188,23 @@ def _compare(key: Key, a: list[Part], b: list[Part]) -> Comparison:
     if not ways:
         return Comparison(key, f"no way from {_shapes(a)} to {_shapes(b)}; name it in record(shards=)", compared=False)
     return min((_result(key, rule, [pair]) for rule, pair in ways), key=_distance)
+
+
+def _compare_calls(key: Key, a: list[list[Part]], b: list[list[Part]]) -> Comparison:
+    """``a[call][rank]`` and ``b[call][rank]``, as many parts in both. Whether ranks or calls count first is taken from the bytes."""
+    if key.phase == "backward":  # which visits the calls from the last to the first, but never the ranks
+        a, b = a[::-1], b[::-1]
+    orders = [
+        ([part for call in a for part in call], [part for call in b for part in call]),
+        ([part for call in a for part in call], [part for rank in zip(*b, strict=True) for part in rank]),
+        ([part for rank in zip(*a, strict=True) for part in rank], [part for call in b for part in call]),
+    ]
+    pairs = [list(zip(left, right, strict=True)) for left, right in orders]
+    pairs = [order for order in pairs if all((x.shape, x.dtype) == (y.shape, y.dtype) for x, y in order)]
+    rule = f"{len(a)} calls on each of {len(a[0])} and {len(b)} on each of {len(b[0])}, as shards"
+    if not pairs:
+        return Comparison(key, f"{rule}, of other shapes", compared=False)
+    return min((_pairs(key, rule, order) for order in pairs), key=_distance)
 
 
 def _shapes(parts: list[Part]) -> str:
@@ -212,6 +247,8 @@ def _distance(comparison: Comparison) -> float:
     """How far apart two ways of putting shards together leave the runs: the sum of the logarithms, roughly."""
     if not comparison.differs:
         return 0.0
+    if comparison.difference is None:
+        return float("inf")
     return sum((power + 1) * count for power, count in enumerate(comparison.histogram)) or float(comparison.difference.count)
 
 
@@ -220,42 +257,42 @@ def _ways(a: list[Part], b: list[Part]) -> Iterator[tuple[str, tuple[Tensor, Ten
     if a[0].mark or b[0].mark:
         left, right = _marked(a), _marked(b)
         if left.shape == right.shape:
-            dim, stride = a[0].mark or b[0].mark
-            yield f"shards on dimension {dim}, stride {stride}, as marked", (left, right)
+            yield _shard_rule(*(a[0].mark or b[0].mark), "as marked"), (left, right)
         return
-    one, other = a[0].value, b[0].value
-    unlike = [d for d in range(one.dim()) if one.shape[d] != other.shape[d]] if one.dim() == other.dim() else []
-    if len(unlike) == 1:
-        dim = unlike[0]
-        told = max(part.stride for part in (*a, *b)) if dim == one.dim() - 1 else 1
-        whole = lambda parts: [parts[0].value]  # noqa: E731
-        every = lambda parts: [part.value for part in parts]  # noqa: E731
-        for left, right in ((whole, every), (every, whole), (every, every)):
-            if _length(left(a), dim) != _length(right(b), dim):
-                continue
+    left, right = [part.value for part in a], [part.value for part in b]
+    told = max(part.stride for part in (*a, *b))
+    found = False
+    for moved, name in ((left, ""), ([t.transpose(0, 1) if t.dim() > 1 else t for t in left], "dimensions 0 and 1 swapped")):
+        if name and moved[0].shape == right[0].shape:
+            yield name, (moved[0], right[0])
+        for rule, pair in () if found else _shards(moved, right, told):
+            found = True
+            yield ", ".join(filter(None, (name, rule))), pair
+    if not found and left[0].numel() == right[0].numel() and left[0].shape[-1:] == right[0].shape[-1:]:
+        yield "reshaped", (left[0].reshape(right[0].shape), right[0])
+        if left[0].dim() > 1:
+            yield "reshaped, dimensions 0 and 1 swapped", (left[0].transpose(0, 1).reshape(right[0].shape), right[0])
+
+
+def _shards(a: list[Tensor], b: list[Tensor], told: int) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """The ways along the one dimension in which the shapes differ. ``told``: the stride that a module has for its last dimension."""
+    unlike = [d for d in range(a[0].dim()) if a[0].shape[d] != b[0].shape[d]] if a[0].dim() == b[0].dim() else []
+    if len(unlike) != 1:
+        return
+    dim = unlike[0]
+    told = told if dim == a[0].dim() - 1 else 1
+    for left, right in ((a[:1], b), (a, b[:1]), (a, b)):  # a single part is the whole, be it of one rank or of replicas
+        if sum(t.shape[dim] for t in left) == sum(t.shape[dim] for t in right):
             for stride in (told,) if told > 1 else (1, 2):
-                if all(part.shape[dim] % stride == 0 for part in (*left(a), *right(b))):
-                    rule = f"shards on dimension {dim}, stride {stride}, by {'its module' if told > 1 else 'the shapes'}"
-                    yield rule, (join_leaves(left(a), dim, stride), join_leaves(right(b), dim, stride))
+                if all(t.shape[dim] % stride == 0 for t in (*left, *right)):
+                    rule = _shard_rule(dim, stride, "as its module says" if told > 1 else "by the shapes")
+                    yield rule, (join_leaves(left, dim, stride), join_leaves(right, dim, stride))
             return
-    for rule, layout in _LAYOUTS.items():
-        moved = layout(one)
-        if moved.shape == other.shape or (
-            moved.dim() and other.dim() and moved.numel() == other.numel() and moved.shape[-1] == other.shape[-1]
-        ):
-            yield rule, (moved.reshape(other.shape), other)
 
 
-_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "layout: reshaped": lambda t: t,
-    "layout: dimensions 0 and 1 swapped": lambda t: t.transpose(0, 1) if t.dim() > 1 else t,
-}
-
-
-def _length(values: list[Tensor], dim: int) -> int:
-    return sum(value.shape[dim] for value in values)
+def _shard_rule(dim: int, stride: int, why: str) -> str:
+    return f"shards of dimension {dim}{f' in {stride} blocks' if stride > 1 else ''}, {why}"
 
 
 def _marked(parts: list[Part]) -> Tensor:
-    dim, stride = parts[0].mark or (0, 1)
-    return join_leaves([part.value for part in parts], dim, stride) if parts[0].mark else parts[0].value
+    return join_leaves([part.value for part in parts], *parts[0].mark) if parts[0].mark else parts[0].value
