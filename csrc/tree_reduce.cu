@@ -250,7 +250,7 @@ __device__ __forceinline__ void receive_words(const Params& p, u64 slot, u32 fla
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) one_shot(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(256, 2) one_shot(const __grid_constant__ Params p) {
     const u64 epoch = p.epochs[blockIdx.x];
     const u32 flag = flag_of(epoch);
     const u64 slot = epoch % 2 * p.slot_bytes;

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tpinv import reference
 from tpinv.collectives import schedule
-from tpinv.collectives.symmetric import MAX_BLOCKS, SOURCE, Workspace
+from tpinv.collectives.symmetric import BLOCKS_PER_MULTIPROCESSOR, MAX_BLOCKS, SOURCE, Workspace
 from tpinv.kernels import cuda
 from tpinv.tree import ReductionTree
 
@@ -32,7 +32,8 @@ def refuses(tree: ReductionTree, ranks: int, out_dtype: torch.dtype) -> str | No
 def tree_reduce(
     workspace: Workspace, values: Tensor, tree: ReductionTree, out_dtype: torch.dtype, scatter: bool, algorithm: str | None = None
 ) -> Tensor:
-    """values [S, ...] -> their sum over all ranks, [...], or with ``scatter`` this rank's part of its dimension 0."""
+    """values [S, ...] -> their sum over all ranks, [...], or with ``scatter`` this rank's part of its dimension 0. Their device is the
+    current one."""
     shape, size = values.shape[1:], workspace.size
     count = shape.numel()
     if scatter:
@@ -94,7 +95,7 @@ def add_norm(
     params.eps, params.inverse_width = eps, _inverse(width)
     params.rows, params.row_packs = rows, row_packs
     macros = _macros(tree, workspace.size, hidden.dtype, per_thread, _OUT[weight.dtype])
-    blocks = min(rows, max(1, workspace.blocks // 2))
+    blocks = min(rows, max(1, workspace.blocks // BLOCKS_PER_MULTIPROCESSOR))
     cuda.launch(_function("one_shot_norm", macros, workspace.device.index), blocks, threads, 0, workspace.enter(), params)
     return hidden, normed
 
@@ -163,8 +164,11 @@ def _function(name: str, macros: tuple, device: int) -> ctypes.c_void_p:
 
 
 def grid(packs: int, blocks: int, one_shot: bool) -> tuple[int, int, int]:
-    """Blocks, threads, and packs of a thread and chunk: as many blocks as have work, then longer turns. Found by timing two H200."""
+    """Blocks, threads, and packs of a thread and chunk. Found by timing two H200: a block of two_shot costs flags and fences, so that
+    past 64 blocks each has several packs a thread to move; then there are longer turns."""
     threads = _THREADS // 2 if one_shot and packs <= _THREADS // 4 * blocks else _THREADS
+    if not one_shot:
+        blocks = min(blocks, max(64, -(-packs // (_SHORTEST * threads))))
     grid = max(1, min(blocks, -(-packs // threads)))
     turns = -(-packs // (grid * threads))
     return grid, threads, min(turns, max(_SHORTEST, -(-turns // _CHUNKS)))
@@ -209,10 +213,10 @@ def _launch_triton(workspace, values, out, tree, plan, start, packs, scatter) ->
         rank=workspace.rank, RANKS=workspace.size, VALUES=len(merges), LEFT=left, RIGHT=right, NODE_BF16=values.dtype == torch.bfloat16,
     )  # fmt: skip
     block = 512 if one_shot else 2048
-    blocks = min(workspace.blocks, triton.cdiv(packs * words, block))
+    # One program a multiprocessor: ranks that share a GPU must fit on it together, and nothing bounds the registers here.
+    blocks = max(1, min(workspace.blocks // BLOCKS_PER_MULTIPROCESSOR, triton.cdiv(packs * words, block)))
     workspace.enter()
-    with torch.cuda.device(device):
-        if one_shot:
-            triton_kernels.one_shot_kernel[(blocks,)](**arguments, BLOCK=block, num_warps=4)
-        else:
-            triton_kernels.two_shot_kernel[(blocks,)](**arguments, start_words=start * words, GATHER=not scatter, BLOCK=block, num_warps=8)
+    if one_shot:
+        triton_kernels.one_shot_kernel[(blocks,)](**arguments, BLOCK=block, num_warps=4)
+    else:
+        triton_kernels.two_shot_kernel[(blocks,)](**arguments, start_words=start * words, GATHER=not scatter, BLOCK=block, num_warps=8)

@@ -66,7 +66,8 @@ def all_reduce_add_norm(
     if workspace is None:
         return None
     width = residual.shape[-1]
-    fused = nvlink.add_norm(workspace, values.reshape(len(values), -1, width), residual.reshape(-1, width), weight, eps, tree)
+    with torch.cuda.device(values.device):
+        fused = nvlink.add_norm(workspace, values.reshape(len(values), -1, width), residual.reshape(-1, width), weight, eps, tree)
     return fused and (fused[0].view(residual.shape), fused[1].view(residual.shape))
 
 
@@ -99,7 +100,8 @@ def _tree_reduce(values: Tensor, leaves: int, node_dtype: str, group: str, out_d
     tree, ranks = ReductionTree(leaves, node_dtype), resolve(_resolve_process_group(group))
     if values.is_cuda and not nvlink.refuses(tree, ranks.size, out_dtype):
         if workspace := symmetric.workspace(ranks, values.device):
-            return nvlink.tree_reduce(workspace, values, tree, out_dtype, scatter)
+            with torch.cuda.device(values.device):
+                return nvlink.tree_reduce(workspace, values, tree, out_dtype, scatter)
     path = process_group.reduce_scatter if scatter else process_group.all_reduce
     return path(values, tree, ranks, out_dtype)
 
