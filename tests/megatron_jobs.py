@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tpinv.integrations.megatron import gpt_layer_spec, is_converted, on_cpu
 from tpinv.integrations.megatron.specs import block_spec
-from tpinv.integrations.megatron.verify import DTYPES, Run, StockProvider, build_config, build_model, real_text
+from tpinv.integrations.megatron.verify import DTYPES, Run, StockProvider, build_config, build_model, real_text, train_here
 from tpinv.layers import unshard
 
 
@@ -99,6 +99,35 @@ def load_checkpoint(run: Run, directory: str) -> dict[str, Tensor]:
     model = _built(run)
     model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(metadata=_metadata()), directory))
     return {"logits": logits_of(run, model), **whole(model)}
+
+
+def _state(model, optimizer, is_loading: bool) -> dict:
+    state = {"model": model.sharded_state_dict(metadata=_metadata())}
+    return state | {"optimizer": optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=_metadata())}
+
+
+def train_and_save(run: Run, directory: str, steps: int) -> dict[str, Tensor] | None:
+    """Trains without interruption; saves weights and optimizer after ``steps`` steps."""
+
+    def save(step: int, model, optimizer) -> None:
+        if step + 1 == steps:
+            if dist.get_rank() == 0:
+                Path(directory).mkdir()
+            dist.barrier()
+            dist_checkpointing.save(_state(model, optimizer, is_loading=False), directory)
+
+    return train_here(run, after=save)
+
+
+def resume(run: Run, directory: str, steps: int) -> dict[str, Tensor] | None:
+    """Goes on from there, from a model of another seed."""
+
+    def load(model, optimizer) -> None:
+        loaded = dist_checkpointing.load(_state(model, optimizer, is_loading=True), directory)
+        model.load_state_dict(loaded["model"])
+        optimizer.load_state_dict(loaded["optimizer"])
+
+    return train_here(run, start=steps, before=load)
 
 
 def _built(run: Run):

@@ -6,9 +6,12 @@ text, dropout is off, gradients are accumulated in fp32, bf16 runs keep fp32 mas
 put together from the shards, so that runs at different sizes can be compared byte for byte.
 """
 
+import contextlib
+import functools
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +53,8 @@ class Run:
     seed: int = 1234
     device: str = "cpu"  # or "cuda", the current GPU
     hidden: int = 0  # about, with heads of 128; 0: as small as can be
+    recompute: bool = False  # every layer's activations
+    distributed_optimizer: bool = False
 
     @property
     def tree(self) -> ReductionTree:
@@ -97,6 +102,7 @@ def build_config(run: Run) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        **({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if run.recompute else {}),
     )
 
 
@@ -142,33 +148,62 @@ def train(run: Run) -> dict[str, Tensor] | None:
     """
     warnings.simplefilter("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=run.tp)
+    with _groups_of_one_over_nccl() if run.device == "cuda" else contextlib.nullcontext():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=run.tp)
     try:
         with on_cpu():
             if run.device == "cuda":
                 tensor_parallel.model_parallel_cuda_manual_seed(run.seed)  # Megatron forks that stream around dropout, 0 too
-            return _train(run)
+            return train_here(run)
     finally:
         parallel_state.destroy_model_parallel()
 
 
-def _train(run: Run) -> dict[str, Tensor] | None:
+def _ddp_config(run: Run) -> DistributedDataParallelConfig:
+    return DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=run.distributed_optimizer)
+
+
+def _optimizer_config(run: Run, config: TransformerConfig) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam", lr=3e-3, weight_decay=0.1, clip_grad=1.0, bf16=config.bf16, params_dtype=config.params_dtype,
+        use_distributed_optimizer=run.distributed_optimizer,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _groups_of_one_over_nccl():
+    """DDP's coalesced all-reduce is not in gloo for GPUs. The data-parallel group is one rank here, whose NCCL group may share a GPU."""
+    stock = parallel_state.create_group
+
+    @functools.wraps(stock)
+    def create(ranks, *args, backend=None, **kwargs):
+        return stock(ranks, *args, backend="nccl" if len(ranks) == 1 and backend is None else backend, **kwargs)
+
+    parallel_state.create_group = create
+    try:
+        yield
+    finally:
+        parallel_state.create_group = stock
+
+
+def train_here(run: Run, *, start: int = 0, before: Callable | None = None, after: Callable | None = None) -> dict[str, Tensor] | None:
+    """``train`` in a Megatron that is set up. Steps ``start`` to run.steps; ``before(model, optimizer)`` them all, ``after(step, model,
+    optimizer)`` each: to save a checkpoint and to go on from one."""
     config = build_config(run)
     gpt = build_model(run, config)
     model = gpt if run.dtype == "fp32" else Float16Module(config, gpt)
-    model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(optimizer="adam", lr=3e-3, weight_decay=0.1, clip_grad=1.0, bf16=config.bf16, params_dtype=config.params_dtype),
-        [model],
-    )
+    model = DistributedDataParallel(config, _ddp_config(run), model)
+    optimizer = get_megatron_optimizer(_optimizer_config(run, config), [model])
     if run.layers == "tpinv":
         convert_optimizer(optimizer)
+    if before:
+        before(gpt, optimizer)
     record = _Record()
     record.parameters("initial", gpt)
     text, size = real_text().to(run.device), 2 * run.sequence
     positions = torch.arange(run.sequence, device=run.device).expand(2, -1)
     mask = torch.ones(1, 1, run.sequence, run.sequence, device=run.device).triu(1).bool()
-    for step in range(run.steps):
+    for step in range(start, run.steps):
         model.zero_grad_buffer()
         optimizer.zero_grad()
         losses = []
@@ -187,6 +222,8 @@ def _train(run: Run) -> dict[str, Tensor] | None:
             record.parameters(f"step{step}/grad", gpt, "main_grad")
         _, norm, _ = optimizer.step()
         record.replicated(f"step{step}/grad_norm", torch.tensor(norm, dtype=torch.float32, device=run.device))
+        if after:
+            after(step, gpt, optimizer)
     record.parameters("final", gpt)
     return record.tensors if dist.get_rank() == 0 else None
 

@@ -60,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", default="llama", choices=["llama", "gpt"], help=VARIANTS)
     parser.add_argument("--tied", action="store_true", help="share the embedding with the output layer")
     parser.add_argument("--qk-norm", action="store_true", help="normalise queries and keys")
+    parser.add_argument("--recompute", action="store_true", help="recompute every layer's activations in the backward pass")
+    parser.add_argument("--distributed-optimizer", action="store_true", help="Megatron's distributed optimizer")
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     parser.add_argument("--plot", metavar="FILE.png", help="draw a heat map of all tensors to FILE.png (needs matplotlib)")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that one run may take (default 600)")
@@ -109,7 +111,7 @@ def _sizes(arguments: argparse.Namespace) -> tuple[int, ...]:
 
 def check_outputs(arguments: argparse.Namespace) -> None:
     """Before the work, not after it."""
-    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
+    for option, path in ((f"--{name}", getattr(arguments, name, None)) for name in ("json", "csv", "plot")):
         if path and not os.path.isdir(directory := os.path.dirname(path) or "."):
             raise ValueError(f"{option} {path} cannot be written: there is no directory {directory}")
     if arguments.plot:
@@ -162,9 +164,10 @@ def _environment_of_workers(device: str):
 
 
 def _settings(framework, arguments: argparse.Namespace, sizes: tuple[int, ...], layers: str, size: int, sp: bool):
-    on_gpu = {} if arguments.device == "cpu" and not arguments.hidden else {"device": arguments.device, "hidden": arguments.hidden}
-    if on_gpu.keys() - framework.Run.__dataclass_fields__.keys():
-        raise ValueError(f"--device {arguments.device} and --hidden {arguments.hidden} are not for {arguments.framework}")
+    given = {name: getattr(arguments, name) for name in ("device", "hidden", "recompute", "distributed_optimizer")}
+    given = {name: value for name, value in given.items() if value not in ("cpu", 0)}
+    if unknown := given.keys() - framework.Run.__dataclass_fields__.keys():
+        raise ValueError(f"{', '.join(sorted(unknown))} cannot be chosen for {arguments.framework}; leave it out")
     return framework.Run(
         layers=layers,
         tp=size,
@@ -177,7 +180,7 @@ def _settings(framework, arguments: argparse.Namespace, sizes: tuple[int, ...], 
         micro_batches=arguments.micro_batches,
         tied=arguments.tied,
         qk_norm=arguments.qk_norm,
-        **on_gpu,
+        **given,
     )
 
 

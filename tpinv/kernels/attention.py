@@ -23,7 +23,7 @@ from torch import Tensor
 BLOCKS = {
     2: {
         64: ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
-        128: ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2)),
+        128: ((128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
         256: ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
     },
     4: {128: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)), 256: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))},
@@ -289,27 +289,38 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, contiguous, in the shapes of q, k, v. dout like out, unit stride in d."""
-    sq, batch, heads, width = q.shape
-    sk, _, groups, _ = k.shape
-    dq, delta = torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty_like(lse)
-    constants, per_group = _constants(q, causal), heads // groups
-    dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (k, v))
+    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
-    _, (rows, keys, warps, stages), (dkv_keys, dkv_rows, dkv_warps, dkv_stages) = blocks(width, q.dtype)
+    sq, batch, heads, width = q.shape
+    delta = torch.empty_like(lse)
     delta_kernel[(triton.cdiv(sq, 64), batch * heads)](
-        out, dout, delta, *_strides(out, dout), sq, heads, DIM=width, WIDTH=constants["WIDTH"], ROWS=64, enable_fp_fusion=False
+        out, dout, delta, *_strides(out, dout), sq, heads, DIM=width, WIDTH=_constants(q, causal)["WIDTH"], ROWS=64, enable_fp_fusion=False
     )
+    fill_dkv(q, k, v, dout, lse, delta, dk, dv, scale, causal)
+    fill_dq(q, k, v, dout, lse, delta, dq, scale, causal)
+    return dq, dk, dv
+
+
+def fill_dkv(q, k, v, dout, lse, delta, dk, dv, scale: float, causal: bool) -> None:
+    sq, batch, heads, width = q.shape
+    sk, _, groups, _ = k.shape
+    per_group, constants = heads // groups, _constants(q, causal)
+    keys, rows, warps, stages = blocks(width, q.dtype)[2]
     part_dk, part_dv = (dk, dv) if per_group == 1 else q.new_empty(2, sk, batch, heads, width, dtype=torch.float32)
-    dkv_kernel[(triton.cdiv(sk, dkv_keys), batch * heads)](
+    dkv_kernel[(triton.cdiv(sk, keys), batch * heads)](
         q, k, v, dout, lse, delta, part_dk, part_dv, *_strides(q, k, v, dout, part_dk), sq, sk, heads, per_group, scale * _LOG2E, scale,
-        ROWS=dkv_rows, KEYS=dkv_keys, num_warps=dkv_warps, num_stages=dkv_stages, **constants,
+        ROWS=rows, KEYS=keys, num_warps=warps, num_stages=stages, **constants,
     )  # fmt: skip
     if per_group > 1:
         for part, whole in ((part_dk, dk), (part_dv, dv)):
             sum_heads_kernel[(sk * batch * groups,)](part, whole, width, per_group, BLOCK=constants["WIDTH"], num_warps=1)
+
+
+def fill_dq(q, k, v, dout, lse, delta, dq, scale: float, causal: bool) -> None:
+    sq, batch, heads, width = q.shape
+    rows, keys, warps, stages = blocks(width, q.dtype)[1]
     dq_kernel[(triton.cdiv(sq, rows), batch * heads)](
-        q, k, v, dout, lse, delta, dq, *_strides(q, k, v, dout, dq), sq, sk, heads, per_group, scale * _LOG2E, scale,
-        ROWS=rows, KEYS=keys, num_warps=warps, num_stages=stages, **constants,
+        q, k, v, dout, lse, delta, dq, *_strides(q, k, v, dout, dq), sq, len(k), heads, heads // k.shape[2], scale * _LOG2E, scale,
+        ROWS=rows, KEYS=keys, num_warps=warps, num_stages=stages, **_constants(q, causal),
     )  # fmt: skip
-    return dq, dk, dv

@@ -7,6 +7,8 @@
 A program holds whole rows, and several short ones (q/k norms): a row's bits depend on that row alone.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -80,7 +82,8 @@ def _terms(x_ptr, dy_ptr, scale_ptr, mean_ptr, first, col, cols, present, tokens
     """The tree over dy * normalised of rows first + START ... + COUNT, of which ``present`` exist."""
     if COUNT == 1:
         row = first + START
-        row = (row % tokens) * heads + row // tokens  # rows in the order (head, token) lie in memory as (token, head)
+        if heads != 1:  # rows in the order (head, token) lie in memory as (token, head)
+            row = (row % tokens) * heads + row // tokens
         here = tl.where(col < cols, present, 0) > START
         x = tl.load(x_ptr + row * cols + col, mask=here, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + row * cols + col, mask=here, other=0.0).to(tl.float32)
@@ -114,6 +117,7 @@ def _tile(cols: int) -> dict:
     return {"ROWS": max(1, _ELEMENTS // columns), "COLUMNS": columns, "num_warps": 4 if columns <= 4096 else 8} | _FLAGS
 
 
+@functools.cache
 def _inverse(cols: int) -> float:
     """What torch multiplies by on a GPU where a tensor is divided by ``cols``: 1 / cols in fp32."""
     return (1.0 / torch.tensor(float(cols))).item() if cols else 0.0

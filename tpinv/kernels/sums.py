@@ -10,7 +10,8 @@ An absent right child is skipped, not added as zero: -0.0 + 0.0 would lose the s
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -50,11 +51,6 @@ def column_sum_kernel(x_ptr, out_ptr, spans_ptr, cols, x_row, out_group, FAN: tl
         tl.store(out_ptr + group.to(tl.int64) * out_group + block.to(tl.int64) * cols + col, total, mask=col < cols)
 
 
-@functools.lru_cache(maxsize=1024)
-def _table(device: torch.device, spans: tuple[tuple[int, int], ...]) -> Tensor:
-    return torch.tensor(spans, dtype=torch.int32).to(device)
-
-
 Launch = Callable[[Tensor, Tensor, tuple[int, int]], None]
 
 
@@ -70,21 +66,40 @@ def _sum_rows(x: Tensor) -> Launch:
     return launch
 
 
-def _groups_sum(launch: Launch, spans: tuple[tuple[int, int], ...], cols: int, device: torch.device) -> Tensor:
-    """Sums of groups of rows, spans of (first row, rows) -> fp32 [groups, cols]; zero where a group has no rows. ``launch`` computes
-    the first level."""
+class _Level(NamedTuple):
+    """One launch: blocks of FAN rows of every group, whose first rows and counts are ``spans`` (int32 [groups, 2], on the GPU)."""
+
+    spans: Tensor
+    groups: int
+    blocks: int
+    most: int  # rows of the longest group
+    least: int
+
+
+def _levels(device: torch.device, spans: list[tuple[int, int]]) -> Iterator[_Level]:
+    """What adds up groups of rows, spans of (first row, rows), to one row each."""
     while True:
         counts = [count for _, count in spans]
         blocks = max(1, -(-max(counts) // FAN))
-        out = torch.zeros if min(counts) == 0 else torch.empty
-        partial = out(len(spans), blocks, cols, dtype=torch.float32, device=device)
-        if cols and max(counts):
-            launch(partial, _table(device, spans), (len(spans), blocks))
+        yield _Level(torch.tensor(spans, dtype=torch.int32).to(device), len(spans), blocks, max(counts), min(counts))
         if blocks == 1:
-            return partial[:, 0]
+            return
         # An empty group keeps one zero row, the value of its empty sum.
-        spans = tuple((group * blocks, max(1, -(-count // FAN))) for group, count in enumerate(counts))
-        launch = _sum_rows(partial.view(-1, cols))
+        spans = [(group * blocks, max(1, -(-count // FAN))) for group, count in enumerate(counts)]
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(device: torch.device, rows: int, tree: ReductionTree, rank: int, ranks: int) -> tuple[_Level, ...]:
+    """The leaves, then the subtrees."""
+    owned, nodes = tree.owned(rank, ranks), tree.subtrees(rank, ranks)
+    require_left_complete(tree, nodes)
+    length = rows * ranks
+    first = tree.span(Node(owned.start, owned.start), length).start
+    spans = [tree.span(Node(leaf, leaf + 1), length) for leaf in owned]
+    levels = list(_levels(device, [(span.start - first, len(span)) for span in spans]))
+    if len(nodes) < len(owned):
+        levels += _levels(device, [(node.start - owned.start, node.stop - node.start) for node in nodes])
+    return tuple(levels)
 
 
 def require_left_complete(tree: ReductionTree, nodes: tuple[Node, ...]) -> None:
@@ -115,15 +130,10 @@ def column_sum(x: Tensor, tree: ReductionTree, rank: int = 0, ranks: int = 1) ->
 
 def tree_of_rows(launch: Launch, rows: int, cols: int, device: torch.device, tree: ReductionTree, rank: int, ranks: int) -> Tensor:
     """:func:`column_sum` of rows [T/p, H] that need not lie in memory: ``launch`` forms them while it adds up their first level."""
-    tree = tree.with_float32_nodes()
-    owned = tree.owned(rank, ranks)
-    length = rows * ranks
-    first = tree.span(Node(owned.start, owned.start), length).start
-    spans = (tree.span(Node(leaf, leaf + 1), length) for leaf in owned)
-    leaves = _groups_sum(launch, tuple((span.start - first, len(span)) for span in spans), cols, device)
-    nodes = tree.subtrees(rank, ranks)
-    require_left_complete(tree, nodes)
-    if len(nodes) == len(owned):
-        return leaves
-    groups = tuple((node.start - owned.start, node.stop - node.start) for node in nodes)
-    return _groups_sum(_sum_rows(leaves), groups, cols, device)
+    for level in _plan(device, rows, tree.with_float32_nodes(), rank, ranks):
+        out = torch.zeros if level.least == 0 else torch.empty
+        partial = out(level.groups, level.blocks, cols, dtype=torch.float32, device=device)
+        if cols and level.most:
+            launch(partial, level.spans, (level.groups, level.blocks))
+        launch = _sum_rows(partial.view(-1, cols))
+    return partial[:, 0]
