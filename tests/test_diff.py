@@ -199,7 +199,9 @@ def test_calls_may_be_shards(tmp_path, capsys):
         for ranks in (1, 2):
             run_ranks(heads, ranks, str(tmp_path / name), planted)
     assert diff(tmp_path / "same/1", tmp_path / "same/2") == 0
-    (rule,) = {row.rule for row in compare_runs(Run(tmp_path / "same/1"), Run(tmp_path / "same/2"))}
+    found = compare_runs(Run(tmp_path / "same/1"), Run(tmp_path / "same/2"))
+    (rule,) = {row.rule for row in found}
+    assert [row.key.tensor for row in found] == ["input", "output", "grad_output", "grad_input"]
     assert rule == "12 calls on each of 1 and 6 on each of 2, as shards"
     assert diff(tmp_path / "same/1", tmp_path / "planted/2") == 1
     assert "first difference  step 0, forward: head input\n" in capsys.readouterr().out

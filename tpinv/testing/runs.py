@@ -191,20 +191,22 @@ def _compare(key: Key, a: list[Part], b: list[Part]) -> Comparison:
 
 
 def _compare_calls(key: Key, a: list[list[Part]], b: list[list[Part]]) -> Comparison:
-    """``a[call][rank]`` and ``b[call][rank]``, as many parts in both. Whether ranks or calls count first is taken from the bytes."""
+    """``a[call][rank]`` and ``b[call][rank]``, as many parts in both. Which calls come before the ranks is taken from the bytes."""
     if key.phase == "backward":  # which visits the calls from the last to the first, but never the ranks
         a, b = a[::-1], b[::-1]
-    orders = [
-        ([part for call in a for part in call], [part for call in b for part in call]),
-        ([part for call in a for part in call], [part for rank in zip(*b, strict=True) for part in rank]),
-        ([part for rank in zip(*a, strict=True) for part in rank], [part for call in b for part in call]),
-    ]
-    pairs = [list(zip(left, right, strict=True)) for left, right in orders]
+    divisors = [outer for outer in range(1, min(len(a), len(b)) + 1) if len(a) % outer == len(b) % outer == 0]
+    pairs = [list(zip(_ordered(a, outer), _ordered(b, outer), strict=True)) for outer in divisors]
     pairs = [order for order in pairs if all((x.shape, x.dtype) == (y.shape, y.dtype) for x, y in order)]
     rule = f"{len(a)} calls on each of {len(a[0])} and {len(b)} on each of {len(b[0])}, as shards"
     if not pairs:
         return Comparison(key, f"{rule}, of other shapes", compared=False)
     return min((_pairs(key, rule, order) for order in pairs), key=_distance)
+
+
+def _ordered(parts: list[list[Part]], outer: int) -> list[Part]:
+    """The order on one rank, when a call is (one of ``outer``, head) and ranks hold consecutive heads."""
+    inner, ranks = len(parts) // outer, range(len(parts[0]))
+    return [parts[o * inner + i][rank] for o in range(outer) for rank in ranks for i in range(inner)]
 
 
 def _shapes(parts: list[Part]) -> str:
