@@ -1,23 +1,27 @@
 """``tpinv bench gemm`` (``bench collectives`` and ``bench step`` are in files of their own): our products against cuBLAS, alternating in one run, after
-the bits were checked.
+the bits were checked; and against the same order of additions at L = 1 in Triton alone, and batch_invariant_ops where it is installed.
 
 Every time is the median over rounds in which both kernels run one after the other for the same few milliseconds, captured in
 CUDA graphs: a GPU at its power limit slows down under load, and a ratio is only fair between neighbours. With few tokens the
-weights are taken in turn from a set larger than the L2 cache, as they would be in a model. One process, one GPU.
+weights are taken in turn from a set larger than the L2 cache, as they would be in a model. What the host does for a call is timed
+apart, on a product so small that nothing else counts. One process, one GPU.
 """
 
 import argparse
 import csv
 import datetime
+import importlib
 import statistics
 import sys
+import time
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from tpinv.cli import bench_step
-from tpinv.tree import ReductionTree
+from tpinv.cli.verify import check_outputs
+from tpinv.tree import NODE_DTYPES, ReductionTree
 
 # (out-features, in-features) of the four linears of a transformer block; fc1 holds gate and up.
 MODELS = {
@@ -25,7 +29,9 @@ MODELS = {
     "qwen3-8b": {"qkv": (6144, 4096), "o": (4096, 4096), "fc1": (24576, 4096), "fc2": (4096, 12288)},
     "llama3-70b": {"qkv": (10240, 8192), "o": (8192, 8192), "fc1": (57344, 8192), "fc2": (8192, 28672)},
 }
-COLUMNS = ("product", "model", "linear", "M", "N", "K", "leaves", "kernel", "us", "cublas_us", "ratio", "tflops")
+SHAPE = ("product", "model", "linear", "M", "N", "K")
+COLUMNS = (*SHAPE, "implementation", "leaves", "node_dtype", "kernel", "us", "cublas_us", "ratio", "tflops")
+OTHERS = ("Triton", "batch_invariant_ops")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--product", nargs="+", choices=["forward", "dgrad", "wgrad"], default=["forward", "dgrad", "wgrad"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 256, 1024, 4096, 8192])
     parser.add_argument("--leaves", nargs="+", type=int, default=[1, 2, 4, 8], help="local leaves (wgrad is always one chain)")
+    parser.add_argument("--node-dtype", choices=NODE_DTYPES, default="float32", help="gemm: of the tree (default float32)")
+    parser.add_argument("--others", nargs="*", choices=OTHERS, default=OTHERS, help="gemm: what to time besides cuBLAS (default: all)")
     parser.add_argument("--milliseconds", type=float, default=10.0, help="per kernel and round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--ranks", type=int, help="collectives: one GPU each (default: all GPUs)")
@@ -42,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sizes", nargs="+", type=int, default=[1 << n for n in range(10, 29)], help="collectives: bytes of the bf16 message"
     )
     parser.add_argument("--csv", help="write every row to this file")
-    parser.add_argument("--plot", help="collectives: write a picture to this file")
+    parser.add_argument("--plot", help="gemm, collectives: write a picture to this file")
     bench_step.add_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -56,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         return bench_collectives.run(arguments)
     if arguments.what == "step":
         return bench_step.run(arguments)
+    check_outputs(arguments)
     import triton
 
     console = Console(highlight=False, width=150)
@@ -63,19 +72,29 @@ def run(arguments: argparse.Namespace) -> int:
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}, CUDA {torch.version.cuda}, bf16, "
         f"{datetime.date.today()}, tpinv bench {' '.join(sys.argv[2:])}"
     )
+    ours, torchs = _host_microseconds(arguments.node_dtype)
+    console.print(f"host, 16 x 256 x 256: {ours:.1f} us a call, torch.matmul {torchs:.1f} us; {arguments.node_dtype} nodes")
+    if OTHERS[1] in arguments.others and _batch_invariant_matmul() is None:
+        console.print("batch_invariant_ops is not installed: its column stays empty")
     rows = []
     for model in arguments.model:
         for linear in arguments.linear:
             for product in arguments.product:
                 for tokens in arguments.tokens:
                     rows += _measure(arguments, product, model, linear, tokens)
-                    console.print(" ".join(f"{value}" for value in _line(rows, arguments.leaves)))
+                    console.print(" ".join(_line(rows, arguments.leaves)))
     console.print(_table(rows, arguments.leaves))
     if arguments.csv:
+        host = dict.fromkeys(COLUMNS, "") | {"product": "host", "M": 16, "N": 256, "K": 256, "implementation": "tpinv", "leaves": 8}
+        host |= {"node_dtype": arguments.node_dtype, "us": round(ours, 2), "cublas_us": round(torchs, 2), "ratio": round(torchs / ours, 3)}
         with open(arguments.csv, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows([*rows, host])
+    if arguments.plot:
+        from tpinv.cli.plot import ratio_lines
+
+        ratio_lines(rows, arguments.plot, f"{torch.cuda.get_device_name()}, bf16, {arguments.node_dtype} nodes")
     return 0
 
 
@@ -90,30 +109,72 @@ def _operands(product: str, m: int, n: int, k: int):
 
 
 def _measure(arguments, product: str, model: str, linear: str, m: int) -> list[dict]:
-    from tpinv.kernels import tuner
+    from tpinv.kernels import counters, gemm, tuner
     from tpinv.kernels.problem import make_problems
 
+    counters.recycle()  # the graphs of the shape before are gone
     n, k = MODELS[model][linear]
     a, bs = _operands(product, m, n, k)
-    stock_out = torch.empty(a.shape[0], bs[0].shape[1], device="cuda", dtype=a.dtype)
+    stock_out = a.new_empty(a.shape[0], bs[0].shape[1])
     stock = _Timed([lambda b=b: torch.matmul(a, b, out=stock_out) for b in bs])
     rows = []
-    for leaves in arguments.leaves if product != "wgrad" else [1]:
-        tree, out = ReductionTree(leaves), stock_out.new_empty(1, *stock_out.shape)
-        problems = [make_problems(a, b.t(), out, None, tree, 0, 1, 1, "ieee")[0] for b in bs]
-        tuner.run(problems[0])  # picks a configuration, whose bits it verifies
-        kernel = tuner.choice(problems[0])
-        if not tuner.verify(problems[0], kernel):
-            raise ValueError(f"{kernel.name} does not have the canonical bits; run tpinv doctor")
-        ours = _Timed([lambda problem=problem: tuner.run(problem) for problem in problems])
-        times, stock_times = [], []
+
+    def measure(name: str, leaves: int, node_dtype: str, kernel: str, launches: list) -> None:
+        timed, times, stock_times = _Timed(launches), [], []
         for _ in range(arguments.rounds):
             stock_times.append(stock(arguments.milliseconds))
-            times.append(ours(arguments.milliseconds))
+            times.append(timed(arguments.milliseconds))
         us, cublas = statistics.median(times), statistics.median(stock_times)
-        values = (product, model, linear, m, n, k, leaves, kernel.name, round(us, 2), round(cublas, 2))
+        values = (product, model, linear, m, n, k, name, leaves, node_dtype, kernel, round(us, 2), round(cublas, 2))
         rows.append(dict(zip(COLUMNS, (*values, round(cublas / us, 3), round(2e-6 * m * n * k / us, 1)), strict=True)))
+
+    def problems(tree: ReductionTree) -> list:
+        out = stock_out.new_empty(1, *stock_out.shape)
+        return [make_problems(a, b.t(), out, None, tree, 0, 1, 1, "ieee")[0] for b in bs]
+
+    for leaves in arguments.leaves if product != "wgrad" else [1]:
+        every = problems(ReductionTree(leaves, arguments.node_dtype))
+        tuner.run(every[0])  # picks a configuration, whose bits it verifies
+        kernel = tuner.choice(every[0])
+        if not tuner.verify(every[0], kernel):
+            raise ValueError(f"{kernel.name} does not have the canonical bits; run tpinv doctor")
+        measure("tpinv", leaves, arguments.node_dtype, kernel.name, [lambda problem=problem: tuner.run(problem) for problem in every])
+
+    every = problems(ReductionTree(1)) if "Triton" in arguments.others else []
+    run_with = lambda config: [lambda problem=problem: gemm.run(problem, config) for problem in every]  # noqa: E731
+    if verified := [config for config in gemm.candidates(every[0]) if tuner.verify(every[0], config)] if every else []:
+        config = min(verified, key=lambda config: _Timed(run_with(config))(2.0))
+        measure("Triton", 1, "float32", config.name, run_with(config))
+    if OTHERS[1] in arguments.others and (matmul := _batch_invariant_matmul()):
+        measure("batch_invariant_ops", 1, "float32", "matmul_persistent", [lambda b=b: matmul(a, b) for b in bs])
     return rows
+
+
+def _batch_invariant_matmul():
+    """The product of batch_invariant_ops (Thinking Machines), or None where that is not installed. Every size has the same tile."""
+    try:
+        return importlib.import_module("batch_invariant_ops").matmul_persistent
+    except ModuleNotFoundError:
+        return None
+
+
+def _host_microseconds(node_dtype: str) -> tuple[float, float]:
+    """What a call costs the host, ours at eight leaves and torch's: medians over bursts short enough never to wait for the GPU."""
+    from tpinv import kernels
+
+    tree = ReductionTree(8, node_dtype)
+    a, b = torch.randn(16, 256, device="cuda").bfloat16(), torch.randn(256, 256, device="cuda").bfloat16()
+    medians = []
+    for call in (lambda: kernels.tree_matmul(a, b, tree), lambda: torch.matmul(a, b)):
+        bursts = []
+        for _ in range(40):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(25):
+                call()
+            bursts.append((time.perf_counter() - start) / 25 * 1e6)
+        medians.append(statistics.median(bursts[5:]))
+    return tuple(medians)
 
 
 class _Timed:
@@ -143,21 +204,25 @@ class _Timed:
         return self._replay(max(1, round(milliseconds * 1e3 / self.estimate / self.count)))
 
 
+def _label(row: dict) -> str:
+    return f"L={row['leaves']}" if row["implementation"] == "tpinv" else row["implementation"]
+
+
 def _line(rows: list[dict], leaves: list[int]) -> list[str]:
     """The newest shape's rows as the cells of one line."""
     last = rows[-1]
-    name = tuple(last[c] for c in COLUMNS[:6])
-    ratios = {row["leaves"]: row["ratio"] for row in rows if tuple(row[c] for c in COLUMNS[:6]) == name}
-    return [*map(str, name), f"{last['cublas_us']:.1f}", *(f"{ratios[n]:.2f}" if n in ratios else "" for n in leaves)]
+    shape = [last[c] for c in SHAPE]
+    ratios = {_label(row): f"{row['ratio']:.2f}" for row in rows if [row[c] for c in SHAPE] == shape}
+    return [*map(str, shape), f"{last['cublas_us']:.1f}", *(ratios.get(label, "") for label in (*(f"L={n}" for n in leaves), *OTHERS))]
 
 
 def _table(rows: list[dict], leaves: list[int]) -> Table:
-    table = Table(title="cuBLAS time / our time")
-    for column in (*COLUMNS[:6], "cuBLAS us", *(f"L={n}" for n in leaves)):
+    table = Table(title="cuBLAS time / time")
+    for column in (*SHAPE, "cuBLAS us", *(f"L={n}" for n in leaves), *OTHERS):
         table.add_column(column, justify="right")
     seen: dict[tuple, list[dict]] = {}
     for row in rows:
-        seen.setdefault(tuple(row[c] for c in COLUMNS[:6]), []).append(row)
+        seen.setdefault(tuple(row[c] for c in SHAPE), []).append(row)
     for group in seen.values():
         table.add_row(*_line(group, leaves))
     return table

@@ -1,4 +1,4 @@
-"""The pictures: of a verify run, tensors x layouts, stock beside tpinv; of two recorded runs, modules x tensors. Colour is a distance in ulp."""
+"""The pictures: of a verify run, tensors x layouts, stock beside tpinv; of two recorded runs, modules x tensors; of bench gemm, ratios."""
 
 import math
 
@@ -77,3 +77,36 @@ def _column(key) -> str:
 def _place(column: str) -> tuple[int, str]:
     kind = column if column in _KINDS else "gradient" if column.endswith(".grad") else "parameter"
     return _KINDS.index(kind), column
+
+
+def ratio_lines(rows: list[dict], path: str, title: str) -> None:
+    """The picture of ``tpinv bench gemm``: cuBLAS time / time over tokens, a panel for each linear and product."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    products = list(dict.fromkeys(row["product"] for row in rows))
+    linears = list(dict.fromkeys((row["model"], row["linear"], row["N"], row["K"]) for row in rows))
+    size = (1.2 + 2.6 * len(linears), 1.2 + 2.3 * len(products))
+    figure, axes = pyplot.subplots(len(products), len(linears), sharex=True, sharey=True, figsize=size, layout="constrained", squeeze=False)
+    names = list(dict.fromkeys((row["implementation"], row["leaves"]) for row in rows))
+    for i, product in enumerate(products):
+        for j, linear in enumerate(linears):
+            axis = axes[i][j]
+            axis.axhline(1.0, color="black", linewidth=0.6)
+            here = [row for row in rows if (row["product"], row["model"], row["linear"], row["N"], row["K"]) == (product, *linear)]
+            for color, (name, leaves) in enumerate(names):
+                line = sorted((row["M"], row["ratio"]) for row in here if (row["implementation"], row["leaves"]) == (name, leaves))
+                style = "-" if name == "tpinv" else "--"
+                label = f"L={leaves}" if name == "tpinv" else name
+                axis.plot(*zip(*line, strict=True) if line else ([], []), style, marker=".", color=f"C{color}", label=label)
+            axis.set_xscale("log", base=2)
+            axis.set_title(f"{product} {linear[1]}, N={linear[2]} K={linear[3]}\n{linear[0]}", fontsize=7)
+            axis.tick_params(labelsize=7)
+    axes[0][0].legend(fontsize=6)
+    figure.supxlabel("tokens", fontsize=9)
+    figure.supylabel("cuBLAS time / time", fontsize=9)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

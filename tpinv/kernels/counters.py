@@ -28,3 +28,8 @@ def arrivals(count: int, device: torch.device) -> torch.Tensor:
     if key not in _buffers or _buffers[key].numel() < count:
         _buffers[key] = torch.zeros(max(count, 1 << 14), dtype=torch.int32, device=device)
     return _buffers[key]
+
+
+def recycle() -> None:
+    """Gives the regions of captured launches out again. Only when every graph captured so far is gone: a benchmark makes thousands."""
+    _taken.clear()
