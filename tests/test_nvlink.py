@@ -1,9 +1,12 @@
 """The collectives over shared memory, as far as no GPU is needed: the order on symbols, what all ranks decide alike, and that the
 sources compile. test_nvlink_gpu.py runs them."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,3 +184,12 @@ def test_the_triton_kernels_compile(tree, p):
         compiled = triton.compile(ASTSource(kernel, signature, constants | extra), target=GPUTarget("cuda", 90, 32))
         ptx = compiled.asm["ptx"]
         assert "release" in ptx or ("st.relaxed.sys.global.b64" in ptx and "ld.relaxed.sys.global.b64" in ptx)
+
+
+def test_interpreted():
+    pytest.importorskip("triton")
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here / "interpreted_collectives.py")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=here.parent, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

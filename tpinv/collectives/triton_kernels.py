@@ -139,7 +139,7 @@ def one_shot_kernel(
         for s in range(owned):
             for k in tl.static_range(1, RANKS):
                 peer = (rank + k) % RANKS
-                words = tl.load(values_ptr + s.to(tl.int64) * value_words + peer.to(tl.int64) * slice_words + at)
+                words = tl.load(values_ptr + s * value_words.to(tl.int64) + peer.to(tl.int64) * slice_words + at)
                 packed = (words.to(tl.int64) & 0xFFFFFFFF) | (flag << 32)
                 _store_words(tl.load(peers_ptr + RANKS + peer) + slot + ((own + s) * count + at) * 8, packed)
     began = _now()
@@ -226,7 +226,7 @@ def two_shot_kernel(
         for s in range(owned):
             for start in range(begin, count_words, step):
                 at = tl.multiple_of(start, 4) + tl.arange(0, BLOCK)
-                words = tl.load(source + s.to(tl.int64) * value_words + at, mask=at < stop)
+                words = tl.load(source + s * value_words.to(tl.int64) + at, mask=at < stop)
                 tl.store(to + (own + s) * count + at, words, mask=at < stop)
     _signal(peers_ptr, rank, value, RANKS)
     _wait(peers_ptr, rank, value, timeout, report, epochs_ptr, RANKS)
