@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
                         step = bench.Step(layers, tp, sp, leaves, num_layers=arguments.num_layers, profile=bool(arguments.profile) and last)
                         result = pool.run(bench.measure, tp, step, timeout=600, device="cuda")[0]
                         kernels += [(layers, tp, leaves, *kernel) for kernel in result.pop("kernels", [])]
+                        console.print(layers, f"TP={tp}", *(f"{name} {value:.6g}" for name, value in result.items()))
                         rows.append(
                             {"tp": tp, "sp": sp, "leaves": leaves, "num_layers": arguments.num_layers, "round": turn, "layers": layers}
                             | result

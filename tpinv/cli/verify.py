@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="cpu", choices=["cpu", "cuda"], help="cuda: NCCL if every rank has a GPU, else ranks share GPUs over gloo"
     )
     parser.add_argument("--hidden", type=int, default=0, help="hidden size, about, with heads of 128 (default: as small as can be)")
+    parser.add_argument("--num-layers", type=int, default=0, help="transformer layers (default 2)")
     parser.add_argument("--leaves", type=int, default=8, help="leaves of the tree, a multiple of every size (default 8; 24 for 3 and 6)")
     parser.add_argument("--variant", default="llama", choices=["llama", "gpt"], help=VARIANTS)
     parser.add_argument("--tied", action="store_true", help="share the embedding with the output layer")
@@ -164,7 +165,7 @@ def _environment_of_workers(device: str):
 
 
 def _settings(framework, arguments: argparse.Namespace, sizes: tuple[int, ...], layers: str, size: int, sp: bool):
-    given = {name: getattr(arguments, name) for name in ("device", "hidden", "recompute", "distributed_optimizer")}
+    given = {name: getattr(arguments, name) for name in ("device", "hidden", "num_layers", "recompute", "distributed_optimizer")}
     given = {name: value for name, value in given.items() if value not in ("cpu", 0)}
     if unknown := given.keys() - framework.Run.__dataclass_fields__.keys():
         raise ValueError(f"{', '.join(sorted(unknown))} cannot be chosen for {arguments.framework}; leave it out")
