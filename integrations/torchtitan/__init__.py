@@ -7,7 +7,7 @@ adapters and checkpoints stay TorchTitan's. Initial weights are drawn whole on e
 their exact norm (clip.py). What is not covered is a ValueError before anything is built.
 """
 
-from tpinv.integrations.torchtitan import cpu  # isort: skip  # noqa: F401  before torchtitan's own modules, which read the device once
+from tpinv.integrations.torchtitan import compat  # isort: skip  # noqa: F401  before torchtitan's own modules, which read the device once
 from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper
 from torchtitan.config import Configurable
 from torchtitan.config.configs import CompileConfig, DebugConfig, ParallelismConfig

@@ -20,8 +20,11 @@ def install() -> None:
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False, **options) -> Tensor:
-    """As the stock function. The sum of squares is one of integers over all ranks of the job, so FSDP, TP and pipeline need no order."""
+def clip_grad_norm_(
+    parameters, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False, *, group=None, **options
+) -> Tensor:
+    """As the stock function. The sum of squares is one of integers over all ranks of the job (or of ``group``), so FSDP, TP and pipeline
+    need no order."""
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     ours = [hasattr(parameter, "tpinv_counted") for parameter in parameters]
     if not any(ours):
@@ -31,7 +34,7 @@ def clip_grad_norm_(parameters, max_norm: float, norm_type: float = 2.0, error_i
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     grads = [local(parameter.grad) for parameter in parameters]
     counted = [grad for parameter, grad in zip(parameters, grads, strict=True) if _counts(parameter)]
-    norm = norm_of(counted, norm_type=norm_type, device=grads[0].device if grads else None)
+    norm = norm_of(counted, group=group, norm_type=norm_type, device=grads[0].device if grads else None)
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(f"the total norm of the gradients is {norm.item()}, so it cannot be clipped")
     scale_to_norm_(grads, max_norm, norm)

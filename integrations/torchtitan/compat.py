@@ -1,7 +1,8 @@
-"""Lets TorchTitan 0.3.0 run without an accelerator, on gloo. Import it before anything else of torchtitan, which reads the device once.
+"""Lets TorchTitan 0.3.0 run without an accelerator (on gloo), and be imported below torch 2.14, which it is made for. Import it before
+anything else of torchtitan, which reads the device once.
 
-``torch.cpu`` lacks some functions of ``torch.cuda`` that the trainer's metrics call; torch below 2.14 lacks a name that the trainer
-calls after its first step. On a machine with a GPU that is visible nothing is changed.
+``torch.cpu`` lacks some functions of ``torch.cuda`` that the trainer's metrics call. torch below 2.14 lacks a function that the trainer
+calls after its first step, below 2.12 a class that is only passed on to FSDP. Where nothing is lacking nothing is changed.
 """
 
 import os
@@ -9,6 +10,7 @@ import types
 
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp
 from torchtitan.tools import utils
 
 
@@ -30,3 +32,5 @@ if not torch.cuda.is_available():
     utils.device_type, utils.device_module = "cpu", _cpu_module()
 if not hasattr(dist, "set_timeout"):
     dist.set_timeout = lambda timeout, group=None: dist.distributed_c10d._set_pg_timeout(timeout, group)
+if not hasattr(dist.fsdp, "DataParallelMeshDims"):
+    dist.fsdp.DataParallelMeshDims = types.SimpleNamespace

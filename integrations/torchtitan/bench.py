@@ -1,0 +1,200 @@
+"""Times a training step of Llama-3-8B's layers, stock against tpinv, after comparing the bytes of one GPU with those of all of them.
+
+    torchrun --nproc_per_node 2 -m tpinv.integrations.torchtitan.bench --layers 4 --tokens 4096
+
+One sequence, bf16 parameters, sequence parallelism, AdamW, backend spmd_types without FSDP (so torch 2.11 will do). Stock attention is
+torch's fastest SDPA. Rank 0 alone computes TP = 1. Parts beyond ``--seconds`` are left out.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import os
+import statistics
+import time
+import traceback
+
+from tpinv.integrations.torchtitan import verify  # isort: skip  # before torchtitan
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchtitan.components.loss import CrossEntropyLoss
+from torchtitan.config import ParallelismConfig, apply_overrides
+from torchtitan.config.override import OverrideConfig
+from torchtitan.distributed import utils
+from torchtitan.distributed.activation_checkpoint import SelectiveAC
+from torchtitan.distributed.spmd_types import set_current_spmd_mesh
+from torchtitan.models import llama3
+from torchtitan.models.common.attention import ScaledDotProductAttention
+from torchtitan.tools.utils import set_default_dtype
+
+from tpinv.collectives import Ranks
+from tpinv.functional.operators import ALONE
+from tpinv.integrations.torchtitan import checkpointing, clip
+from tpinv.integrations.torchtitan.loss import CrossEntropyLoss as InvariantLoss
+from tpinv.testing.text import real_text
+
+RECORDED = 3  # steps whose bytes are compared
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where there is no GPU the flow can be tried, with a debug model
+
+
+class Dims:
+    """What modules ask of ParallelDims, for tensor parallelism over all ranks."""
+
+    dp_replicate = dp_shard = cp = ep = pp = 1
+    spmd_backend = "spmd_types"
+
+    def __init__(self, tp: int):
+        self.tp = tp
+        self.mesh = dist.init_device_mesh(DEVICE, (1, 1, tp), mesh_dim_names=("dp", "cp", "tp"))
+
+    def get_optional_mesh(self, axes, **_):
+        return self.mesh[axes if isinstance(axes, str) else tuple(axes)]
+
+
+class Model:
+    """A model, its loss and its optimizer on this rank."""
+
+    def __init__(self, arguments, layers: str, dims: Dims | None, *, compiled: bool = False):
+        self.context = contextlib.nullcontext if dims is None else lambda: set_current_spmd_mesh(dims.mesh)
+        tp = dims.tp if dims else 1
+        config = llama3.model_registry(arguments.flavor, attn_backend="flex").model
+        config.layers = config.layers[: arguments.layers]
+        for layer in config.layers:
+            layer.attention.inner_attention = ScaledDotProductAttention.Config()
+            layer.attention.rope = dataclasses.replace(layer.attention.rope, max_seq_len=arguments.tokens)
+        parallelism = ParallelismConfig(tensor_parallel_degree=tp)
+        config.update_from_config(config=dataclasses.make_dataclass("Settings", [("parallelism", ParallelismConfig)])(parallelism))
+        if layers == "tpinv":
+            apply_overrides(OverrideConfig(imports=[verify.OVERRIDE]), config)
+        torch.manual_seed(0)
+        with torch.device("meta"), set_default_dtype(torch.bfloat16):
+            self.model = config.build()
+        if dims is not None:
+            self.model.parallelize(dims)
+        if compiled:
+            policy = checkpointing.SelectiveAC if layers == "tpinv" else SelectiveAC
+            policy.Config().build().apply(self.model)
+        self.model.to_empty(device=DEVICE)
+        rank = dist.get_rank() if dims else 0
+        with torch.no_grad(), verify.drawn_whole(Ranks(None, rank, tp)) if layers == "stock" else contextlib.nullcontext():
+            self.model.init_weights(buffer_device=None)
+        if compiled:
+            for block in self.model.layers.children():
+                block.compile(fullgraph=True)
+        kind = InvariantLoss if layers == "tpinv" else CrossEntropyLoss
+        self.loss = kind.Config(global_vocab_size=config.vocab_size).build()
+        alone = layers == "tpinv" and dims is None  # not the norm of all ranks, some of which wait
+        self.clip = functools.partial(clip.clip_grad_norm_, group=ALONE) if alone else utils.clip_grad_norm_
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        text = real_text()
+        self.tokens, self.labels = (text[shift : shift + arguments.tokens].view(1, -1).to(DEVICE) for shift in (0, 1))
+
+    def step(self, look=None) -> Tensor:
+        with self.context():
+            loss, _ = self.loss(self.model(self.tokens), self.labels, torch.tensor(self.labels.numel(), device=DEVICE))
+            loss.backward()
+        if look is not None:
+            look()
+        norm = self.clip(list(self.model.parameters()), 1.0, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return torch.stack([loss.detach().float(), norm.float()])
+
+    def record(self) -> dict[str, Tensor]:
+        """Whole tensors: logits, gradients of the first step, losses and norms, parameters after the last."""
+        with torch.no_grad(), self.context():
+            found = {"logits": self.whole(self.model(self.tokens), -1)}
+
+        def gradients():
+            for name, parameter in self.model.named_parameters():
+                found[f"grad/{name}"] = self.whole(parameter.grad, verify.shard_dim(self.model, name))
+
+        found["loss, norm"] = torch.stack([self.step(gradients if i == 0 else None) for i in range(RECORDED)])
+        for name, parameter in self.model.named_parameters():
+            found[f"final/{name}"] = self.whole(parameter.detach(), verify.shard_dim(self.model, name))
+        return {name.replace("._checkpoint_wrapped_module", ""): tensor for name, tensor in found.items()}
+
+    def whole(self, tensor: Tensor, dim: int | None) -> Tensor:
+        if dim is None or self.context is contextlib.nullcontext:
+            return tensor.clone()
+        tensor = tensor.contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts, dim)
+
+    def milliseconds(self, steps: int = 8) -> tuple[float, float]:
+        """Median of a step, and the peak of memory in GiB."""
+        if DEVICE == "cpu":
+            return 0.0, 0.0
+        self.step(), self.step()
+        torch.cuda.reset_peak_memory_stats()
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            self.step()
+            mark.record()
+        torch.cuda.synchronize()
+        times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+        return statistics.median(times), torch.cuda.max_memory_allocated() / 2**30
+
+
+def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    return [n for n, t in expected.items() if not torch.equal(found[n].contiguous().view(torch.uint8), t.contiguous().view(torch.uint8))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--flavor", default="8B", help="of TorchTitan's llama3 (default 8B)")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--seconds", type=float, default=600.0)
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(device_id=torch.device("cuda", torch.cuda.current_device()) if DEVICE == "cuda" else None)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.autograd.set_multithreading_enabled(False)
+    utils.set_spmd_backend("spmd_types")
+    dims = Dims(world)
+    reference: dict[tuple[str, bool], dict[str, Tensor]] = {}  # a compiled block rounds less often than an eager one
+    if rank == 0:
+        print(f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}, torch {torch.__version__}, {arguments}", flush=True)
+
+    def part(layers: str, tp: int, compiled: bool) -> None:
+        if tp == 1 and rank:
+            return
+        begun = time.monotonic()
+        model = Model(arguments, layers, None if tp == 1 else dims, compiled=compiled)
+        recorded = model.record()
+        said = ""
+        if rank == 0:
+            expected = reference.setdefault((layers, compiled), recorded)
+            wrong = [] if recorded is expected else differing(recorded, expected)
+            said = "reference" if recorded is expected else f"{len(wrong)} of {len(expected)} differ {wrong[:3]}"
+            said += f", losses {[round(x, 6) for x in recorded['loss, norm'][:, 0].tolist()]}"
+        del recorded
+        milliseconds, memory = model.milliseconds()
+        if rank == 0:
+            name = f"{layers} TP={tp}{' compiled, selective checkpointing' if compiled else ''}"
+            print(f"{name}: {milliseconds:.2f} ms, {memory:.2f} GiB; {said}; {time.monotonic() - begun:.0f} s", flush=True)
+
+    for compiled in (False, True):
+        for layers in ("tpinv", "stock"):
+            for tp in sorted({1, world}):
+                late = torch.tensor(time.monotonic() - started > arguments.seconds, device=DEVICE)
+                dist.broadcast(late, 0)
+                if late:
+                    continue
+                try:
+                    part(layers, tp, compiled)
+                except Exception:
+                    print(f"rank {rank}: {layers} TP={tp} compiled={compiled}\n{traceback.format_exc()}", flush=True)
+                torch.cuda.empty_cache()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
