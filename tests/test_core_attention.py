@@ -1,0 +1,35 @@
+"""core_attention refuses what it cannot compute. What it computes: interpreted_step.py on a CPU, test_gpu_step.py on a GPU."""
+
+import pytest
+import torch
+
+from tpinv.functional import core_attention, swiglu
+
+q, kv = torch.zeros(5, 2, 6, 8), torch.zeros(5, 2, 3, 8)
+
+
+@pytest.mark.parametrize(
+    "query, key, value, message",
+    [
+        (q[0], kv, kv, "must be"),
+        (q, kv, kv[:4], "must be"),
+        (q, kv[:, :1], kv[:, :1], "must be"),
+        (q[:, :, :4], kv, kv, "g dividing h"),
+        (q, kv[:0], kv[:0], "sk at least 1"),
+        (q, kv[:4], kv[:4], "5 queries over 4 keys"),
+        (q.half(), kv, kv, "dtypes must agree"),
+        (q, kv, kv, "query is on the CPU"),
+    ],
+)
+def test_refusals(query, key, value, message):
+    with pytest.raises(ValueError, match=message):
+        core_attention(query, key, value)
+
+
+def test_swiglu_is_its_two_steps_and_wants_both():
+    from tpinv.functional import silu
+
+    x = torch.randn(3, 5, 14, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(swiglu(x), silu(x[..., :7]) * x[..., 7:])
+    with pytest.raises(ValueError, match="gate and up side by side"):
+        swiglu(x[..., :13])
