@@ -151,7 +151,7 @@ class record:
     def _add(self, phase: str, module: str, name: str, tensor: Tensor, *, mark: tuple[int, int] | None = None, stride: int = 1) -> None:
         """``mark``: the tensor is sharded, on this dimension with this stride. ``stride``: if it is, that of its last dimension."""
         with torch.no_grad():
-            if isinstance(tensor, dist.tensor.DTensor):
+            if hasattr(tensor, "full_tensor"):  # a DTensor, whose import takes a second for those who have none
                 tensor, mark = tensor.full_tensor(), None
             value = tensor.detach().to("cpu", copy=True).contiguous()
         mark = next((mark for pattern, mark in self.shards.items() if pattern.search(f"{module}/{name}")), mark)
