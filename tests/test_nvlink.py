@@ -12,7 +12,15 @@ import pytest
 import torch
 from hostile import hostile
 
-from tpinv import ReductionTree, reduce_add_rms_norm, rms_norm, tree_all_reduce, tree_reduce_scatter
+from tpinv import (
+    ReductionTree,
+    reduce_add_rms_norm,
+    rms_norm,
+    row_parallel_add_rms_norm,
+    row_parallel_linear,
+    tree_all_reduce,
+    tree_reduce_scatter,
+)
 from tpinv.collectives import nvlink, resolve, schedule, symmetric
 from tpinv.kernels import cuda
 from tpinv.reference import torch_node_dtype
@@ -126,10 +134,16 @@ def compiled():
         hidden, normed = reduce_add_rms_norm(mine, residual, weight, 1e-6, tree=tree)
         assert_bitwise_equal(hidden, residual + tree_all_reduce(mine, tree=tree, out_dtype=torch.bfloat16))
         assert_bitwise_equal(normed, rms_norm(hidden, weight, 1e-6, tree=tree))
+        x, w = (hostile("normal", shape, torch.bfloat16, group.rank) for shape in ((48, 48 // group.size), (5, 48 // group.size)))
+        hidden, normed = row_parallel_add_rms_norm(x, w, residual, weight, 1e-6, tree=tree)
+        assert_bitwise_equal(hidden, residual + row_parallel_linear(x, w, tree=tree))
+        assert_bitwise_equal(normed, rms_norm(hidden, weight, 1e-6, tree=tree))
     with pytest.raises(ValueError, match=r"values \(\d, 48, 5\), residual \(48, 5\), weight \(4,\) must be"):
         reduce_add_rms_norm(mine, residual, weight[:4], tree=tree)
-    with pytest.raises(ValueError, match="has no gradient"):
-        reduce_add_rms_norm(mine, residual, weight.requires_grad_(), tree=tree)
+    weight.requires_grad_()
+    for function, arguments in ((reduce_add_rms_norm, (mine, residual, weight)), (row_parallel_add_rms_norm, (x, w, residual, weight))):
+        with pytest.raises(ValueError, match="this fusion has no gradient"):
+            function(*arguments, tree=tree)
 
 
 @pytest.mark.parametrize("p", [2, 6])

@@ -1,7 +1,7 @@
 """Functions with gradients: the only place that knows the tree and the group. Each file names every sum and whether it is cut."""
 
 from tpinv.functional.activation import gelu, silu, swiglu
-from tpinv.functional.add_norm import reduce_add_rms_norm
+from tpinv.functional.add_norm import reduce_add_rms_norm, row_parallel_add_rms_norm
 from tpinv.functional.attention import core_attention
 from tpinv.functional.cross_entropy import vocab_parallel_cross_entropy, vocab_parallel_log_probs
 from tpinv.functional.embedding import vocab_parallel_embedding
@@ -16,6 +16,7 @@ __all__ = [
     "layer_norm",
     "reduce_add_rms_norm",
     "rms_norm",
+    "row_parallel_add_rms_norm",
     "row_parallel_linear",
     "silu",
     "swiglu",

@@ -1,4 +1,4 @@
-"""What stands between two linears of a transformer block, in one call: all-reduce, residual add, RMSNorm.
+"""What stands between two linears of a transformer block, in one call: (row-parallel linear,) all-reduce, residual add, RMSNorm.
 
 For inference (no gradient). Decode spends its time on launches and on small messages; where the ranks share memory and the message
 is small this is one kernel, elsewhere it is the separate operations. The bytes are the same, so that a trainer may use
@@ -11,7 +11,9 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from tpinv import reference
 from tpinv.collectives import all_reduce_add_norm, resolve, tree_all_reduce
+from tpinv.functional import products
 from tpinv.functional.norm import rms_norm
+from tpinv.functional.shapes import rows
 from tpinv.tree import ReductionTree
 
 _library = torch.library.Library("tpinv", "FRAGMENT")
@@ -19,6 +21,24 @@ _library.define(
     "reduce_add_rms_norm(Tensor values, Tensor residual, Tensor weight, float eps, int leaves, str node_dtype, str group) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
+
+
+def row_parallel_add_rms_norm(
+    x: Tensor, weight: Tensor, residual: Tensor, norm_weight: Tensor, eps: float = 1e-5, *, tree: ReductionTree, group=None
+) -> tuple[Tensor, Tensor]:
+    """``hidden = residual + row_parallel_linear(x, weight)`` and ``rms_norm(hidden, norm_weight, eps)``, bit for bit.
+
+    x [..., K/p], weight [N, K/p] and residual [..., N] share a dtype. Returns and raises as :func:`reduce_add_rms_norm`.
+    """
+    _refuse_gradient(x, weight, residual, norm_weight)
+    ranks = resolve(group)
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} must both end in this rank's in-features")
+    reference.check_dtypes(x=x, weight=weight, residual=residual)
+    tree.leaf_length(weight.shape[1] * ranks.size, "in_features")
+    values = products.tree_product(rows(x), weight.t(), tree, ranks)
+    values = values.view(len(values), *x.shape[:-1], weight.shape[0])
+    return reduce_add_rms_norm(values, residual, norm_weight, eps, tree=tree, group=ranks)
 
 
 def reduce_add_rms_norm(
@@ -36,8 +56,7 @@ def reduce_add_rms_norm(
     Raises:
         ValueError: shapes that do not fit, or what tree_all_reduce raises.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (values, residual, weight)):
-        raise ValueError("reduce_add_rms_norm has no gradient; use tree_all_reduce and rms_norm, or call it under torch.no_grad()")
+    _refuse_gradient(values, residual, weight)
     if values.shape[1:] != residual.shape or residual.dim() < 1 or weight.shape != residual.shape[-1:]:
         raise ValueError(
             f"values {tuple(values.shape)}, residual {tuple(residual.shape)}, weight {tuple(weight.shape)} must be [S, ..., H], [..., H], [H]"
@@ -49,6 +68,11 @@ def reduce_add_rms_norm(
         return _separate(values, residual, weight, eps, tree, ranks)
     name = ranks.group.group_name
     return torch.ops.tpinv.reduce_add_rms_norm(values, residual, weight, eps, tree.leaves, tree.node_dtype, name)
+
+
+def _refuse_gradient(*tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise ValueError("this fusion has no gradient; use the separate operations, or call it under torch.no_grad()")
 
 
 def _separate(values, residual, weight, eps, tree, ranks) -> tuple[Tensor, Tensor]:
