@@ -12,7 +12,8 @@
 // one_shot with slice > 0 and two_shot_scatter are reduce-scatters: they stop at the finished slice.
 //
 // Ordering, one_shot. A word of 8 bytes carries 4 bytes of payload and the flag of this call. It is written and read by one
-// relaxed access of system scope, which is single-copy atomic: who sees the flag sees the payload. No fence, no barrier.
+// relaxed access of system scope, which is single-copy atomic: who sees the flag sees the payload. No fence, no barrier. Flags
+// repeat after 2^32 - 1 calls; a stale word passes for a fresh one only if nothing was stored there for exactly so many.
 //
 // Ordering, two_shot. All threads of a block store payload; bar.sync; one thread per peer stores the flag with st.release.sys,
 // which is cumulative over the bar.sync: the payload of the whole block is visible before the flag. The receiver polls with
