@@ -13,7 +13,7 @@ import torch.distributed as dist
 from hostile import hostile, sum_of
 from one_gpu import OneGpu, same_bytes, subtree_values
 
-from tpinv import reference, tree_all_reduce, tree_reduce_scatter
+from tpinv import reference, rms_norm, row_parallel_add_rms_norm, row_parallel_linear, tree_all_reduce, tree_reduce_scatter
 from tpinv.collectives import nvlink, resolve, schedule, symmetric
 from tpinv.kernels import cuda
 from tpinv.testing import RankPool, assert_bitwise_equal, compare, order_probe, tree_shape
@@ -184,6 +184,11 @@ def shared_memory() -> dict:
         return out
     with torch.inference_mode():
         out["inference"] = tree_all_reduce(mine, tree=tree, out_dtype=torch.bfloat16)
+        whole = [hostile("normal", shape, torch.bfloat16, seed) for seed, shape in enumerate(((6, 384), (64, 384), (6, 64), (64,)))]
+        x, w, residual, norm = (t.chunk(group.size, 1)[group.rank].cuda() if t.shape[-1] == 384 else t.cuda() for t in whole)
+        out["fused"] = row_parallel_add_rms_norm(x, w, residual, norm, tree=tree)
+        hidden = residual + row_parallel_linear(x, w, tree=tree)
+        out["separate"] = hidden, rms_norm(hidden, norm, tree=tree)
     big = mine.repeat(1, 40, 8)  # two-shot
     out["two_shot"] = tree_all_reduce(big, tree=tree, out_dtype=torch.bfloat16)[:48, :50]
     # A graph: captured once, replayed with new values.
@@ -218,6 +223,8 @@ def test_processes_over_shared_memory(pool, p):
         for factor in (1.0, 2.0, 4.0):
             for actual in result[f"graph {factor}"]:
                 assert_bitwise_equal(actual, result["expected"], f"graph {factor} on rank {rank}")
+        for actual, expected in zip(result["fused"], result["separate"], strict=True):
+            assert_bitwise_equal(actual, expected, f"fused on rank {rank}")
     assert_bitwise_equal(torch.cat([r["scattered"] for r in results]), results[0]["expected"])
     if p >= 4:
         assert compare(results[0]["gloo"], results[0]["float32"])  # the stock sum over the same ranks
