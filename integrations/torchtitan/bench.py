@@ -57,6 +57,7 @@ class Model:
     """A model, its loss and its optimizer on this rank."""
 
     def __init__(self, arguments, layers: str, dims: Dims | None, *, compiled: bool = False):
+        self.before = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
         self.context = contextlib.nullcontext if dims is None else lambda: set_current_spmd_mesh(dims.mesh)
         tp = dims.tp if dims else 1
         config = llama3.model_registry(arguments.flavor, attn_backend="flex").model
@@ -125,7 +126,7 @@ class Model:
         return torch.cat(parts, dim)
 
     def milliseconds(self, steps: int = 8) -> tuple[float, float]:
-        """Median of a step, and the peak of memory in GiB."""
+        """Median of a step, and the peak of memory in GiB, without what was there before this model."""
         if DEVICE == "cpu":
             return 0.0, 0.0
         self.step(), self.step()
@@ -137,7 +138,7 @@ class Model:
             mark.record()
         torch.cuda.synchronize()
         times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
-        return statistics.median(times), torch.cuda.max_memory_allocated() / 2**30
+        return statistics.median(times), (torch.cuda.max_memory_allocated() - self.before) / 2**30
 
 
 def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:

@@ -89,6 +89,7 @@ class _CrossEntropy(torch.autograd.Function):
             from tpinv.kernels import cross_entropy
 
             index = index.squeeze(-1).masked_fill(~owned, -1).masked_fill(ignored, -2)
+            dloss = dloss.contiguous()  # the gradient of a sum is one number, expanded: the kernel would read past it
             dx = cross_entropy.vocab_grad(x, top, total, index, dloss, 1.0 - smoothing, smoothing / vocab)
         else:
             dx = (x.float() - top.unsqueeze(-1)).exp_().div_(total.unsqueeze(-1))
