@@ -14,6 +14,7 @@ from torchtitan.models import llama3, qwen3
 from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.tools.utils import set_default_dtype
 
+from tpinv.functional import linear
 from tpinv.integrations.torchtitan.verify import OVERRIDE, Run, real_text, running, shard_dim
 from tpinv.layers import shard
 
@@ -86,3 +87,21 @@ def clipped(run: Run):
         stranger = torch.nn.Parameter(torch.ones(3))
         stranger.grad = torch.full((3,), 2.0)
         return norm, dist_utils.clip_grad_norm_([stranger], 100.0), dist_utils.clip_grad_norm_.stock([stranger], 100.0)
+
+
+def products(run: Run) -> int:
+    """How often the forward of a linear is computed in one forward and backward pass."""
+    calls, stock = [], (linear.column_parallel_linear, linear.row_parallel_linear)
+
+    def counted(function):
+        return lambda *args, **kwargs: (calls.append(function), function(*args, **kwargs))[1]
+
+    linear.column_parallel_linear, linear.row_parallel_linear = map(counted, stock)
+    try:
+        with running(run) as trainer:
+            trainer.losses = []
+            batch, labels = next(iter(trainer.dataloader))
+            trainer.forward_backward_step(input_dict=batch, labels=labels, global_valid_tokens=torch.tensor(labels.numel()))
+    finally:
+        linear.column_parallel_linear, linear.row_parallel_linear = stock
+    return len(calls)

@@ -1,0 +1,90 @@
+"""The torch operators of a block: the bytes of the functions, opaque to the compiler, and their gradients registered."""
+
+import pytest
+import torch
+
+from tpinv import ReductionTree, column_parallel_linear, rms_norm, row_parallel_linear
+from tpinv.functional import operators, swiglu
+from tpinv.functional.operators import ALONE, group_name
+from tpinv.testing import assert_bitwise_equal, run_ranks
+
+TREE = ReductionTree(8)
+LINEAR = (8, "float32", "")
+
+
+def cases() -> dict:
+    ops = torch.ops.tpinv
+    x, weight, bias, scale = (torch.randn(shape) for shape in ((5, 3, 64), (32, 64), (32,), (64,)))
+    return {
+        "column": (ops.column_parallel_linear, (x, weight, None, *LINEAR, False, 1), lambda x, w: column_parallel_linear(x, w, tree=TREE)),
+        "fc1": (
+            ops.column_parallel_linear,
+            (x, weight, bias, *LINEAR, False, 2),
+            lambda x, w, b: column_parallel_linear(x, w, b, tree=TREE, stride=2),
+        ),
+        "row": (ops.row_parallel_linear, (x, weight, bias, *LINEAR, False), lambda x, w, b: row_parallel_linear(x, w, b, tree=TREE)),
+        "norm": (ops.rms_norm, (x, scale, 1e-5, 8, "", False, False), lambda x, w: rms_norm(x, w, 1e-5, tree=TREE)),
+        "swiglu": (ops.swiglu, (x,), swiglu),
+    }
+
+
+@pytest.mark.parametrize("name", cases())
+def test_the_bytes_of_the_function(name):
+    operator, arguments, function = cases()[name]
+    inputs = [a.requires_grad_() for a in arguments if isinstance(a, torch.Tensor)]
+    y, expected = operator(*arguments), function(*inputs)
+    dy = torch.randn_like(y)
+    assert_bitwise_equal(y, expected)
+    for found, wanted in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy), strict=True):
+        assert_bitwise_equal(found, wanted)
+    with torch.inference_mode():
+        assert_bitwise_equal(operator(*arguments), expected)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_opcheck(name):
+    operator, arguments, _ = cases()[name]
+    wants_all = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
+    torch.library.opcheck(operator.default, tuple(wants_all))
+    frozen_input = [wants_all[0].detach(), *wants_all[1:]]
+    if len(frozen_input) > 1:
+        torch.library.opcheck(operator.default, tuple(frozen_input))
+
+
+def compiled_block(sequence_parallel: bool):
+    """A column- and a row-parallel linear in one graph, on the default group; whole results."""
+    import torch.distributed as dist
+
+    from tpinv.collectives import all_gather, resolve
+    from tpinv.layers import shard
+
+    ranks, ops = resolve(), torch.ops.tpinv
+    torch.manual_seed(0)
+    x, up, down = (torch.randn(shape) for shape in ((8, 2, 64), (128, 64), (64, 128)))
+    parts = [shard(up, 0, ranks.rank, ranks.size), shard(down, 1, ranks.rank, ranks.size)]
+    x = shard(x, 0, ranks.rank, ranks.size) if sequence_parallel else x
+    inputs = [t.requires_grad_() for t in (x, *parts)]
+    settings = (8, "float32", group_name(ranks), sequence_parallel)
+
+    def block(x, up, down):
+        return x + ops.row_parallel_linear(ops.column_parallel_linear(x, up, None, *settings, 1), down, None, *settings)
+
+    y = torch.compile(block, backend="aot_eager", fullgraph=True)(*inputs)
+    eager = block(*inputs)
+    assert_bitwise_equal(y, eager)
+    dx, dup, ddown = torch.autograd.grad(y.square().sum(), inputs)
+    dist.barrier()
+    whole = (lambda t: all_gather(t, ranks)) if sequence_parallel else lambda t: t
+    return whole(y.detach()), whole(dx), all_gather(dup, ranks), all_gather(ddown, ranks, dim=1)
+
+
+@pytest.mark.parametrize("ranks, sequence_parallel", [(2, False), (4, True)])
+def test_full_graphs_over_ranks(ranks, sequence_parallel):
+    alone = run_ranks(compiled_block, 1, False, timeout=200)[0]
+    for found in run_ranks(compiled_block, ranks, sequence_parallel, timeout=200):
+        for tensor, expected in zip(found, alone, strict=True):
+            assert_bitwise_equal(tensor, expected)
+
+
+def test_a_lone_rank_has_no_name():
+    assert group_name(ALONE) == "" and operators.ALONE.size == 1
