@@ -94,7 +94,7 @@ def test_cross_entropy(vocab, leaves, smooth):
     top = x.float().amax(-1)
     assert_bitwise_equal(cross_entropy.row_max(x), top, "maximum")
     shifted = x.float() - top.unsqueeze(-1)
-    for ranks in (p for p in (1, 2, 3, 8) if leaves % p == 0 and vocab % p == 0):
+    for ranks in (p for p in (1, 3, 8) if leaves % p == 0 and vocab % p == 0):
         for rank in {0, ranks - 1}:
             part = slice(rank * vocab // ranks, (rank + 1) * vocab // ranks)
             values = cross_entropy.vocab_sums(x[:, part], top, tree, rank, ranks, shifted=True)

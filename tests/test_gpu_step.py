@@ -97,6 +97,25 @@ def test_cross_entropy(vocab, smooth, dtype, plain):
         assert_bitwise_equal(a, b, name)
 
 
+def test_gradients_that_are_one_number_expanded():
+    """sum() hands back a gradient of stride 0; every kernel must read it as the tensor it stands for."""
+    logits, target = jobs.make("logits", 40, 1000), torch.arange(40, device="cuda")
+    x, table = jobs.make("x", 40, 1024), jobs.make("table", 50, 1024)
+    functions = {
+        "loss": (lambda t: functional.vocab_parallel_cross_entropy(t, target, tree=TREE), logits),
+        "norm": (lambda t: functional.rms_norm(t, table[0], tree=TREE), x),
+        "swiglu": (functional.swiglu, x),
+        "silu": (functional.silu, x),
+        "embedding": (lambda t: functional.vocab_parallel_embedding(target, t), table),
+        "attention": (lambda t: functional.core_attention(*(t.view(40, 1, 8, 128),) * 3), x),
+    }
+    for name, (function, value) in functions.items():
+        one = torch.ones((), dtype=function(value).dtype, device="cuda")
+        shape = function(value).shape
+        expanded, dense = grads(function, one.expand(shape), value), grads(function, one.expand(shape).contiguous(), value)
+        assert_bitwise_equal(expanded[1], dense[1], name)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_swiglu_and_embedding(dtype, plain):
     x, dy = jobs.make("x", 65, 2 * 700, dtype=dtype), jobs.make("dy", 65, 700, dtype=dtype)

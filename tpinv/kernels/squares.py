@@ -29,23 +29,7 @@ def _power(exponent):
 
 
 @triton.jit
-def _bin_of(value):
-    """The bin of a float64's leading bit; that of 0.0 is below all."""
-    return ((value.to(tl.int64, bitcast=True) >> 52) - 1023 - _LOWEST) // _BITS
-
-
-@triton.jit
-def _take(rest, sums, slots, bin):
-    """Moves what lies in ``bin`` and above from ``rest`` to the bin's counter."""
-    unit = bin * _BITS + _LOWEST
-    anchor = 1.5 * _power(unit + 52)
-    multiple = (rest + anchor) - anchor
-    units = (tl.sum(multiple, 0) * _power(-unit)).to(tl.int64)
-    return rest - multiple, sums + tl.where(slots == bin, units, 0)
-
-
-@triton.jit
-def squares_kernel(x_ptr, bins_ptr, count, ALWAYS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr):
+def squares_kernel(x_ptr, bins_ptr, count, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCK * BLOCKS
     slots = tl.arange(0, SIZE)
     sums = tl.zeros((SIZE,), tl.int64)
@@ -57,17 +41,18 @@ def squares_kernel(x_ptr, bins_ptr, count, ALWAYS: tl.constexpr, BLOCK: tl.const
         infinities = tl.sum((size == float("inf")).to(tl.int32), 0)
         nans = tl.sum((x != x).to(tl.int32), 0)
         sums += tl.where(slots == SIZE - 2, infinities, 0) + tl.where(slots == SIZE - 1, nans, 0)
-        rest = tl.where(finite, x, 0.0).to(tl.float64)
-        rest = rest * rest
-        largest = tl.max(tl.where(finite, size, 0.0), 0).to(tl.float64)
-        bin = _bin_of(largest * largest)
-        for _ in tl.static_range(ALWAYS):  # without asking: real gradients reach these bins
-            rest, sums = _take(rest, sums, slots, bin)
-            bin -= 1
-        largest = tl.max(tl.abs(rest), 0)
+        wide = tl.where(finite, x, 0.0).to(tl.float64)
+        rest = wide * wide
+        largest = tl.max(rest, 0)
         while largest > 0.0:
-            bin = _bin_of(largest)
-            rest, sums = _take(rest, sums, slots, bin)
+            exponent = (largest.to(tl.int64, bitcast=True) >> 52) - 1023
+            bin = (exponent - _LOWEST) // _BITS
+            unit = bin * _BITS + _LOWEST
+            anchor = 1.5 * _power(unit + 52)
+            multiple = (rest + anchor) - anchor
+            rest = rest - multiple
+            units = (tl.sum(multiple, 0) * _power(-unit)).to(tl.int64)
+            sums += tl.where(slots == bin, units, 0)
             largest = tl.max(tl.abs(rest), 0)
     tl.atomic_add(bins_ptr + slots, sums, mask=sums != 0, sem="relaxed")
 
@@ -97,7 +82,7 @@ def add_squares(bins: Tensor, x: Tensor) -> None:
     x = x.contiguous()
     if x.numel():
         squares_kernel[(triton.cdiv(x.numel(), _BLOCK * _BLOCKS),)](
-            x, bins, x.numel(), ALWAYS=4, BLOCK=_BLOCK, BLOCKS=_BLOCKS, SIZE=_SIZE, enable_fp_fusion=False
+            x, bins, x.numel(), BLOCK=_BLOCK, BLOCKS=_BLOCKS, SIZE=_SIZE, enable_fp_fusion=False
         )
 
 
