@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Shard
+from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.models.common import attention, embedding, feed_forward, linear, nn_modules
 
 from tpinv import functional
@@ -39,10 +40,18 @@ class LMHead(ColumnParallelLinear):
 
     @dataclass(kw_only=True, slots=True)
     class Config(ColumnParallelLinear.Config):
-        pass
+        compute_dtype: str | None = None
+        """What input and weight are cast to before the product, as RL's CastLinear does. None: they stay what they are."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.compute_dtype = TORCH_DTYPE_MAP[config.compute_dtype] if config.compute_dtype else None
 
     def forward(self, input: Tensor) -> Tensor:
-        logits = super().forward(input)
+        operands = input, local(self.weight), local(self.bias)
+        if self.compute_dtype is not None:
+            operands = (None if operand is None else operand.to(self.compute_dtype) for operand in operands)
+        logits = column_parallel(self, *operands)
         if isinstance(self.weight, DTensor):  # how the DTensor backend tells the loss which ranks share the vocabulary
             return DTensor.from_local(logits, self.weight.device_mesh, [Shard(logits.dim() - 1)], run_check=False)
         return logits

@@ -22,6 +22,8 @@ from tpinv.integrations.torchtitan.module import check_parallelism
 from tpinv.tree import ReductionTree
 
 TP = MeshAxisName.TP
+# RL's output layer, known by its name: importing it needs vLLM. It is a Linear.Config with a compute_dtype, which LMHead has too.
+CAST_LINEAR = "torchtitan.experiments.rl.models.cast_linear.CastLinear.Config"
 OURS = (layers.LMHead.Config, layers.FinalNorm.Config, layers.RMSNorm.Config, layers.Embedding.Config, CrossEntropyLoss.Config)
 
 
@@ -43,6 +45,8 @@ def invariant_config(config, tree: ReductionTree):
         linear.Linear.Config: _lm_head,
         stock_loss.CrossEntropyLoss.Config: _loss,
     }
+    if _name(config) == CAST_LINEAR:
+        return _lm_head(config, tree)
     if type(config) not in known:
         raise ValueError(f"{_name(config)} is not covered; tpinv knows dense decoders with RMSNorm, grouped-query attention and SwiGLU")
     return known[type(config)](config, tree)
@@ -119,8 +123,12 @@ def _feed_forward(config, tree: ReductionTree):
     )  # fmt: skip
 
 
-def _column(config, tree: ReductionTree, enable_sp: bool, kind: type = layers.ColumnParallelLinear.Config):
+def _column(config, tree: ReductionTree, enable_sp: bool):
     _exactly(config, linear.Linear.Config)
+    return _column_parallel(config, tree, enable_sp, layers.ColumnParallelLinear.Config)
+
+
+def _column_parallel(config, tree: ReductionTree, enable_sp: bool, kind: type):
     tree.leaf_length(config.out_features, "out_features")
     return _derive(config, kind, tree, {"weight": spmd.S(0), "bias": spmd.S(0)}, enable_sp=enable_sp)
 
@@ -133,7 +141,7 @@ def _row(config, tree: ReductionTree):
 
 
 def _lm_head(config, tree: ReductionTree):
-    return _column(config, tree, False, layers.LMHead.Config)
+    return _column_parallel(config, tree, False, layers.LMHead.Config)
 
 
 def _norm(config, tree: ReductionTree, kind: type = layers.RMSNorm.Config):
