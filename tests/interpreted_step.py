@@ -12,7 +12,7 @@ import torch
 from tpinv import reference
 from tpinv.functional import activation as functional_activation
 from tpinv.functional import embedding as functional_embedding
-from tpinv.kernels import activation, attention, cross_entropy, embedding, norm, squares
+from tpinv.kernels import activation, attention, attention_backward, cross_entropy, embedding, norm, squares
 from tpinv.optim import norm_of
 from tpinv.testing import assert_bitwise_equal
 from tpinv.tree import ReductionTree
@@ -190,7 +190,7 @@ def attention_inputs(sq, sk, batch, heads, groups, width, dtype=torch.float32):
 
 def run_attention(q, k, v, dout, causal):
     out, lse = attention.forward(q, k, v, q.shape[-1] ** -0.5, causal)
-    return out, *attention.backward(q, k, v, out, lse, dout, q.shape[-1] ** -0.5, causal)
+    return out, *attention_backward.backward(q, k, v, out, lse, dout, q.shape[-1] ** -0.5, causal)
 
 
 def attention_oracle(q, k, v, dout, causal):

@@ -62,17 +62,17 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        from tpinv.kernels import attention
+        from tpinv.kernels import attention_backward
 
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         with torch.cuda.device(dout.device):
-            return *attention.backward(*ctx.saved_tensors, dout, *ctx.args), None, None
+            return *attention_backward.backward(*ctx.saved_tensors, dout, *ctx.args), None, None
 
 
 @functools.lru_cache(maxsize=64)
 def _probe(device: torch.device, dtype: torch.dtype, width: int) -> None:
     """ValueError unless, on this chip, a slice of heads and batch gives the bytes it has in the whole, and a second run those of the first."""
-    from tpinv.kernels import attention
+    from tpinv.kernels import attention, attention_backward
 
     generator = torch.Generator(device).manual_seed(0)
     make = lambda heads: torch.randn(333, 2, heads, width, device=device, generator=generator).to(dtype)  # noqa: E731
@@ -80,7 +80,7 @@ def _probe(device: torch.device, dtype: torch.dtype, width: int) -> None:
 
     def run(*inputs):
         out, lse = attention.forward(*inputs[:3], 1.0, True)
-        return out, *attention.backward(*inputs[:3], out, lse, inputs[3], 1.0, True)
+        return out, *attention_backward.backward(*inputs[:3], out, lse, inputs[3], 1.0, True)
 
     whole, again, part = run(q, k, v, dout), run(q, k, v, dout), run(q[:, 1:, 4:], k[:, 1:, 1:], v[:, 1:, 1:], dout[:, 1:, 4:])
     for name, a, b, c in zip(("output", "dq", "dk", "dv"), whole, again, part, strict=True):

@@ -208,7 +208,7 @@ def _attention_shape(query, key, value, scale, causal):
 
 
 def _attention_backward(dout, query, key, value, out, lse, scale, causal):
-    from tpinv.kernels import attention as kernels
+    from tpinv.kernels import attention_backward as kernels
 
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     with torch.cuda.device(query.device):

@@ -1,0 +1,190 @@
+"""The gradients of kernels/attention.py, which says what fixes their bits."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tpinv.kernels.attention import DYNAMIC, LOG2E, blocks, constants, strides, tile
+
+
+@triton.jit(do_not_specialize=DYNAMIC)
+def delta_kernel(
+    out_ptr, dout_ptr, delta_ptr, o_s, o_b, o_h, d_s, d_b, d_h, queries, heads, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
+):
+    """delta [batch, heads, queries] = sum of out * dout over the head's width."""
+    batch = tl.program_id(1) // heads
+    head = tl.program_id(1) % heads
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    dim = tl.arange(0, WIDTH)
+    out = tile(out_ptr + batch.to(tl.int64) * o_b + head * o_h, row, queries, o_s, dim, DIM).to(tl.float32)
+    dout = tile(dout_ptr + batch.to(tl.int64) * d_b + head * d_h, row, queries, d_s, dim, DIM).to(tl.float32)
+    tl.store(delta_ptr + tl.program_id(1).to(tl.int64) * queries + row, tl.sum(out * dout, 1), mask=row < queries)
+
+
+@triton.jit
+def _dq_step(
+    q, dout, dq, lse, delta, k_ptr, v_ptr, k_s, v_s, at, row, keys, offset, dim, scale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    key = at + tl.arange(0, KEYS)
+    k = tile(k_ptr, key, keys, k_s, dim, DIM, MASKED)
+    v = tile(v_ptr, key, keys, v_s, dim, DIM, MASKED)
+    scores = tl.dot(q, k.T, input_precision="ieee")
+    p = tl.exp2(tl.fma(scores, tl.zeros_like(scores) + scale, tl.zeros_like(scores) - lse[:, None]))
+    if MASKED:
+        seen = (key < keys)[None, :]
+        if CAUSAL:
+            seen = seen & (key[None, :] <= row[:, None] + offset)
+        p = tl.where(seen, p, 0.0)
+    dp = tl.dot(dout, v.T, input_precision="ieee")
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=DYNAMIC)
+def dq_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, d_s, d_b, d_h, o_s, o_b, o_h,
+    queries, keys, heads, per_group, scale, out_scale,
+    CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Grid: query blocks, batch * heads. o_* are the strides of dq."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch = tl.program_id(1) // heads
+    head = tl.program_id(1) % heads
+    k_ptr += batch.to(tl.int64) * k_b + (head // per_group) * k_h
+    v_ptr += batch.to(tl.int64) * v_b + (head // per_group) * v_h
+    row = block * ROWS + tl.arange(0, ROWS)
+    dim = tl.arange(0, WIDTH)
+    offset = keys - queries
+    q = tile(q_ptr + batch.to(tl.int64) * q_b + head * q_h, row, queries, q_s, dim, DIM)
+    dout = tile(dout_ptr + batch.to(tl.int64) * d_b + head * d_h, row, queries, d_s, dim, DIM)
+    at_row = tl.program_id(1).to(tl.int64) * queries + row
+    lse = tl.load(lse_ptr + at_row, mask=row < queries, other=0.0)
+    delta = tl.load(delta_ptr + at_row, mask=row < queries, other=0.0)
+    dq = tl.zeros((ROWS, WIDTH), tl.float32)
+    whole = keys // KEYS * KEYS
+    end = keys
+    if CAUSAL:
+        whole = min(whole, (block * ROWS + offset + 1) // KEYS * KEYS)
+        end = min(keys, block * ROWS + ROWS + offset)
+    for at in range(0, whole, KEYS):
+        dq = _dq_step(q, dout, dq, lse, delta, k_ptr, v_ptr, k_s, v_s, at, row, keys, offset, dim, scale, False, CAUSAL, DIM, KEYS)
+    for at in range(whole, end, KEYS):
+        dq = _dq_step(q, dout, dq, lse, delta, k_ptr, v_ptr, k_s, v_s, at, row, keys, offset, dim, scale, True, CAUSAL, DIM, KEYS)
+    inside = (row < queries)[:, None] & (dim < DIM)[None, :]
+    at_dq = dq_ptr + batch.to(tl.int64) * o_b + head * o_h + row[:, None].to(tl.int64) * o_s + dim[None, :]
+    tl.store(at_dq, (dq * out_scale).to(dq_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _dkv_step(
+    k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_s, d_s, at, key, queries, offset, dim, scale,
+    MASKED: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = at + tl.arange(0, ROWS)
+    q = tile(q_ptr, row, queries, q_s, dim, DIM)
+    lse = tl.load(lse_ptr + row, mask=row < queries, other=float("inf"))  # exp2(0 - inf) = 0 past the end
+    scores = tl.dot(k, q.T, input_precision="ieee")
+    p = tl.exp2(tl.fma(scores, tl.zeros_like(scores) + scale, tl.zeros_like(scores) - lse[None, :]))
+    if MASKED:
+        p = tl.where(key[:, None] <= row[None, :] + offset, p, 0.0)
+    dout = tile(dout_ptr, row, queries, d_s, dim, DIM)
+    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+    delta = tl.load(delta_ptr + row, mask=row < queries, other=0.0)
+    dp = tl.dot(v, dout.T, input_precision="ieee")
+    ds = p * (dp - delta[None, :])
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee"), dv
+
+
+@triton.jit(do_not_specialize=DYNAMIC)
+def dkv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, d_s, d_b, d_h, o_s, o_b, o_h,
+    queries, keys, heads, per_group, scale, out_scale,
+    CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """One query head's part of dk and dv, o_* their strides by query head. Grid: key blocks, batch * heads."""
+    block = tl.program_id(0)  # the first keys are seen by most rows
+    batch = tl.program_id(1) // heads
+    head = tl.program_id(1) % heads
+    q_ptr += batch.to(tl.int64) * q_b + head * q_h
+    dout_ptr += batch.to(tl.int64) * d_b + head * d_h
+    lse_ptr += tl.program_id(1).to(tl.int64) * queries
+    delta_ptr += tl.program_id(1).to(tl.int64) * queries
+    key = block * KEYS + tl.arange(0, KEYS)
+    dim = tl.arange(0, WIDTH)
+    offset = keys - queries
+    k = tile(k_ptr + batch.to(tl.int64) * k_b + (head // per_group) * k_h, key, keys, k_s, dim, DIM)
+    v = tile(v_ptr + batch.to(tl.int64) * v_b + (head // per_group) * v_h, key, keys, v_s, dim, DIM)
+    dk = tl.zeros((KEYS, WIDTH), tl.float32)
+    dv = tl.zeros((KEYS, WIDTH), tl.float32)
+    first = 0
+    if CAUSAL:
+        first = max(0, block * KEYS - offset) // ROWS * ROWS
+        whole = min(queries, (max(0, block * KEYS + KEYS - 1 - offset) + ROWS - 1) // ROWS * ROWS)
+        for at in range(first, whole, ROWS):
+            dk, dv = _dkv_step(
+                k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_s, d_s, at, key, queries, offset, dim, scale, True, DIM, ROWS
+            )
+        first = max(first, whole)
+    for at in range(first, queries, ROWS):
+        dk, dv = _dkv_step(
+            k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_s, d_s, at, key, queries, offset, dim, scale, False, DIM, ROWS
+        )
+    inside = (key < keys)[:, None] & (dim < DIM)[None, :]
+    out = batch.to(tl.int64) * o_b + head * o_h + key[:, None].to(tl.int64) * o_s + dim[None, :]
+    tl.store(dk_ptr + out, (dk * out_scale).to(dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + out, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sum_heads_kernel(part_ptr, out_ptr, width, per_group, BLOCK: tl.constexpr):
+    """part [rows, per_group, width] fp32 -> out [rows, width]: a chain over the heads of a group, rounded once."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    acc = tl.load(part_ptr + row * per_group * width + at, mask=at < width, other=0.0)
+    for head in range(1, per_group):
+        acc += tl.load(part_ptr + (row * per_group + head) * width + at, mask=at < width, other=0.0)
+    tl.store(out_ptr + row * width + at, acc.to(out_ptr.dtype.element_ty), mask=at < width)
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, contiguous, in the shapes of q, k, v. dout like out, unit stride in d."""
+    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    if not q.numel():
+        return dq, dk.zero_(), dv.zero_()
+    sq, batch, heads, width = q.shape
+    delta = torch.empty_like(lse)
+    delta_kernel[(triton.cdiv(sq, 64), batch * heads)](
+        out, dout, delta, *strides(out, dout), sq, heads, DIM=width, WIDTH=constants(q, causal)["WIDTH"], ROWS=64, enable_fp_fusion=False
+    )
+    fill_dkv(q, k, v, dout, lse, delta, dk, dv, scale, causal)
+    fill_dq(q, k, v, dout, lse, delta, dq, scale, causal)
+    return dq, dk, dv
+
+
+def fill_dkv(q, k, v, dout, lse, delta, dk, dv, scale: float, causal: bool) -> None:
+    sq, batch, heads, width = q.shape
+    sk, _, groups, _ = k.shape
+    per_group, common = heads // groups, constants(q, causal)
+    keys, rows, warps, stages = blocks(width, q.dtype)[2]
+    part_dk, part_dv = (dk, dv) if per_group == 1 else q.new_empty(2, sk, batch, heads, width, dtype=torch.float32)
+    dkv_kernel[(triton.cdiv(sk, keys), batch * heads)](
+        q, k, v, dout, lse, delta, part_dk, part_dv, *strides(q, k, v, dout, part_dk), sq, sk, heads, per_group, scale * LOG2E, scale,
+        ROWS=rows, KEYS=keys, num_warps=warps, num_stages=stages, **common,
+    )  # fmt: skip
+    if per_group > 1:
+        for part, whole in ((part_dk, dk), (part_dv, dv)):
+            sum_heads_kernel[(sk * batch * groups,)](part, whole, width, per_group, BLOCK=common["WIDTH"], num_warps=1)
+
+
+def fill_dq(q, k, v, dout, lse, delta, dq, scale: float, causal: bool) -> None:
+    sq, batch, heads, width = q.shape
+    rows, keys, warps, stages = blocks(width, q.dtype)[1]
+    dq_kernel[(triton.cdiv(sq, rows), batch * heads)](
+        q, k, v, dout, lse, delta, dq, *strides(q, k, v, dout, dq), sq, len(k), heads, heads // k.shape[2], scale * LOG2E, scale,
+        ROWS=rows, KEYS=keys, num_warps=warps, num_stages=stages, **constants(q, causal),
+    )  # fmt: skip
