@@ -8,11 +8,17 @@ from torch.overrides import TorchFunctionMode
 
 
 class _NoRandomStates:
-    """Stands in for the CUDA RNG tracker. Megatron forks it around dropout even when the dropout is 0."""
+    """Stands in for the CUDA RNG tracker. Megatron forks it around dropout even when the dropout is 0, and recomputation saves it."""
 
     @contextlib.contextmanager
     def fork(self, *_):
         yield
+
+    def get_states(self) -> dict:
+        return {}
+
+    def set_states(self, states: dict) -> None:
+        pass
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -43,6 +49,8 @@ def on_cpu():
         (torch.cuda, "synchronize", lambda: None),
         (megatron_random, "_CUDA_RNG_STATE_TRACKER", _NoRandomStates()),
         (megatron_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True),
+        (megatron_random, "_get_cuda_rng_state", lambda *_, **__: None),
+        (megatron_random, "_set_cuda_rng_state", lambda *_, **__: None),
     ]
     saved = [getattr(place, name) for place, name, _ in places]
     for place, name, value in places:
