@@ -18,6 +18,7 @@ from torchtitan.models.common.linear import Linear
 from torchtitan.protocols.module import Module
 
 from tpinv.integrations.torchtitan.loss import CrossEntropyLoss as InvariantLoss
+from tpinv.integrations.torchtitan.replace import FLEX
 from tpinv.integrations.torchtitan.verify import OVERRIDE, Run, build_model_config, build_trainer_config
 from tpinv.testing import assert_bitwise_equal
 
@@ -59,6 +60,17 @@ def test_every_module_with_parameters_is_replaced(run):
         for name in states:  # FSDP must not add up once more what is complete
             placements = [layout.per_axis_spmd_types()[MeshAxisName.TP] for layout in (states[name], expected[name])]
             assert placements[0] == placements[1] or placements == [spmd.I, spmd.R], (fqn, name, placements)
+
+
+def test_flex_attention_is_pinned():
+    """Blocks and warps that autotuning would choose are given; a user's own stay."""
+    config = configured(LLAMA)
+    config.model_spec.model = llama3.model_registry("debugmodel", attn_backend="flex").model
+    first, second = (layer.attention for layer in config.model_spec.model.layers[:2])
+    second.inner_attention = type(second.inner_attention)(kernel_options={"fwd_BLOCK_M": 64})
+    override(config)
+    layers = [layer.attention.inner_attention.kernel_options for layer in config.model_spec.model.layers]
+    assert layers[0] == FLEX and layers[1] == FLEX | {"fwd_BLOCK_M": 64} and not first.inner_attention.kernel_options
 
 
 def test_a_second_time_changes_nothing():
@@ -112,11 +124,19 @@ def float8():
     return model
 
 
+def flash():
+    model = llama3.model_registry("debugmodel", attn_backend="flex").model
+    model.layers[0].attention.inner_attention.kernel_options["BACKEND"] = "FLASH"
+    return model
+
+
 MODELS = {
     "mixture of experts": moe,
     "GQAttention.Config": lambda: deepseek_v3.model_registry("debugmodel", attn_backend="flex").model,
     "SigmoidGatedFeedForward.Config is not covered": gated,
     "Float8 is not covered": float8,
+    "variable-length attention": lambda: llama3.model_registry("debugmodel", attn_backend="varlen").model,
+    "backend 'FLASH'": flash,
     "AllGatherFused.* is not covered": lambda: llama3.model_registry("debugmodel", tp_gemm_backend="dist_gemm").model,
 }
 

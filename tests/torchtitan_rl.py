@@ -52,7 +52,7 @@ def refused(make) -> str:
 
 def main() -> None:
     sys.meta_path.insert(0, Finder())
-    from tpinv.integrations.torchtitan import layers, rl  # isort: skip
+    from tpinv.integrations.torchtitan import layers, replace, rl  # isort: skip
     from torchtitan.config.override import apply_overrides
     from torchtitan.experiments.rl.examples.alphabet_sort.config_registry import rl_grpo_qwen3_0_6b_varlen_batch_invariant as stock
 
@@ -84,6 +84,8 @@ def main() -> None:
     config = rl.invariant_controller(stock(), **sizes)
     model = config.model_spec.model
     model.update_from_config(config=config.trainer)
+    assert "variable-length" in refused(lambda: apply_overrides(config.trainer.override, model))
+    replace.is_in_batch_invariant_mode = lambda: True  # as the trainer sets it before it builds
     inner = [layer.attention.inner_attention for layer in model.layers]
     apply_overrides(config.trainer.override, model)
     assert all(type(layer.feed_forward) is layers.FeedForward.Config for layer in model.layers)

@@ -10,6 +10,7 @@ from torchtitan.config.configs import CompileConfig, DebugConfig, ParallelismCon
 from torchtitan.config.override import derive
 from torchtitan.distributed import activation_checkpoint
 from torchtitan.distributed.parallel_dims import MeshAxisName, SpmdLayout
+from torchtitan.distributed.utils import is_in_batch_invariant_mode
 from torchtitan.models.common import attention, embedding, feed_forward, linear, nn_modules
 from torchtitan.models.common.decoder import TransformerBlock
 from torchtitan.protocols.module import Module
@@ -24,6 +25,11 @@ from tpinv.tree import ReductionTree
 TP = MeshAxisName.TP
 # RL's output layer, known by its name: importing it needs vLLM. It is a Linear.Config with a compute_dtype, which LMHead has too.
 CAST_LINEAR = "torchtitan.experiments.rl.models.cast_linear.CastLinear.Config"
+# Else blocks, and the warps that add within one, are chosen by timing: on every rank, and at every size, anew.
+FLEX = {"BACKEND": "TRITON"} | {
+    "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3,
+    "bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64, "bwd_num_warps": 4, "bwd_num_stages": 2,
+}  # fmt: skip
 OURS = (layers.LMHead.Config, layers.FinalNorm.Config, layers.RMSNorm.Config, layers.Embedding.Config, CrossEntropyLoss.Config)
 
 
@@ -102,10 +108,21 @@ def _attention(config, tree: ReductionTree):
 
 
 def _inner_attention(config):
-    """Attention within a head adds nothing across ranks. A generator's own wrapper is left alone."""
+    """Attention within a head adds nothing across ranks, but a kernel's schedule must not depend on how many heads a rank holds.
+    A generator's own wrapper is left alone."""
     if type(config) is attention.ScaledDotProductAttention.Config:
         return derive(config, layers.ScaledDotProductAttention.Config, sharding_config=None)
-    if type(config) in (attention.FlexAttention.Config, attention.VarlenAttention.Config):
+    if type(config) is attention.FlexAttention.Config:
+        if (backend := config.kernel_options.get("BACKEND", "TRITON")) != "TRITON":
+            raise ValueError(
+                f"FlexAttention's backend {backend!r} is not shown not to depend on the heads of a rank; use attn_backend='flex'"
+            )
+        return derive(config, type(config), sharding_config=None, kernel_options=FLEX | config.kernel_options)
+    if type(config) is attention.VarlenAttention.Config:
+        if not is_in_batch_invariant_mode():
+            raise ValueError(
+                "variable-length attention splits keys by the number of heads; use attn_backend='flex', or batch-invariant mode"
+            )
         return derive(config, type(config), sharding_config=None)
     return config
 
