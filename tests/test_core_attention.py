@@ -17,6 +17,7 @@ q, kv = torch.zeros(5, 2, 6, 8), torch.zeros(5, 2, 3, 8)
         (q[:, :, :4], kv, kv, "g dividing h"),
         (q, kv[:0], kv[:0], "sk at least 1"),
         (q, kv[:4], kv[:4], "5 queries over 4 keys"),
+        (q.repeat(1, 6000, 1, 1), kv.repeat(1, 6000, 1, 1), kv.repeat(1, 6000, 1, 1), "split the batch"),
         (q.half(), kv, kv, "dtypes must agree"),
         (q, kv, kv, "query is on the CPU"),
     ],

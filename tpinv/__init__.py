@@ -3,6 +3,7 @@
 from tpinv.collectives import tree_all_reduce, tree_reduce_scatter
 from tpinv.functional import (
     column_parallel_linear,
+    core_attention,
     gelu,
     layer_norm,
     reduce_add_rms_norm,
@@ -10,6 +11,7 @@ from tpinv.functional import (
     row_parallel_add_rms_norm,
     row_parallel_linear,
     silu,
+    swiglu,
     vocab_parallel_cross_entropy,
     vocab_parallel_embedding,
     vocab_parallel_log_probs,
@@ -30,6 +32,7 @@ __all__ = [
     "VocabParallelEmbedding",
     "clip_grad_norm_",
     "column_parallel_linear",
+    "core_attention",
     "gelu",
     "grad_norm",
     "layer_norm",
@@ -38,6 +41,7 @@ __all__ = [
     "row_parallel_add_rms_norm",
     "row_parallel_linear",
     "silu",
+    "swiglu",
     "tree_all_reduce",
     "tree_reduce_scatter",
     "vocab_parallel_cross_entropy",

@@ -20,6 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.torch_norm import L2Norm
 from torch import nn
 
+from tpinv.functional.attention import require_invariant
 from tpinv.integrations.megatron import hooks, layers
 from tpinv.integrations.megatron.attention import TPInvariantDotProductAttention
 from tpinv.integrations.megatron.guard import check_config, check_vocabulary
@@ -73,6 +74,8 @@ def convert(
         check_config(language_model.config, tree, language_model.pg_collection.tp.size())
         check_vocabulary(language_model.vocab_size, tree, tokenizer_vocab_size, make_vocab_size_divisible_by)
     _check_modules(plan, tree)
+    for language_model in models:
+        _check_attention(language_model)
 
     replaced = collections.Counter()
     for name, module in plan:
@@ -108,6 +111,13 @@ def convert(
         if models[0].config.perform_initialization and not models[0].config.use_cpu_initialization:
             logger.warning("initial weights were drawn per rank and depend on TP; load a checkpoint, or use_cpu_initialization=True")
     return model
+
+
+def _check_attention(model: LanguageModule) -> None:
+    """On a GPU, that the kernel is invariant on this chip for these heads: now rather than at the first forward."""
+    device = next(model.parameters()).device
+    if device.type == "cuda" and any(isinstance(module, DotProductAttention) for module in model.modules()):
+        require_invariant(device, model.config.params_dtype, model.config.kv_channels)
 
 
 def _stride(linear: ColumnParallelLinear) -> int:

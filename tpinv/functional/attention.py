@@ -40,10 +40,12 @@ def core_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = 
         )
     if causal and key.shape[0] < sq:
         raise ValueError(f"causal attention of {sq} queries over {key.shape[0]} keys leaves queries without keys; pass all keys")
+    if batch * heads > 65535:
+        raise ValueError(f"{batch} sequences of {heads} heads are more than the 65535 that one launch can take; split the batch")
     reference.check_dtypes(query=query, key=key, value=value)
     if not products.on_gpu(query):
         raise ValueError("core_attention is a GPU kernel and query is on the CPU; compute scores and softmax by group there")
-    _probe(query.device, query.dtype, width)
+    require_invariant(query.device, query.dtype, width)
     return _Attention.apply(query, key, value, width**-0.5 if scale is None else scale, causal)
 
 
@@ -70,7 +72,7 @@ class _Attention(torch.autograd.Function):
 
 
 @functools.lru_cache(maxsize=64)
-def _probe(device: torch.device, dtype: torch.dtype, width: int) -> None:
+def require_invariant(device: torch.device, dtype: torch.dtype, width: int) -> None:
     """ValueError unless, on this chip, a slice of heads and batch gives the bytes it has in the whole, and a second run those of the first."""
     from tpinv.kernels import attention, attention_backward
 
@@ -79,8 +81,9 @@ def _probe(device: torch.device, dtype: torch.dtype, width: int) -> None:
     q, k, v, dout = make(8), make(2), make(2), make(8)
 
     def run(*inputs):
-        out, lse = attention.forward(*inputs[:3], 1.0, True)
-        return out, *attention_backward.backward(*inputs[:3], out, lse, inputs[3], 1.0, True)
+        with torch.cuda.device(device):
+            out, lse = attention.forward(*inputs[:3], 1.0, True)
+            return out, *attention_backward.backward(*inputs[:3], out, lse, inputs[3], 1.0, True)
 
     whole, again, part = run(q, k, v, dout), run(q, k, v, dout), run(q[:, 1:, 4:], k[:, 1:, 1:], v[:, 1:, 1:], dout[:, 1:, 4:])
     for name, a, b, c in zip(("output", "dq", "dk", "dv"), whole, again, part, strict=True):

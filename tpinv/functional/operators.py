@@ -197,7 +197,7 @@ _gradient(
 def _attention(query, key, value, scale, causal):
     from tpinv.kernels import attention as kernels  # needs Triton
 
-    attention._probe(query.device, query.dtype, query.shape[-1])
+    attention.require_invariant(query.device, query.dtype, query.shape[-1])
     with torch.cuda.device(query.device):
         return kernels.forward(query, key, value, scale, causal)
 
