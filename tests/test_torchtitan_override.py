@@ -1,6 +1,7 @@
 """What the override claims, keeps, and refuses; and the clip function that it installs."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -166,6 +167,21 @@ def test_settings_that_are_not_covered(message):
         setattr(config, name, value)
     with pytest.raises(ValueError, match=message):
         override(config)
+
+
+@pytest.mark.parametrize("forward_only", [False, True])
+def test_data_parallelism_above_two(forward_only):
+    """Only the modules see it: the degree in the settings may be what the other sizes leave."""
+    config = configured(LLAMA)
+    override(config, forward_only=forward_only)
+    dims = SimpleNamespace(tp=1, cp=1, ep=1, dp_replicate=1, dp_shard=4, spmd_backend="partial_dtensor", get_optional_mesh=lambda *_: None)
+    norm = config.model_spec.model.layers[0].attention_norm
+    norm.sharding_config = None
+    if forward_only:
+        norm.build().parallelize(dims)
+    else:
+        with pytest.raises(ValueError, match="4 data-parallel ranks"):
+            norm.build().parallelize(dims)
 
 
 @pytest.mark.parametrize("leaves, message", [(3, "no 3 equal leaves"), (0, "at least 1")])

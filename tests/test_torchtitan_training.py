@@ -83,6 +83,14 @@ def test_stock_modules_differ(case, torchtitan_pool):
     assert len(differing) > len(computed) / 2 and "step0/logits" in differing
 
 
+def test_two_replicas(torchtitan_pool):
+    """FSDP over two data-parallel ranks, each of one or of two tensor-parallel ranks."""
+    runs = [Run("tpinv", tp, tp > 1, (1, 2), steps=2, num_layers=1, dp=2, dtype="bf16", backend="partial_dtensor") for tp in (1, 2)]
+    alone, found = (torchtitan_pool.run(train, 2 * run.tp, run, timeout=200)[0] for run in runs)
+    for name, expected in alone.items():
+        assert_bitwise_equal(found[name], expected, name)
+
+
 def test_the_backend_changes_no_bit(torchtitan_pool):
     """FSDP with DTensors, and plain local tensors: in fp32 they hold the same numbers."""
     fsdp, plain = case(""), case("", backend="spmd_types")

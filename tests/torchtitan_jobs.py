@@ -42,7 +42,7 @@ def trainer_log_probs(run: Run):
         logits = trainer.logits(tokens(run)).to(torch.float32)
         with trainer.train_context():
             log_probs = compute_logprobs(logits, tokens(run))
-        record = verify.Record()
+        record = verify.Record(run.tp)
         record.parameters("", trainer.model_parts[0])
     return log_probs, {name[1:]: tensor for name, tensor in record.tensors.items()}
 

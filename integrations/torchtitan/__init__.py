@@ -17,6 +17,7 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.module import Module
 
 from tpinv.integrations.torchtitan import clip
+from tpinv.integrations.torchtitan.module import TreeConfig
 from tpinv.integrations.torchtitan.replace import invariant_config
 from tpinv.tree import ReductionTree
 
@@ -36,11 +37,20 @@ class _Claimed(Configurable.Config, metaclass=_Claims):
 
 
 @override(target=_Claimed, description="the same bytes at every tensor-parallel size")
-def invariant(config, leaves: int = 8, node_dtype: str = "float32"):
-    """The override. ``leaves`` must be a multiple of every tensor-parallel size to compare; with keyword arguments it is listed as
-    ``("tpinv.integrations.torchtitan.invariant", {"leaves": 24})``."""
+def invariant(config, leaves: int = 8, node_dtype: str = "float32", forward_only: bool = False):
+    """The override. With arguments it is listed as ``("tpinv.integrations.torchtitan.invariant", {"leaves": 24})``.
+
+    Args:
+        leaves: of the tree, a multiple of every tensor-parallel size to compare.
+        node_dtype: "float32", or "bfloat16" for half the bytes on the wire.
+        forward_only: promise logits and log-probabilities, not gradients, which allows data parallelism above 2.
+    """
     clip.install()
-    return invariant_config(config, ReductionTree(leaves, node_dtype))
+    replaced = invariant_config(config, ReductionTree(leaves, node_dtype))
+    if isinstance(replaced, Configurable.Config):
+        for _, node, _, _ in replaced.traverse(TreeConfig, recurse=True):
+            node.forward_only = forward_only
+    return replaced
 
 
 __all__ = ["invariant"]

@@ -29,6 +29,7 @@ class TreeConfig:
     leaves: int = 8
     node_dtype: str = "float32"
     enable_sp: bool = False
+    forward_only: bool = False
 
 
 class Invariant:
@@ -41,11 +42,16 @@ class Invariant:
     def __init__(self, config):
         super().__init__(config)
         self.tree = ReductionTree(config.leaves, config.node_dtype)
-        self.sequence_parallel = config.enable_sp
+        self.sequence_parallel, self.forward_only = config.enable_sp, config.forward_only
 
     def parallelize(self, parallel_dims) -> None:
         dims = parallel_dims
         check_parallelism(self.tree, tp=dims.tp, cp=dims.cp, ep=dims.ep, backend=dims.spmd_backend)
+        if (replicas := dims.dp_replicate * dims.dp_shard) > 2 and not self.forward_only:
+            raise ValueError(
+                f"{replicas} data-parallel ranks: FSDP adds their gradients in an order that depends on the shards' sizes, so on TP; use at "
+                "most 2, or forward_only=True to promise the forward pass alone (as RL's log-probabilities need)"
+            )
         if (mesh := dims.get_optional_mesh("tp")) is not None:
             self.ranks = resolve(mesh)
             self.group = group_name(self.ranks)

@@ -51,13 +51,14 @@ def invariant_controller(
     generator: dict | None = None,
     leaves: int = 8,
     node_dtype: str = "float32",
+    forward_only: bool = True,
 ) -> Controller.Config:
-    """``config`` with the override on both sides. ``trainer`` and ``generator`` are changes to their parallelism. ValueError as in __post_init__."""
+    """``config`` with the override on both sides. ``trainer`` and ``generator`` are changes to their parallelism. ValueError as in
+    __post_init__. What the two compare is log-probabilities, so by default the trainer's data parallelism is not limited to 2."""
+    arguments = {"leaves": leaves, "node_dtype": node_dtype, "forward_only": forward_only}
     for side, changes in ((config.trainer, trainer), (config.generator, generator)):
         if _tree(side) is None:
-            side.override = dataclasses.replace(
-                side.override, imports=[*side.override.imports, (OVERRIDE, {"leaves": leaves, "node_dtype": node_dtype})]
-            )
+            side.override = dataclasses.replace(side.override, imports=[*side.override.imports, (OVERRIDE, arguments)])
         side.parallelism = dataclasses.replace(side.parallelism, **(changes or {}))
     return derive(config, Controller.Config)
 
@@ -67,5 +68,5 @@ def _tree(side) -> dict | None:
     for entry in side.override.imports:
         name, arguments = (entry, {}) if isinstance(entry, str) else entry
         if name == OVERRIDE:
-            return {"leaves": 8, "node_dtype": "float32"} | arguments
+            return {"leaves": 8, "node_dtype": "float32", "forward_only": False} | arguments
     return None

@@ -19,6 +19,7 @@ from tpinv.integrations.torchtitan import module  # isort: skip  # before torcht
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.dataloader import BaseDataLoader
@@ -72,6 +73,7 @@ class Run:
     qk_norm: bool = False  # Qwen3's model
     fused_qkv: bool = True
     num_layers: int = 2
+    dp: int = 1  # replicas of the model, by FSDP; the run takes dp x tp ranks
     selective_ac: bool = False
     compile: str = ""  # torch.compile's backend for every block; none if empty
     seed: int = 1234
@@ -160,7 +162,7 @@ def build_trainer_config(run: Run, model, folder: str) -> Trainer.Config:
         lr_scheduler=LRSchedulersContainer.Config(warmup_steps=1),
         training=TrainingConfig(
             local_batch_size=2,
-            global_batch_size=2 * run.micro_batches,
+            global_batch_size=2 * run.micro_batches * run.dp,
             seq_len=run.sequence,
             steps=run.steps,
             disable_cuda_graphs=True,
@@ -216,12 +218,12 @@ class TextDataLoader(BaseDataLoader):
     class Config(BaseDataLoader.Config):
         pass
 
-    def __init__(self, config: Config, *, seq_len: int, local_batch_size: int, **_):
-        self.shape = (local_batch_size, seq_len)
+    def __init__(self, config: Config, *, seq_len: int, local_batch_size: int, dp_rank: int, dp_world_size: int, **_):
+        self.shape, self.dp_rank, self.dp_world_size = (local_batch_size, seq_len), dp_rank, dp_world_size
 
     def __iter__(self):
         text, size = real_text(), math.prod(self.shape)
-        for start in range(0, len(text) - size, size):
+        for start in range(self.dp_rank * size, len(text) - size, self.dp_world_size * size):
             tokens, labels = (text[start + shift : start + shift + size].view(self.shape) for shift in (0, 1))
             yield {"input": tokens}, labels
 
@@ -293,9 +295,10 @@ def _before_clipping(look):
 
 
 class Record:
-    """Whole tensors, put together over the tensor-parallel ranks."""
+    """Whole tensors, put together over the tensor-parallel ranks (of the first replica: world ranks 0 to tp - 1)."""
 
-    def __init__(self):
+    def __init__(self, tp: int):
+        self.tp = tp
         self.tensors: dict[str, Tensor] = {}
 
     def parameters(self, prefix: str, model: nn.Module, *, gradients: bool = False) -> None:
@@ -311,11 +314,11 @@ class Record:
         if isinstance(tensor, DTensor):
             self.tensors[name] = tensor.full_tensor().detach().clone().cpu()  # of one rank it may be the parameter itself
         else:
-            self.tensors[name] = unshard(_gather(tensor), dim % tensor.dim()).clone().cpu()
+            self.tensors[name] = unshard(_gather(tensor)[: self.tp], dim % tensor.dim()).clone().cpu()
 
     def replicated(self, name: str, tensor: Tensor) -> None:
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        first, *others = (part.view(-1).view(torch.uint8) for part in _gather(tensor))
+        first, *others = (part.view(-1).view(torch.uint8) for part in _gather(tensor)[: self.tp])
         if any(not torch.equal(first, other) for other in others):
             raise RuntimeError(f"{name} is replicated but not the same bytes on all ranks")
         self.tensors[name] = tensor.detach().clone().cpu()
@@ -357,7 +360,7 @@ def train(run: Run, model=None) -> dict[str, Tensor] | None:
     final/NAME. RuntimeError if a replicated parameter or gradient is not the same bytes on all ranks.
     """
     with running(run, model) as trainer:
-        record = Record()
+        record = Record(run.tp)
         trainer.run(record, run.steps)
     return record.tensors if dist.get_rank() == 0 else None
 
@@ -369,10 +372,13 @@ def running(run: Run, model=None):
     for name in (None, "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
-    weights = drawn_whole(Ranks(None, dist.get_rank(), run.tp)) if run.layers == "stock" else contextlib.nullcontext()
+    weights = drawn_whole(Ranks(None, dist.get_rank() % run.tp, run.tp)) if run.layers == "stock" else contextlib.nullcontext()
     with tempfile.TemporaryDirectory(prefix="tpinv-") as folder:
         with weights:
             trainer = RecordingTrainer(build_trainer_config(run, model or build_model_config(run), folder))
+        for part in trainer.model_parts[0].modules() if run.dp > 1 else ():
+            if isinstance(part, FSDPModule):
+                part.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
         try:
             yield trainer
         finally:
