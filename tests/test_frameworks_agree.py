@@ -17,6 +17,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.models.common import CosSinRoPE
 
+from tpinv.integrations.torchtitan.recipe import OVERRIDE, Run, build_model_config
 from tpinv.layers import shard
 from tpinv.testing import assert_bitwise_equal, compare
 from tpinv.testing.text import real_text
@@ -104,14 +105,14 @@ def titan_run(weights: dict, megatrons_attention: bool) -> dict:
     from tpinv.integrations.megatron import on_cpu
 
     tp, rank = dist.get_world_size(), dist.get_rank()
-    run = titan.Run("tpinv", tp, False, SIZES)
-    config = titan.build_model_config(run)
+    run = Run("tpinv", tp, False, SIZES)
+    config = build_model_config(run)
     for layer in config.layers:
         layer.attention.rope = CosSinRoPE.Config(dim=layer.attention.rope.dim, max_seq_len=run.sequence, theta=10000)
     parallelism = ParallelismConfig(tensor_parallel_degree=tp, enable_sequence_parallel=False)
     dist_utils.set_spmd_backend("spmd_types")
     config.update_from_config(config=dataclasses.make_dataclass("Settings", [("parallelism", ParallelismConfig)])(parallelism))
-    apply_overrides(OverrideConfig(imports=[(titan.OVERRIDE, {"leaves": run.leaves})]), config)
+    apply_overrides(OverrideConfig(imports=[(OVERRIDE, {"leaves": run.leaves})]), config)
     model, dims = config.build(), ParallelDims.from_config(parallelism, tp)
     model.parallelize(dims)
     outputs = {}

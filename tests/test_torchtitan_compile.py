@@ -9,7 +9,8 @@ pytest.importorskip("torchtitan")
 
 import torchtitan_jobs as jobs
 
-from tpinv.integrations.torchtitan.verify import Run, train
+from tpinv.integrations.torchtitan.recipe import Run
+from tpinv.integrations.torchtitan.verify import train
 from tpinv.testing import assert_bitwise_equal
 
 pytestmark = pytest.mark.torchtitan

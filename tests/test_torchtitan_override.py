@@ -19,8 +19,8 @@ from torchtitan.models.common.linear import Linear
 from torchtitan.protocols.module import Module
 
 from tpinv.integrations.torchtitan.loss import CrossEntropyLoss as InvariantLoss
+from tpinv.integrations.torchtitan.recipe import OVERRIDE, Run, build_model_config, build_trainer_config
 from tpinv.integrations.torchtitan.replace import FLEX
-from tpinv.integrations.torchtitan.verify import OVERRIDE, Run, build_model_config, build_trainer_config
 from tpinv.testing import assert_bitwise_equal
 
 pytestmark = pytest.mark.torchtitan

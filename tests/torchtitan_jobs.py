@@ -15,8 +15,10 @@ from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.tools.utils import set_default_dtype
 
 from tpinv.functional import linear
-from tpinv.integrations.torchtitan.verify import OVERRIDE, Run, real_text, running, shard_dim
+from tpinv.integrations.torchtitan.recipe import OVERRIDE, Run, build_model_config
+from tpinv.integrations.torchtitan.verify import running, shard_dim
 from tpinv.layers import shard
+from tpinv.testing.text import real_text
 
 
 def debug_model(name: str, layers: int = 2):
@@ -50,7 +52,7 @@ def trainer_log_probs(run: Run):
 def generator_log_probs(run: Run, weights: dict, lengths: tuple[int, ...] = ()):
     """What a generator computes, built as TorchTitan's vLLM wrapper does: the override on the model's config alone, plain local
     weights (skip_dp), no gradients; and the last token's of prefixes of ``lengths``, one sequence at a time."""
-    model = verify.build_model_config(run)
+    model = build_model_config(run)
     parallelism = ParallelismConfig(tensor_parallel_degree=run.tp, enable_sequence_parallel=run.sequence_parallel)
     dims = ParallelDims.from_config(parallelism, dist.get_world_size())
     dist_utils.set_spmd_backend("spmd_types")

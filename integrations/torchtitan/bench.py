@@ -33,6 +33,7 @@ from tpinv.collectives import Ranks
 from tpinv.functional.operators import ALONE
 from tpinv.integrations.torchtitan import checkpointing, clip
 from tpinv.integrations.torchtitan.loss import CrossEntropyLoss as InvariantLoss
+from tpinv.integrations.torchtitan.recipe import OVERRIDE
 from tpinv.testing.text import real_text
 
 RECORDED = 3  # steps whose bytes are compared
@@ -68,7 +69,7 @@ class Model:
         parallelism = ParallelismConfig(tensor_parallel_degree=tp)
         config.update_from_config(config=dataclasses.make_dataclass("Settings", [("parallelism", ParallelismConfig)])(parallelism))
         if layers == "tpinv":
-            apply_overrides(OverrideConfig(imports=[verify.OVERRIDE]), config)
+            apply_overrides(OverrideConfig(imports=[OVERRIDE]), config)
         torch.manual_seed(0)
         with torch.device("meta"), set_default_dtype(torch.bfloat16):
             self.model = config.build()

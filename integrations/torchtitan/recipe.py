@@ -1,0 +1,218 @@
+"""What ``tpinv verify --framework torchtitan`` trains: a small decoder, real text, and a Trainer.Config around them.
+
+Everything that is not the subject is equal on purpose: tokens are bytes of real text, attention is torch's (FlexAttention has no
+backward on a CPU), bf16 runs keep fp32 master weights as FSDP does.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+
+import tpinv.integrations.torchtitan  # isort: skip  # noqa: F401  before torchtitan
+import torch
+from torch import nn
+from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.config import CompileConfig, DebugConfig, ParallelismConfig, TrainingConfig
+from torchtitan.config.override import OverrideConfig
+from torchtitan.distributed.activation_checkpoint import SelectiveAC
+from torchtitan.distributed.compile import apply_compile
+from torchtitan.models.common import ComplexRoPE, CosSinRoPE, Embedding, Linear, RMSNorm
+from torchtitan.models.common.attention import ScaledDotProductAttention
+from torchtitan.models.common.config_utils import make_ffn_config, make_gqa_config
+from torchtitan.models.common.param_init import skip_param_init
+from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock
+from torchtitan.models.llama3.parallelize import parallelize_llama
+from torchtitan.models.qwen3.model import Qwen3Model, Qwen3TransformerBlock
+from torchtitan.models.qwen3.parallelize import parallelize_qwen3
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.trainer import Trainer
+
+from tpinv.testing.text import real_text
+from tpinv.tree import ReductionTree
+
+OVERRIDE = "tpinv.integrations.torchtitan.invariant"
+# Below torch 2.14 FSDP cannot shard the plain tensors of the default backend at TP > 1.
+SPMD_FSDP = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the comparison. ``sizes`` are all tensor-parallel sizes compared, so that one model fits every one of them."""
+
+    layers: str  # "stock" or "tpinv"
+    tp: int
+    sequence_parallel: bool
+    sizes: tuple[int, ...]
+    leaves: int = 8
+    variant: str = "llama"
+    dtype: str = "fp32"
+    steps: int = 5
+    micro_batches: int = 1
+    tied: bool = False
+    qk_norm: bool = False  # Qwen3's model
+    fused_qkv: bool = True
+    num_layers: int = 2
+    dp: int = 1  # replicas of the model, by FSDP; the run takes dp x tp ranks
+    selective_ac: bool = False
+    compile: str = ""  # torch.compile's backend for every block; none if empty
+    seed: int = 1234
+    backend: str = "spmd_types" if SPMD_FSDP else "partial_dtensor"
+
+    def __post_init__(self):
+        if self.variant != "llama":
+            raise ValueError(f"variant {self.variant!r} is no model of TorchTitan; use llama (with qk-norm: Qwen3)")
+
+    @property
+    def tree(self) -> ReductionTree:
+        return ReductionTree(self.leaves)
+
+    @property
+    def sequence(self) -> int:
+        fits = math.lcm(2, *self.sizes)  # 2 chunks of the loss
+        return -(-48 // fits) * fits
+
+
+def build_model_config(run: Run) -> Llama3Model.Config | Qwen3Model.Config:
+    """The smallest decoder in which every sharded dimension has ``leaves`` equal leaves and every size divides the key-value heads."""
+    groups = math.lcm(*run.sizes)
+    heads = 2 * groups
+    dim = math.lcm(heads * (16 if heads <= 16 else 8), run.leaves)
+    head_dim, vocab = dim // heads, -(-256 // run.leaves) * run.leaves
+    weight = {"weight": partial(nn.init.trunc_normal_, std=0.05)}
+    table = {"weight": partial(nn.init.normal_, std=1.0)}
+    norm = RMSNorm.Config(normalized_shape=dim, param_init={"weight": nn.init.ones_})
+    block, rope = (Qwen3TransformerBlock, CosSinRoPE) if run.qk_norm else (Llama3TransformerBlock, ComplexRoPE)
+
+    def layer():
+        return block.Config(
+            attention_norm=replace(norm),
+            ffn_norm=replace(norm),
+            attention=make_gqa_config(
+                dim=dim,
+                n_heads=heads,
+                n_kv_heads=groups,
+                head_dim=head_dim if run.qk_norm else None,
+                wqkv_param_init=weight,
+                wo_param_init=weight,
+                inner_attention=ScaledDotProductAttention.Config(),
+                rope=rope.Config(dim=head_dim, max_seq_len=1024, theta=10000),
+                fuse_qkv=run.fused_qkv,
+                qk_norm=replace(norm, normalized_shape=head_dim) if run.qk_norm else None,
+            ),
+            feed_forward=make_ffn_config(
+                dim=dim,
+                hidden_dim=2 * dim + run.leaves,  # on purpose no multiple of a vector: see tpinv/functional/activation.py
+                w1_param_init=weight,
+                w2w3_param_init=weight,
+            ),
+        )
+
+    return (Qwen3Model if run.qk_norm else Llama3Model).Config(
+        dim=dim,
+        vocab_size=vocab,
+        enable_weight_tying=run.tied,
+        tok_embeddings=Embedding.Config(
+            num_embeddings=vocab, embedding_dim=dim, param_init={"weight": skip_param_init} if run.tied else table
+        ),
+        norm=norm,
+        lm_head=Linear.Config(in_features=dim, out_features=vocab, param_init=weight),
+        layers=[layer() for _ in range(run.num_layers)],
+    )
+
+
+def build_trainer_config(run: Run, model, folder: str) -> Trainer.Config:
+    fsdp = run.backend == "partial_dtensor" or SPMD_FSDP
+    param_dtype = "bfloat16" if run.dtype == "bf16" else "float32"
+    return Trainer.Config(
+        model_spec=ModelSpec(
+            name="qwen3" if run.qk_norm else "llama3",
+            flavor="tpinv verify",
+            model=model,
+            parallelize_fn=(parallelize_qwen3 if run.qk_norm else parallelize_llama) if fsdp else parallelize_without_fsdp,
+            pipelining_fn=None,
+            post_optimizer_build_fn=None,
+            state_dict_adapter=None,
+        ),
+        dump_folder=folder,
+        tokenizer=NoTokenizer.Config(),
+        dataloader=TextDataLoader.Config(),
+        loss=ChunkedLossWrapper.Config(num_chunks=2, loss_fn=CrossEntropyLoss.Config(global_vocab_size=model.vocab_size)),
+        optimizer=default_adamw(lr=3e-3),
+        lr_scheduler=LRSchedulersContainer.Config(warmup_steps=1),
+        training=TrainingConfig(
+            local_batch_size=2,
+            global_batch_size=2 * run.micro_batches * run.dp,
+            seq_len=run.sequence,
+            steps=run.steps,
+            disable_cuda_graphs=True,
+            dtype="float32" if fsdp else param_dtype,
+            mixed_precision_param=param_dtype,
+        ),
+        parallelism=ParallelismConfig(
+            tensor_parallel_degree=run.tp, enable_sequence_parallel=run.sequence_parallel, spmd_backend=run.backend
+        ),
+        metrics=MetricsProcessor.Config(log_freq=1, disable_color_printing=True),
+        checkpoint=CheckpointManager.Config(enable=False),
+        activation_checkpoint=SelectiveAC.Config() if run.selective_ac else None,
+        compile=CompileConfig(enable=bool(run.compile), components=["model"], backend=run.compile or "inductor"),
+        debug=DebugConfig(seed=run.seed, enable_structured_logging=False),
+        override=OverrideConfig(imports=[(OVERRIDE, {"leaves": run.leaves})] if run.layers == "tpinv" else []),
+    )
+
+
+def parallelize_without_fsdp(model, *, parallel_dims, compile_config, ac_config=None, dump_folder="", **_):
+    """Tensor parallelism alone: parameters, gradients and optimizer states in one dtype, as generators hold them (skip_dp)."""
+    model.parallelize(parallel_dims)
+    if ac_config is not None:
+        ac_config.build(dump_folder=dump_folder).apply(model)
+    if compile_config.enable:
+        apply_compile(model, compile_config=compile_config, parallel_dims=parallel_dims)
+    return model
+
+
+class NoTokenizer(BaseTokenizer):
+    """The text is bytes already."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseTokenizer.Config):
+        pass
+
+    def __init__(self, config: Config, *, tokenizer_path: str):
+        super().__init__()
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    def get_vocab_size(self) -> int:
+        return 256
+
+
+class TextDataLoader(BaseDataLoader):
+    """Consecutive batches of real text, the same on every tensor-parallel rank."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseDataLoader.Config):
+        pass
+
+    def __init__(self, config: Config, *, seq_len: int, local_batch_size: int, dp_rank: int, dp_world_size: int, **_):
+        self.shape, self.dp_rank, self.dp_world_size = (local_batch_size, seq_len), dp_rank, dp_world_size
+
+    def __iter__(self):
+        text, size = real_text(), math.prod(self.shape)
+        for start in range(self.dp_rank * size, len(text) - size, self.dp_world_size * size):
+            tokens, labels = (text[start + shift : start + shift + size].view(self.shape) for shift in (0, 1))
+            yield {"input": tokens}, labels
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        pass
