@@ -7,12 +7,33 @@ from pathlib import Path
 
 import pytest
 
+NAMES = ["interpreted_step", "interpreted_kernels"]
 
-@pytest.mark.parametrize("name", ["interpreted_kernels", "interpreted_step"])
-def test_interpreted(name):
-    pytest.importorskip("triton")
+
+@pytest.fixture(scope="module")
+def processes():
+    """All at once: an interpreter keeps one core busy."""
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here / f"{name}.py")]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=here.parent, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    started = {
+        name: subprocess.Popen(
+            [*command, str(here / f"{name}.py")],
+            cwd=here.parent,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name in NAMES
+    }
+    yield started
+    for process in started.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_interpreted(name, processes):
+    pytest.importorskip("triton")
+    output, _ = processes[name].communicate(timeout=600)
+    assert processes[name].returncode == 0, output[-6000:]
