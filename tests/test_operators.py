@@ -4,17 +4,18 @@ import pytest
 import torch
 
 from tpinv import ReductionTree, column_parallel_linear, rms_norm, row_parallel_linear
-from tpinv.functional import operators, swiglu
+from tpinv.functional import core_attention, operators, swiglu
 from tpinv.functional.operators import ALONE, group_name
 from tpinv.testing import assert_bitwise_equal, run_ranks
 
 TREE = ReductionTree(8)
+GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"))
 LINEAR = (8, "float32", "")
 
 
-def cases() -> dict:
+def cases(device: str = "cpu") -> dict:
     ops = torch.ops.tpinv
-    x, weight, bias, scale = (torch.randn(shape) for shape in ((5, 3, 64), (32, 64), (32,), (64,)))
+    x, weight, bias, scale = (torch.randn(shape, device=device) for shape in ((5, 3, 64), (32, 64), (32,), (64,)))
     return {
         "column": (ops.column_parallel_linear, (x, weight, None, *LINEAR, False, 1), lambda x, w: column_parallel_linear(x, w, tree=TREE)),
         "fc1": (
@@ -28,9 +29,10 @@ def cases() -> dict:
     }
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 @pytest.mark.parametrize("name", cases())
-def test_the_bytes_of_the_function(name):
-    operator, arguments, function = cases()[name]
+def test_the_bytes_of_the_function(name, device):
+    operator, arguments, function = cases(device)[name]
     inputs = [a.requires_grad_() for a in arguments if isinstance(a, torch.Tensor)]
     y, expected = operator(*arguments), function(*inputs)
     dy = torch.randn_like(y)
@@ -39,6 +41,24 @@ def test_the_bytes_of_the_function(name):
         assert_bitwise_equal(found, wanted)
     with torch.inference_mode():
         assert_bitwise_equal(operator(*arguments), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_attention():
+    """As layers call it: [B, L, N, H] seen as [L, B, N, H]; forward, gradients, and as part of a full graph."""
+    query, key, value = (torch.randn(2, 77, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+    inputs = [t.transpose(0, 1).requires_grad_() for t in (query, key, value)]
+    out, expected = torch.ops.tpinv.core_attention(*inputs, 0.125, True)[0], core_attention(*inputs, scale=0.125)
+    dout = torch.randn_like(out)
+    assert_bitwise_equal(out, expected)
+    for found, wanted in zip(
+        torch.autograd.grad(out, inputs, dout, retain_graph=True), torch.autograd.grad(expected, inputs, dout), strict=True
+    ):
+        assert_bitwise_equal(found, wanted)
+    compiled = torch.compile(lambda *qkv: torch.ops.tpinv.core_attention(*qkv, 0.125, True)[0], backend="aot_eager", fullgraph=True)
+    for found, wanted in zip(torch.autograd.grad(compiled(*inputs), inputs, dout), torch.autograd.grad(out, inputs, dout), strict=True):
+        assert_bitwise_equal(found, wanted)
 
 
 @pytest.mark.parametrize("name", cases())
