@@ -71,6 +71,16 @@ def test_opcheck(name):
         torch.library.opcheck(operator.default, tuple(frozen_input))
 
 
+@pytest.mark.parametrize("name", cases())
+def test_opcheck_on_transposed_inputs(name):
+    """[s, b, h] seen as [b, s, h]: the strides that a compiler is told are those of the result."""
+    operator, (x, *others), _ = cases()[name]
+    torch.library.opcheck(operator.default, (x.transpose(0, 1).requires_grad_(), *others))
+    x = x.transpose(0, 1).detach()
+    real, fake = (operator(x.to(device), *(o.to(device) if isinstance(o, torch.Tensor) else o for o in others)) for device in ("cpu", "meta"))
+    assert real.stride() == fake.stride()
+
+
 def compiled_block(sequence_parallel: bool):
     """A column- and a row-parallel linear in one graph, on the default group; whole results."""
     import torch.distributed as dist

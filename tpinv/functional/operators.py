@@ -182,7 +182,9 @@ def _swiglu_backward(dy, x):
         return torch.autograd.grad(activation.swiglu(leaf), leaf, dy)[0]
 
 
-_operator("swiglu(Tensor x) -> Tensor", activation.swiglu, lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
+_operator(
+    "swiglu(Tensor x) -> Tensor", lambda x: activation.swiglu(x).contiguous(), lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+)
 _operator("swiglu_backward(Tensor dy, Tensor x) -> Tensor", _swiglu_backward, lambda dy, x: x.new_empty(x.shape))
 _gradient(
     "swiglu",
