@@ -77,7 +77,9 @@ def test_opcheck_on_transposed_inputs(name):
     operator, (x, *others), _ = cases()[name]
     torch.library.opcheck(operator.default, (x.transpose(0, 1).requires_grad_(), *others))
     x = x.transpose(0, 1).detach()
-    real, fake = (operator(x.to(device), *(o.to(device) if isinstance(o, torch.Tensor) else o for o in others)) for device in ("cpu", "meta"))
+    real, fake = (
+        operator(x.to(device), *(o.to(device) if isinstance(o, torch.Tensor) else o for o in others)) for device in ("cpu", "meta")
+    )
     assert real.stride() == fake.stride()
 
 
