@@ -8,7 +8,9 @@ import pytest
 pytest.importorskip("torchtitan")
 
 import spmd_types as spmd
+import torch
 import torchtitan_jobs as jobs
+from torch._subclasses import FakeTensorMode
 from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.config import CompileConfig, ConfigManager, DebugConfig, ParallelismConfig
 from torchtitan.config.override import OverrideConfig, apply_overrides
@@ -18,6 +20,7 @@ from torchtitan.models.common.feed_forward import SigmoidGatedFeedForward
 from torchtitan.models.common.linear import Linear
 from torchtitan.protocols.module import Module
 
+from tpinv.integrations.torchtitan.layers import ScaledDotProductAttention
 from tpinv.integrations.torchtitan.loss import CrossEntropyLoss as InvariantLoss
 from tpinv.integrations.torchtitan.recipe import OVERRIDE, Run, build_model_config, build_trainer_config
 from tpinv.integrations.torchtitan.replace import FLEX
@@ -203,3 +206,15 @@ def test_the_norm_of_gradients_is_exact(torchtitan_pool):
         assert abs(norm.item() - expected) <= expected * 2**-23
         assert_bitwise_equal(norm, results[0][0])
         assert stranger.item() == stock_norm.item() == pytest.approx(12**0.5)
+
+
+@pytest.mark.parametrize(
+    "keys, options, message",
+    [(8, {"attention_masks": 1}, "no attention_masks"), (8, {"dropout_p": 0.1}, "no dropout_p"), (5, {}, "8 queries over 5 keys")],
+)
+def test_what_the_attention_kernel_does_not_take_is_refused(keys, options, message):
+    attention = ScaledDotProductAttention(ScaledDotProductAttention.Config())
+    with FakeTensorMode():  # a CUDA device without a GPU
+        q, kv = torch.empty(2, 8, 4, 16, device="cuda"), torch.empty(2, keys, 2, 16, device="cuda")
+        with pytest.raises(ValueError, match=message):
+            attention(q, kv, kv, enable_gqa=True, **options)
