@@ -1,7 +1,7 @@
 """``tpinv diff A B``: where two recorded runs (tpinv.testing.record) part. Names the first module and tensor whose bytes differ, in
 the order in which run A computed them, so that what comes before it is known to be the same.
 
-Exit status 0 if everything is the same bytes, 1 if something differs or could not be compared, 2 if A or B is not a recording.
+Exit status 0 if everything recorded is the same bytes, 1 if something differs or could not be compared, 2 if A or B is not a recording.
 """
 
 import argparse
@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="regular expression and replacement that turn B's module names into A's; may be given several times",
     )  # fmt: skip
     parser.add_argument(
-        "--partial", action="store_true", help="do not mind tensors that cannot be compared (in one run only, digests only)"
+        "--partial",
+        action="store_true",
+        help="do not mind tensors that cannot be compared (in one run only, digests only; other dtypes still fail)",
     )
     parser.add_argument("--rows", type=int, default=10, help="differing tensors to list (default 10)")
     parser.add_argument("--json", metavar="FILE", help="write every tensor that differs or was not compared to FILE")
@@ -54,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     found = compare_runs(a, b)
     differ = [row for row in found if row.differs]
     unknown = [row for row in found if not row.compared]
-    ok = not differ and (arguments.partial or not unknown)
+    compared = len(found) - len(unknown)
+    ok = not differ and compared > 0 and not any(row.unlike or not arguments.partial for row in unknown)
 
     console = Console(highlight=False)
     for name, which in (("A", a), ("B", b)):
@@ -66,8 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
             console.print(_rows(differ[: arguments.rows], len(differ)))
     if unknown:
         console.print(f"{len(unknown)} could not be compared, first {unknown[0].key}: {unknown[0].rule}", soft_wrap=True)
-    if not differ:
-        console.print(f"the same bytes in all {len(found) - len(unknown)} tensors compared")
+    if not compared:
+        console.print("no tensor was compared")
+    elif not differ:
+        console.print(f"the same bytes in all {compared} tensors compared")
     if arguments.json:
         summary = {"equal": ok, "tensors": len(found), "differing": len(differ), "not_compared": len(unknown)}
         rows = [_json(row) for row in found if row.differs or not row.compared]

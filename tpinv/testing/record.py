@@ -6,15 +6,19 @@
 ...         recorder.step()                                         # before zero_grad and the optimizer
 ...         optimizer.step()
 
-Hooks only look, nothing of the arithmetic changes: a module's inputs are replaced by views of themselves, because the gradient of
-a view is this module's own, where the gradient of the tensor would be the sum over everything that uses it (a module that
-overwrites its input has none). Of each step, in the order in which things happen:
+Hooks only look; one thing of the arithmetic can change. A module's inputs are replaced by views of themselves, because the gradient
+of a view is this module's own, where the gradient of the tensor would be the sum over everything that uses it (a module that
+overwrites its input has none). Where a module uses its input several times and others use it too (attention and MLP side by side,
+shared experts), the gradients are then added in another order, (a + b) + c as a + (b + c): record both runs, or none, or say
+``grad_input=False``, which makes no views. Of each step, in the order in which things happen:
 
     parameter   every parameter, when the step's first module is called
     forward     each module's input and output
     recompute   the same while a backward pass runs: activation checkpointing calls the module again
     backward    each module's grad_output and grad_input, from the last module to the first
     gradient    every parameter's gradient (main_grad where Megatron keeps it there), at ``step()``
+
+and the parameters once more at the end, after the last optimizer step. Buffers, and what no module computes, are not recorded.
 
 Tensors are kept by the digest of their bytes, so that one module's output, which is the next one's input, is kept once.
 """
@@ -46,6 +50,7 @@ class record:
             to say that a tensor differs, not by how much, nor to put shards together.
         shards: {regular expression on "module/tensor": dimension, or (dimension, stride)} of tensors that are sharded. Parameters
             and their gradients carry Megatron's marks; for the rest ``tpinv diff`` goes by the shapes.
+        grad_input: record the gradients of modules' inputs, which takes views of them (above).
 
     Raises:
         ValueError: the directory holds another run's files, or a name is no regular expression.
@@ -53,11 +58,11 @@ class record:
 
     def __init__(
         self, model: nn.Module, path: str | os.PathLike, *, group=None, modules: str = "", keep: int = 4 << 30,
-        shards: Mapping[str, int | tuple[int, int]] | None = None,
+        shards: Mapping[str, int | tuple[int, int]] | None = None, grad_input: bool = True,
     ):  # fmt: skip
         distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.ranks = (dist.get_rank(group), dist.get_world_size(group)) if distributed else (0, 1)
-        self.path, self.keep = os.fspath(path), keep
+        self.path, self.keep, self._grad_input = os.fspath(path), keep, grad_input
         os.makedirs(self.path, exist_ok=True)
         if strangers := sorted(set(os.listdir(self.path)) - {f"rank{rank}.pt" for rank in range(self.ranks)}):
             raise ValueError(f"{self.path} holds {strangers}, which a run of {self.ranks} ranks does not write; use an empty directory")
@@ -105,6 +110,8 @@ class record:
         self._hooks = []
         if self._dirty:
             self.step()
+        if self._step:
+            self._add_parameters()
         recording = {"format": FORMAT, "rank": self.rank, "ranks": self.ranks, "events": self._events, "tensors": self._tensors}
         torch.save(recording, os.path.join(self.path, f"rank{self.rank}.pt"))
 
@@ -114,14 +121,13 @@ class record:
         def hook(_, args: tuple, kwargs: dict):
             if not self._dirty:
                 self._dirty = True
-                for name, parameter in self._parameters:
-                    self._add_parameter("parameter", name, "", parameter, parameter)
+                self._add_parameters()
             inputs = {str(i): value for i, value in enumerate(args)} | kwargs
             for name, tensor in _named(inputs, "input"):
                 self._add(_forward_phase(), module, name, tensor)
                 where = next((at for at, value in inputs.items() if value is tensor), None)
                 # A parameter, or a tensor that carries attributes, must reach the module as what it is.
-                if where is not None and type(tensor) is Tensor and _has_gradient(tensor) and not vars(tensor):
+                if self._grad_input and where is not None and type(tensor) is Tensor and _has_gradient(tensor) and not vars(tensor):
                     inputs[where] = self._watch(tensor.view_as(tensor), module, f"grad_{name}")
             return tuple(inputs[str(i)] for i in range(len(args))), {key: inputs[key] for key in kwargs}
 
@@ -141,6 +147,10 @@ class record:
         return tensor
 
     # -- what is kept ------------------------------------------------------------------------------------------------
+
+    def _add_parameters(self) -> None:
+        for name, parameter in self._parameters:
+            self._add_parameter("parameter", name, "", parameter, parameter)
 
     def _add_parameter(self, phase: str, full_name: str, suffix: str, parameter: nn.Parameter, value: Tensor) -> None:
         module, _, name = full_name.rpartition(".")

@@ -11,7 +11,8 @@ the recording was given), else by the shapes, in this order:
     calls            a module that is called once per head, or the like, is called p times as often on one rank as on each of p: the
                      calls are its shards
 
-Each comparison says which it was. What fits none of these is counted as not compared, never as equal.
+Each comparison says which it was, and covers every rank: where one rank's part is the whole, the other ranks' must be the same bytes.
+What fits none of these, or is not on every rank of both runs, is counted as not compared, never as equal.
 """
 
 import dataclasses
@@ -59,7 +60,7 @@ class Part:
 class Comparison:
     """``rule`` says how the parts were put together, or why they were not compared (``compared`` is False).
 
-    ``difference`` is None when nothing differs, or when the digests differ and nothing else was kept. ``histogram[i]`` counts the
+    ``unlike``: the dtypes are, which nothing forgives. ``difference`` is None when nothing differs, or when the digests differ and nothing else was kept. ``histogram[i]`` counts the
     elements that are 2**i to 2**(i+1) - 1 ulp apart.
     """
 
@@ -67,6 +68,7 @@ class Comparison:
     rule: str
     compared: bool = True
     differs: bool = False
+    unlike: bool = False
     difference: Difference | None = None
     histogram: tuple[int, ...] = ()
 
@@ -95,6 +97,11 @@ class Run:
     def keys(self) -> list[Key]:
         """What every rank recorded, in the order of rank 0."""
         return [key for key in self.parts[0] if all(key in parts for parts in self.parts)]
+
+    @property
+    def any_keys(self) -> dict[Key, None]:
+        """What any rank recorded, in the order of rank 0 and then of the others."""
+        return dict.fromkeys(key for parts in self.parts for key in parts)
 
 
 def _load(path: str) -> dict:
@@ -149,16 +156,19 @@ def compare_runs(a: Run, b: Run) -> list[Comparison]:
         raise ValueError(f"{a.path} and {b.path} have no tensor in common ({only[0]!r}, {only[1]!r}); name the modules' map with --map")
     found = []
     calls_a, calls_b = _calls(a), _calls(b)
-    for key in [*a.parts[0], *(key for key in b.parts[0] if key not in a.parts[0])]:
+    any_a, any_b = a.any_keys, b.any_keys
+    for key in any_a | any_b:
         mine, other = (calls.get(key._replace(call=0), []) for calls in (calls_a, calls_b))
-        if mine and other and len(mine) != len(other) and len(mine) * a.ranks == len(other) * b.ranks:
+        shards = mine and other and len(mine) != len(other) and len(mine) * a.ranks == len(other) * b.ranks
+        if shards and (key in in_a or key in in_b):
             if key.call == 0:
                 found.append(_compare_calls(key, [a[call] for call in mine], [b[call] for call in other]))
         elif key in in_a and key in in_b:
             found.append(_compare(key, a[key], b[key]))
-        elif key.phase != "recompute" or (key in a.parts[0] and key in b.parts[0]):
-            where = [run.path for run, keys in ((a, in_a), (b, in_b)) if key in keys]
-            found.append(Comparison(key, f"only in {where[0]}" if where else "not on every rank", compared=False))
+        elif key in any_a and key in any_b:
+            found.append(Comparison(key, "not on every rank", compared=False))
+        elif key.phase != "recompute":
+            found.append(Comparison(key, f"only in {(a if key in any_a else b).path}", compared=False))
     return found
 
 
@@ -175,7 +185,7 @@ def _calls(run: Run) -> dict[Key, list[Key]]:
 
 def _compare(key: Key, a: list[Part], b: list[Part]) -> Comparison:
     if len({part.dtype for part in (*a, *b)}) > 1:
-        return Comparison(key, f"{a[0].dtype} against {b[0].dtype}", compared=False)
+        return Comparison(key, f"{a[0].dtype} against {b[0].dtype}", compared=False, unlike=True)
     shapes = {part.shape for part in (*a, *b)}
     marked = any(part.mark for part in (*a, *b))
     if len(a) == len(b) and [part.shape for part in a] == [part.shape for part in b]:
@@ -184,10 +194,15 @@ def _compare(key: Key, a: list[Part], b: list[Part]) -> Comparison:
         return _pairs(key, "replicated", [(a[0], part) for part in b] + [(part, b[0]) for part in a[1:]])
     if any(part.value is None for part in (*a, *b)):
         return Comparison(key, f"only digests of {_shapes(a)} against {_shapes(b)}", compared=False)
-    ways = list(_ways(a, b))
+    ways = [way for way in _ways(a, b) if way.fits(a, b)]
     if not ways:
         return Comparison(key, f"no way from {_shapes(a)} to {_shapes(b)}; name it in record(shards=)", compared=False)
-    return min((_result(key, rule, [pair]) for rule, pair in ways), key=_distance)
+    found, way = min(((_result(key, way.rule, way.pairs), way) for way in ways), key=lambda row: _distance(row[0]))
+    for name, parts in way.replicas(a, b) if not found.differs else ():
+        copies = _pairs(key, f"{found.rule}; replicas of {name}", [(parts[0], part) for part in parts[1:]])
+        if copies.differs:
+            return copies
+    return found
 
 
 def _compare_calls(key: Key, a: list[list[Part]], b: list[list[Part]]) -> Comparison:
@@ -254,29 +269,49 @@ def _distance(comparison: Comparison) -> float:
     return sum((power + 1) * count for power, count in enumerate(comparison.histogram)) or float(comparison.difference.count)
 
 
-def _ways(a: list[Part], b: list[Part]) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """Every way to put the parts together so that both runs have one shape, with the rule's name."""
+class Way(NamedTuple):
+    """One way to put the parts together so that both runs have the same shapes. ``first``: of A, of B, the pairs hold the first rank's
+    part alone, whose replicas the other ranks' parts then have to be."""
+
+    rule: str
+    pairs: list[tuple[Tensor, Tensor]]
+    first: tuple[bool, bool] = (False, False)
+
+    def replicas(self, a: list[Part], b: list[Part]) -> list[tuple[str, list[Part]]]:
+        return [(name, parts) for name, parts, first in zip("AB", (a, b), self.first, strict=True) if first]
+
+    def fits(self, a: list[Part], b: list[Part]) -> bool:
+        whole = all(len({part.shape for part in parts}) == 1 for _, parts in self.replicas(a, b))
+        return whole and all(left.shape == right.shape for left, right in self.pairs)
+
+
+def _ways(a: list[Part], b: list[Part]) -> Iterator[Way]:
     if a[0].mark or b[0].mark:
-        left, right = _marked(a), _marked(b)
-        if left.shape == right.shape:
-            yield _shard_rule(*(a[0].mark or b[0].mark), "as marked"), (left, right)
+        rule = _shard_rule(*(a[0].mark or b[0].mark), "as marked")
+        yield Way(rule, [(_marked(a), _marked(b))], (not a[0].mark, not b[0].mark))
         return
     left, right = [part.value for part in a], [part.value for part in b]
     told = max(part.stride for part in (*a, *b))
     found = False
-    for moved, name in ((left, ""), ([t.transpose(0, 1) if t.dim() > 1 else t for t in left], "dimensions 0 and 1 swapped")):
+    swapped = [t.transpose(0, 1) if t.dim() > 1 else t for t in left]
+    for moved, name in ((left, ""), (swapped, "dimensions 0 and 1 swapped")):
         if name and moved[0].shape == right[0].shape:
-            yield name, (moved[0], right[0])
-        for rule, pair in () if found else _shards(moved, right, told):
+            yield _layout(name, moved, right)
+        for way in () if found else _shards(moved, right, told):
             found = True
-            yield ", ".join(filter(None, (name, rule))), pair
+            yield way._replace(rule=", ".join(filter(None, (name, way.rule))))
     if not found and left[0].numel() == right[0].numel() and left[0].shape[-1:] == right[0].shape[-1:]:
-        yield "reshaped", (left[0].reshape(right[0].shape), right[0])
-        if left[0].dim() > 1:
-            yield "reshaped, dimensions 0 and 1 swapped", (left[0].transpose(0, 1).reshape(right[0].shape), right[0])
+        for moved, name in ((left, "reshaped"), (swapped, "reshaped, dimensions 0 and 1 swapped"))[: left[0].dim()]:
+            if all(t.numel() == right[0].numel() for t in moved):
+                yield _layout(name, [t.reshape(right[0].shape) for t in moved], right)
 
 
-def _shards(a: list[Tensor], b: list[Tensor], told: int) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+def _layout(rule: str, a: list[Tensor], b: list[Tensor]) -> Way:
+    """Rank by rank; runs of unlike numbers of ranks hold replicas."""
+    return Way(rule, list(zip(a, b, strict=True))) if len(a) == len(b) else Way(rule, [(a[0], b[0])], (True, True))
+
+
+def _shards(a: list[Tensor], b: list[Tensor], told: int) -> Iterator[Way]:
     """The ways along the one dimension in which the shapes differ. ``told``: the stride that a module has for its last dimension."""
     unlike = [d for d in range(a[0].dim()) if a[0].shape[d] != b[0].shape[d]] if a[0].dim() == b[0].dim() else []
     if len(unlike) != 1:
@@ -288,7 +323,8 @@ def _shards(a: list[Tensor], b: list[Tensor], told: int) -> Iterator[tuple[str, 
             for stride in (told,) if told > 1 else (1, 2):
                 if all(t.shape[dim] % stride == 0 for t in (*left, *right)):
                     rule = _shard_rule(dim, stride, "as its module says" if told > 1 else "by the shapes")
-                    yield rule, (join_leaves(left, dim, stride), join_leaves(right, dim, stride))
+                    pair = join_leaves(left, dim, stride), join_leaves(right, dim, stride)
+                    yield Way(rule, [pair], (len(left) < len(a), len(right) < len(b)))
             return
 
 
