@@ -1,5 +1,6 @@
 """What the override claims, keeps, and refuses; and the clip function that it installs."""
 
+import copy
 import dataclasses
 from types import SimpleNamespace
 
@@ -12,19 +13,23 @@ import torch
 import torchtitan_jobs as jobs
 from torch._subclasses import FakeTensorMode
 from torchtitan.components.loss import ChunkedLossWrapper
+from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 from torchtitan.config import CompileConfig, ConfigManager, DebugConfig, ParallelismConfig
 from torchtitan.config.override import OverrideConfig, apply_overrides
+from torchtitan.distributed import utils as dist_utils
 from torchtitan.distributed.parallel_dims import MeshAxisName
 from torchtitan.models import deepseek_v3, llama3, qwen3
 from torchtitan.models.common.feed_forward import SigmoidGatedFeedForward
 from torchtitan.models.common.linear import Linear
 from torchtitan.protocols.module import Module
 
+from tpinv.functional.operators import ALONE
 from tpinv.integrations.torchtitan.layers import ScaledDotProductAttention
 from tpinv.integrations.torchtitan.loss import CrossEntropyLoss as InvariantLoss
 from tpinv.integrations.torchtitan.recipe import OVERRIDE, Run, build_model_config, build_trainer_config
 from tpinv.integrations.torchtitan.replace import FLEX
-from tpinv.testing import assert_bitwise_equal
+from tpinv.integrations.torchtitan.verify import train
+from tpinv.testing import RankError, assert_bitwise_equal
 
 pytestmark = pytest.mark.torchtitan
 LLAMA = Run("tpinv", 2, True, (1, 2, 4))
@@ -102,8 +107,8 @@ def test_the_command_line_names_one_override():
     config = ConfigManager().parse_args([*arguments, OVERRIDE])
     config.model_spec.model.update_from_config(config=config)
     replaced = apply_overrides(config.override, config)
-    # 6 layers; embedding, norm, output layer, loss; checkpointing; 3 groups of settings
-    assert len(replaced) == 6 + 4 + 1 + 3
+    # 6 layers; embedding, norm, output layer, loss; checkpointing; 4 groups of settings
+    assert len(replaced) == 6 + 4 + 1 + 4
     config = ConfigManager().parse_args([*arguments, OVERRIDE + '={"leaves": 16}'])
     assert list(config.override.imports) == [(OVERRIDE, {"leaves": 16})]
 
@@ -128,6 +133,18 @@ def float8():
     return model
 
 
+class Strange(Module):
+    @dataclasses.dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        pass
+
+
+def strange_attention():
+    model = build_model_config(LLAMA)
+    model.layers[0].attention.inner_attention = Strange.Config()
+    return model
+
+
 def flash():
     model = llama3.model_registry("debugmodel", attn_backend="flex").model
     model.layers[0].attention.inner_attention.kernel_options["BACKEND"] = "FLASH"
@@ -141,6 +158,7 @@ MODELS = {
     "Float8 is not covered": float8,
     "variable-length attention": lambda: llama3.model_registry("debugmodel", attn_backend="varlen").model,
     "backend 'FLASH'": flash,
+    "the attention .*Strange.Config is not covered": strange_attention,
     "AllGatherFused.* is not covered": lambda: llama3.model_registry("debugmodel", tp_gemm_backend="dist_gemm").model,
 }
 
@@ -155,11 +173,17 @@ def test_models_that_are_not_covered(message):
 
 SETTINGS = {
     "context_parallel_degree=2": {"parallelism": ParallelismConfig(context_parallel_degree=2)},
+    "pipeline_parallel_degree=2": {"parallelism": ParallelismConfig(pipeline_parallel_degree=2)},
+    "4 data-parallel ranks": {"parallelism": ParallelismConfig(data_parallel_shard_degree=4)},
+    "3 data-parallel ranks": {"parallelism": ParallelismConfig(data_parallel_replicate_degree=3)},
     "expert_parallel_degree=2": {"parallelism": ParallelismConfig(expert_parallel_degree=2)},
     "spmd_backend='full_dtensor'": {"parallelism": ParallelismConfig(spmd_backend="full_dtensor")},
     "16 ranks do not divide leaves=8": {"parallelism": ParallelismConfig(tensor_parallel_degree=16)},
     "enable_async_tensor_parallel=True": {"compile": CompileConfig(enable=True, enable_async_tensor_parallel=True)},
     "spmd_typechecking=True": {"debug": DebugConfig(spmd_typechecking=True)},
+    "DistMuon may add up": {
+        "optimizer": OptimizersContainer.Config(param_groups=[ParamGroupConfig(pattern=".*", optimizer_name="DistMuon")])
+    },
 }
 
 
@@ -174,10 +198,12 @@ def test_settings_that_are_not_covered(message):
 
 @pytest.mark.parametrize("forward_only", [False, True])
 def test_data_parallelism_above_two(forward_only):
-    """Only the modules see it: the degree in the settings may be what the other sizes leave."""
+    """The degree in the settings may be what the other sizes leave (-1); then the modules see it first."""
     config = configured(LLAMA)
     override(config, forward_only=forward_only)
-    dims = SimpleNamespace(tp=1, cp=1, ep=1, dp_replicate=1, dp_shard=4, spmd_backend="partial_dtensor", get_optional_mesh=lambda *_: None)
+    dims = SimpleNamespace(
+        tp=1, cp=1, ep=1, pp=1, dp_replicate=1, dp_shard=4, spmd_backend="partial_dtensor", get_optional_mesh=lambda *_: None
+    )
     norm = config.model_spec.model.layers[0].attention_norm
     norm.sharding_config = None
     if forward_only:
@@ -185,6 +211,12 @@ def test_data_parallelism_above_two(forward_only):
     else:
         with pytest.raises(ValueError, match="4 data-parallel ranks"):
             norm.build().parallelize(dims)
+
+
+def test_data_parallelism_above_two_at_one_rank(torchtitan_pool):
+    """Where TorchTitan shows the modules no parallelism, their parameters do, before the first step."""
+    with pytest.raises(RankError, match="4 data-parallel ranks"):
+        torchtitan_pool.run(train, 4, dataclasses.replace(LLAMA, tp=1, sequence_parallel=False, dp=4, backend="partial_dtensor"))
 
 
 @pytest.mark.parametrize("leaves, message", [(3, "no 3 equal leaves"), (0, "at least 1")])
@@ -208,13 +240,28 @@ def test_the_norm_of_gradients_is_exact(torchtitan_pool):
         assert stranger.item() == stock_norm.item() == pytest.approx(12**0.5)
 
 
+def test_parameters_that_were_replaced_are_clipped(monkeypatch):
+    """Neither those of a copy nor those that load_state_dict puts in place fall to the stock function."""
+    config = configured(LLAMA)
+    override(config)
+    monkeypatch.setattr(dist_utils.clip_grad_norm_, "stock", None)
+    model = copy.deepcopy(config.model_spec.model.build())
+    model.load_state_dict({name: torch.zeros_like(value) for name, value in model.state_dict().items()}, assign=True)
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 2.0)
+    norm = dist_utils.clip_grad_norm_(parameters, 1.0, group=ALONE)
+    assert norm.item() == pytest.approx(2 * sum(parameter.numel() for parameter in parameters) ** 0.5)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(
     "keys, options, message",
     [(8, {"attention_masks": 1}, "no attention_masks"), (8, {"dropout_p": 0.1}, "no dropout_p"), (5, {}, "8 queries over 5 keys")],
 )
-def test_what_the_attention_kernel_does_not_take_is_refused(keys, options, message):
+def test_what_attention_does_not_take_is_refused(keys, options, message, device):
     attention = ScaledDotProductAttention(ScaledDotProductAttention.Config())
     with FakeTensorMode():  # a CUDA device without a GPU
-        q, kv = torch.empty(2, 8, 4, 16, device="cuda"), torch.empty(2, keys, 2, 16, device="cuda")
+        q, kv = torch.empty(2, 8, 4, 16, device=device), torch.empty(2, keys, 2, 16, device=device)
         with pytest.raises(ValueError, match=message):
             attention(q, kv, kv, enable_gqa=True, **options)

@@ -55,6 +55,7 @@ def main() -> None:
     from tpinv.integrations.torchtitan import layers, replace, rl  # isort: skip
     from torchtitan.config.override import apply_overrides
     from torchtitan.experiments.rl.examples.alphabet_sort.config_registry import rl_grpo_qwen3_0_6b_varlen_batch_invariant as stock
+    from torchtitan.experiments.rl.models.attention import VLLMAttentionWrapper
 
     sizes = {"trainer": {"tensor_parallel_degree": 2, "enable_sequence_parallel": True}, "generator": {"tensor_parallel_degree": 4}}
 
@@ -92,6 +93,10 @@ def main() -> None:
     assert all(type(layer.attention.qk_norm) is layers.QKNorm.Config for layer in model.layers)
     assert [type(layer.attention.inner_attention) for layer in model.layers] == [type(one) for one in inner]
     assert type(model.lm_head) is layers.LMHead.Config and model.lm_head.compute_dtype == "float32"  # from RL's CastLinear
+
+    # A generator's attention is in its place before overrides are applied, and stays.
+    vllm = VLLMAttentionWrapper.Config(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
+    assert replace._inner_attention(vllm) is vllm
     print("every check passed")
 
 

@@ -9,6 +9,7 @@ their exact norm (clip.py). What is not covered is a ValueError before anything 
 
 from tpinv.integrations.torchtitan import compat  # isort: skip  # noqa: F401  before torchtitan's own modules, which read the device once
 from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper
+from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config import Configurable
 from torchtitan.config.configs import CompileConfig, DebugConfig, ParallelismConfig
 from torchtitan.config.override import override
@@ -21,7 +22,7 @@ from tpinv.integrations.torchtitan.module import TreeConfig
 from tpinv.integrations.torchtitan.replace import invariant_config
 from tpinv.tree import ReductionTree
 
-_CLAIMED = (Module.Config, BaseLoss.Config, SelectiveAC.Config, ParallelismConfig, CompileConfig, DebugConfig)
+_CLAIMED = (Module.Config, BaseLoss.Config, SelectiveAC.Config, ParallelismConfig, CompileConfig, DebugConfig, OptimizersContainer.Config)
 
 
 class _Claims(type):
@@ -46,7 +47,7 @@ def invariant(config, leaves: int = 8, node_dtype: str = "float32", forward_only
         forward_only: promise logits and log-probabilities, not gradients, which allows data parallelism above 2.
     """
     clip.install()
-    replaced = invariant_config(config, ReductionTree(leaves, node_dtype))
+    replaced = invariant_config(config, ReductionTree(leaves, node_dtype), forward_only=forward_only)
     if isinstance(replaced, Configurable.Config):
         for _, node, _, _ in replaced.traverse(TreeConfig, recurse=True):
             node.forward_only = forward_only

@@ -194,12 +194,12 @@ class ScaledDotProductAttention(attention.ScaledDotProductAttention):
         pass
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, is_causal: bool = True, **options) -> Tensor:
-        if not q.is_cuda:
-            return self._by_head(q, k, v, scale=scale, is_causal=is_causal, **options)
         if unknown := sorted(name for name, value in options.items() if value is not None and name != "enable_gqa"):
             raise ValueError(f"ScaledDotProductAttention takes no {', '.join(unknown)}; use FlexAttention")
         if is_causal and q.shape[1] != k.shape[1]:  # torch's mask would begin at the first key, tpinv's ends at the last
             raise ValueError(f"causal attention of {q.shape[1]} queries over {k.shape[1]} keys is not covered; pass as many of both")
+        if not q.is_cuda:
+            return self._by_head(q, k, v, scale=scale, is_causal=is_causal, **options)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         out, _ = ops.core_attention(*(t.transpose(0, 1) for t in (q, k, v)), scale, is_causal)
         return out.transpose(0, 1)

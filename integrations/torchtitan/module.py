@@ -7,6 +7,8 @@ as plain local tensors and the stock machinery has nothing to move. Parameters a
 """
 
 import contextlib
+import math
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +40,12 @@ class Invariant:
     ranks = ALONE
     group = ""  # the name by which operators know the ranks
     shards: dict[str, int] = {}  # parameter -> dimension sharded over the tensor-parallel ranks; all others are whole
+    living = weakref.WeakSet()
+
+    def __new__(cls, *args, **kwargs):  # not __init__, which copies do not call
+        module = super().__new__(cls)
+        Invariant.living.add(module)
+        return module
 
     def __init__(self, config):
         super().__init__(config)
@@ -46,43 +54,51 @@ class Invariant:
 
     def parallelize(self, parallel_dims) -> None:
         dims = parallel_dims
-        check_parallelism(self.tree, tp=dims.tp, cp=dims.cp, ep=dims.ep, backend=dims.spmd_backend)
-        if (replicas := dims.dp_replicate * dims.dp_shard) > 2 and not self.forward_only:
-            raise ValueError(
-                f"{replicas} data-parallel ranks: FSDP adds their gradients in an order that depends on the shards' sizes, so on TP; use at "
-                "most 2, or forward_only=True to promise the forward pass alone (as RL's log-probabilities need)"
-            )
+        check_parallelism(self.tree, tp=dims.tp, cp=dims.cp, ep=dims.ep, pp=dims.pp, backend=dims.spmd_backend)
+        check_replicas(dims.dp_replicate * dims.dp_shard, self.forward_only)
         if (mesh := dims.get_optional_mesh("tp")) is not None:
             self.ranks = resolve(mesh)
             self.group = group_name(self.ranks)
         super().parallelize(dims)
-        self._mark()
-
-    def _apply(self, fn, recurse: bool = True):
-        applied = super()._apply(fn, recurse)  # to_empty makes new parameters
-        self._mark()
-        return applied
-
-    def _mark(self) -> None:
-        """Tells clip.py, which is handed bare parameters, what this rank counts in the gradient norm."""
-        for name, parameter in self.named_parameters(recurse=False):
-            parameter.tpinv_counted = name in self.shards or self.ranks.rank == 0
 
     def _init_param(self, name: str, param: nn.Parameter) -> None:
         if self._param_init is None or name not in self._param_init:
             super()._init_param(name, param)  # says what is missing
+        if isinstance(param, DTensor):  # at TP = 1 under partial_dtensor nobody calls parallelize; this mesh is the first sign of replicas
+            sizes = zip(param.device_mesh.mesh_dim_names or (), param.device_mesh.shape, strict=False)
+            check_replicas(math.prod(size for axis, size in sizes if axis != "tp"), self.forward_only)
         init_whole(param, self._param_init[name], self.shards.get(name), self.ranks)
 
 
-def check_parallelism(tree: ReductionTree, *, tp: int, cp: int, ep: int, backend: str) -> None:
+def counted_parameters() -> dict[int, bool]:
+    """id of every parameter that invariant modules hold now -> whether this rank counts its plain gradient in the norm: always a shard,
+    of replicas the first one. Asked when it is needed, since parameters come and go (to_empty, FSDP, load_state_dict(assign=True))."""
+    return {
+        id(parameter): name in module.shards or module.ranks.rank == 0
+        for module in Invariant.living
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def check_parallelism(tree: ReductionTree, *, tp: int, cp: int, ep: int, pp: int, backend: str) -> None:
     """ValueError for a parallel layout that is not covered. RL's trainer and generator show it to nobody but the modules."""
     tree.owned(0, tp)
     if cp != 1:
         raise ValueError(f"context_parallel_degree={cp}: it adds the gradients of keys and values in rank order; set it to 1")
     if ep != 1:
         raise ValueError(f"expert_parallel_degree={ep}: mixture of experts is not covered; set it to 1")
+    if pp != 1:
+        raise ValueError(f"pipeline_parallel_degree={pp}: pipelines were never compared; set it to 1")
     if backend == "full_dtensor":
         raise ValueError("spmd_backend='full_dtensor' hands DTensors to every module; use 'spmd_types' or 'partial_dtensor'")
+
+
+def check_replicas(replicas: int, forward_only: bool) -> None:
+    if replicas > 2 and not forward_only:
+        raise ValueError(
+            f"{replicas} data-parallel ranks: FSDP adds their gradients in an order that depends on the shards' sizes, so on TP; use at "
+            "most 2, or forward_only=True to promise the forward pass alone (as RL's log-probabilities need)"
+        )
 
 
 def init_whole(param: nn.Parameter, init, dim: int | None, ranks: Ranks) -> None:

@@ -6,6 +6,7 @@ them replicated (R): their gradients leave backward complete, and FSDP must not 
 
 import spmd_types as spmd
 from torchtitan.components import loss as stock_loss
+from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config.configs import CompileConfig, DebugConfig, ParallelismConfig
 from torchtitan.config.override import derive
 from torchtitan.distributed import activation_checkpoint
@@ -19,12 +20,15 @@ from torchtitan.protocols.sharding import ShardingConfig
 from tpinv.integrations.torchtitan import layers
 from tpinv.integrations.torchtitan.checkpointing import SelectiveAC
 from tpinv.integrations.torchtitan.loss import CrossEntropyLoss
-from tpinv.integrations.torchtitan.module import check_parallelism
+from tpinv.integrations.torchtitan.module import check_parallelism, check_replicas
 from tpinv.tree import ReductionTree
 
 TP = MeshAxisName.TP
 # RL's output layer, known by its name: importing it needs vLLM. It is a Linear.Config with a compute_dtype, which LMHead has too.
 CAST_LINEAR = "torchtitan.experiments.rl.models.cast_linear.CastLinear.Config"
+# A generator's own attention, by its name for the same reason.
+VLLM_ATTENTION = "torchtitan.experiments.rl.models.attention.VLLMAttentionWrapper.Config"
+ELEMENTWISE = ("Adam", "AdamW")  # optimizers that see a parameter's elements one by one
 # Else blocks, and the warps that add within one, are chosen by timing: on every rank, and at every size, anew.
 FLEX = {"BACKEND": "TRITON"} | {
     "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3,
@@ -33,10 +37,10 @@ FLEX = {"BACKEND": "TRITON"} | {
 OURS = (layers.LMHead.Config, layers.FinalNorm.Config, layers.RMSNorm.Config, layers.Embedding.Config, CrossEntropyLoss.Config)
 
 
-def invariant_config(config, tree: ReductionTree):
+def invariant_config(config, tree: ReductionTree, *, forward_only: bool = False):
     """What takes the place of ``config``, a node of the configuration: a module below the model's root, the loss, or settings to check."""
-    if isinstance(config, (ParallelismConfig, CompileConfig, DebugConfig)):
-        check_settings(config, tree)
+    if isinstance(config, (ParallelismConfig, CompileConfig, DebugConfig, OptimizersContainer.Config)):
+        check_settings(config, tree, forward_only)
         return config
     if isinstance(config, activation_checkpoint.SelectiveAC.Config):
         stock = type(config) is activation_checkpoint.SelectiveAC.Config
@@ -58,19 +62,27 @@ def invariant_config(config, tree: ReductionTree):
     return known[type(config)](config, tree)
 
 
-def check_settings(config, tree: ReductionTree) -> None:
+def check_settings(config, tree: ReductionTree, forward_only: bool) -> None:
     if isinstance(config, ParallelismConfig):
         check_parallelism(
             tree,
             tp=config.tensor_parallel_degree,
             cp=config.context_parallel_degree,
             ep=config.expert_parallel_degree,
+            pp=config.pipeline_parallel_degree,
             backend=config.spmd_backend,
         )
+        # -1 shards over the ranks that are left: the modules see how many
+        check_replicas(config.data_parallel_replicate_degree * max(1, config.data_parallel_shard_degree), forward_only)
     elif isinstance(config, CompileConfig) and config.enable_async_tensor_parallel:
         raise ValueError("enable_async_tensor_parallel=True splits products and adds the parts as they arrive; set it to False")
     elif isinstance(config, DebugConfig) and config.spmd_typechecking:
         raise ValueError("spmd_typechecking=True does not know the types of tpinv's autograd functions; set it to False")
+    elif isinstance(config, OptimizersContainer.Config) and not forward_only:
+        _exactly(config, OptimizersContainer.Config)
+        names = {group.optimizer_name for group in config.param_groups}
+        if unknown := sorted(names - set(ELEMENTWISE)):
+            raise ValueError(f"{', '.join(unknown)} may add up elements of a sharded parameter; use {' or '.join(ELEMENTWISE)}")
 
 
 def _block(config: TransformerBlock.Config, tree: ReductionTree) -> TransformerBlock.Config:
@@ -109,7 +121,7 @@ def _attention(config, tree: ReductionTree):
 
 def _inner_attention(config):
     """Attention within a head adds nothing across ranks, but a kernel's schedule must not depend on how many heads a rank holds.
-    A generator's own wrapper is left alone."""
+    vLLM's is left alone: what it computes is vLLM's promise."""
     if type(config) is attention.ScaledDotProductAttention.Config:
         return derive(config, layers.ScaledDotProductAttention.Config, sharding_config=None)
     if type(config) is attention.FlexAttention.Config:
@@ -124,7 +136,9 @@ def _inner_attention(config):
                 "variable-length attention splits keys by the number of heads; use attn_backend='flex', or batch-invariant mode"
             )
         return derive(config, type(config), sharding_config=None)
-    return config
+    if type(config) is layers.ScaledDotProductAttention.Config or _name(config) == VLLM_ATTENTION:
+        return config
+    raise ValueError(f"the attention {_name(config)} is not covered; use ScaledDotProductAttention, or FlexAttention")
 
 
 def _feed_forward(config, tree: ReductionTree):
