@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from tpinv.cli import bench, main
+from tpinv.cli import bench, bench_step, main
 
 
 @pytest.fixture
@@ -73,6 +73,12 @@ def test_a_kernel_with_other_bits_is_not_timed(pretended, monkeypatch, capsys):
     monkeypatch.setattr(tuner, "verify", lambda problem, config: False)
     assert gemm() == 2
     assert "chosen does not have the canonical bits; run tpinv doctor" in capsys.readouterr().err
+
+
+def test_a_step_that_no_leaves_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with pytest.raises(ValueError, match=r"--tp \[3, 6\] divides none of --leaves \[8, 16\]"):
+        bench_step.run(types.SimpleNamespace(tp=[1, 3, 6, 8], leaves=[8, 16]))
 
 
 def test_outputs_are_checked_before_the_work(pretended, capsys):

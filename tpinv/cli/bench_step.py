@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if max(arguments.tp) > torch.cuda.device_count():
         raise ValueError(f"--tp {max(arguments.tp)} needs a GPU per rank, there are {torch.cuda.device_count()}")
+    if unmeasured := [tp for tp in arguments.tp if all(leaves % tp for leaves in arguments.leaves)]:
+        raise ValueError(f"--tp {unmeasured} divides none of --leaves {arguments.leaves}; add a multiple of it")
     try:
         bench = importlib.import_module("tpinv.integrations.megatron.bench")
     except ModuleNotFoundError as error:
