@@ -62,6 +62,11 @@ def test_candidates_fit(leaves, rows, hopper):
 def test_refusals(hopper, monkeypatch):
     assert "16 bytes" in sm90.refuses(problem(8, length=12))
     assert sm90.refuses(problem(1, length=1000)) is None
+    rows = make_problems(
+        torch.zeros(1, 64).bfloat16().expand(600, 64), torch.zeros(328, 64).bfloat16(), torch.empty(1, 600, 328).bfloat16(),
+        None, ReductionTree(8), 0, 1, 1, "ieee",
+    )[0]  # fmt: skip
+    assert "one row expanded" in sm90.refuses(rows)
     assert "64 leaves" in sm90.refuses(problem(65, length=8))
     assert not any(sm90.fits(problem(8, cols=71), c) and not c.swap for c in sm90.candidates(problem(8, rows=100)))
     monkeypatch.setattr(cuda, "missing", lambda name: "no compiler")

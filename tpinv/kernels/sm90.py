@@ -81,6 +81,8 @@ def refuses(problem: Problem) -> str | None:
     if problem.leaves > MAX_LEAVES:
         return f"holds at most {MAX_LEAVES} leaves, got {problem.leaves}"
     for t, major in zip((a, b), problem.major, strict=True):
+        if t.stride(major) == 0 and t.shape[major] > 1:
+            return "copies need rows that lie one after another, not one row expanded"
         if t.stride(major ^ 1) != 1 or t.stride(major) % 8 or t.data_ptr() % 16:
             return "copies need one unit stride, the other a multiple of 8 elements, and 16-byte alignment"
         if (problem.leaves > 1 or problem.pieces > 1) and (problem.length * t.stride(1)) % 8:
