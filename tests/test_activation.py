@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tpinv import gelu, silu
+from tpinv.functional import swiglu
 from tpinv.testing import assert_bitwise_equal, compare
 
 OURS = {"silu": silu, "gelu": gelu, "tanh gelu": lambda x: gelu(x, "tanh")}
@@ -60,6 +61,13 @@ def test_accuracy_is_that_of_the_stock_activation(name):
     exact = both(STOCK[name], x.double(), dy.double())
     error, stock = ((both(f[name], x, dy) - exact).abs().max() for f in (OURS, STOCK))
     assert error <= 2 * stock + 1e-7
+
+
+@pytest.mark.parametrize("function", [*OURS.values(), swiglu])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_dtypes_that_float32_would_truncate_are_refused(function, dtype):
+    with pytest.raises(ValueError, match=f"x has dtype {dtype}"):
+        function(torch.ones(2, dtype=dtype))
 
 
 def test_unknown_approximation_is_refused():

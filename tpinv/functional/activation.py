@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tpinv import reference
 from tpinv.functional import products
 from tpinv.functional.shapes import output, rows
 
 
 def silu(x: Tensor) -> Tensor:
-    """x / (1 + exp(-x)), elementwise; any shape, result and gradient in x's dtype."""
+    """x / (1 + exp(-x)), elementwise; any shape, result and gradient in x's dtype: float32, bfloat16 or float16 (else ValueError)."""
+    reference.check_dtypes(x=x)
     return _Silu.apply(x)
 
 
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up of x = [gate, up] side by side in the last dimension: [..., 2 F] -> [..., F]. silu is rounded to x's dtype before
-    it is multiplied, as in the two steps, whose bits these are. ValueError for an odd last dimension."""
+    it is multiplied, as in the two steps, whose bits these are. ValueError for an odd last dimension or another dtype than silu takes."""
+    reference.check_dtypes(x=x)
     if x.dim() < 1 or x.shape[-1] % 2:
         raise ValueError(f"x {tuple(x.shape)} must hold gate and up side by side: an even last dimension")
     if products.on_gpu(x):
@@ -34,7 +37,8 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """torch.nn.functional.gelu: ``approximate`` "none" (erf) or "tanh". ValueError for another."""
+    """torch.nn.functional.gelu: ``approximate`` "none" (erf) or "tanh". ValueError for another, or another dtype than silu takes."""
+    reference.check_dtypes(x=x)
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate={approximate!r} must be 'none' or 'tanh'")
     if x.is_cuda:
