@@ -10,8 +10,10 @@ from megatron.core import parallel_state
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 from tpinv.integrations.megatron import convert, convert_optimizer
-from tpinv.integrations.megatron.convert import _no_dynamic_batching
+from tpinv.integrations.megatron.attention import TPInvariantDotProductAttention, _require_causal
+from tpinv.integrations.megatron.convert import _check_modules, _no_dynamic_batching
 from tpinv.integrations.megatron.guard import check_config
+from tpinv.integrations.megatron.layers import TPInvariantSwiGLU
 from tpinv.integrations.megatron.verify import Run, build_config, build_model
 from tpinv.tree import ReductionTree
 
@@ -69,6 +71,44 @@ def test_dynamic_batching_is_refused():
         _no_dynamic_batching(torch.nn.Identity(), (), {"inference_context": SimpleNamespace(is_static_batching=lambda: False)})
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"padding_idx": 0}, {"max_norm": 0.5}, {"scale_grad_by_freq": True}, {"sparse": True}],
+    ids=lambda options: next(iter(options)),
+)
+def test_an_embedding_that_does_more_than_select_is_refused(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"position_embeddings: an embedding with {name}={value} is not covered"):
+        _check_modules([("position_embeddings", torch.nn.Embedding(5, 4, **options))], TREE)
+    _check_modules([("position_embeddings", torch.nn.Embedding(5, 4))], TREE)
+
+
+@pytest.mark.parametrize("kind, inputs", [(TPInvariantSwiGLU, 1), (TPInvariantDotProductAttention, 4)])
+def test_arguments_of_other_versions_are_refused(kind, inputs):
+    with pytest.raises(ValueError, match="does not know sink; pass None"):
+        kind.forward(torch.nn.Identity(), *[torch.zeros(1)] * inputs, sink=1, other=None)
+
+
+def test_a_mask_is_remembered_with_its_shape():
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1)
+    for _ in range(2):
+        _require_causal(mask, 8, 8)
+    with pytest.raises(ValueError, match=r"must be the causal one, bool \[..., 1, 8\]"):
+        _require_causal(mask, 1, 8)
+    mask[..., 0, 0] = True
+    with pytest.raises(RuntimeError, match="not the causal one"):
+        _require_causal(mask, 8, 8)
+
+
+def test_a_mask_of_inference_mode_is_checked_every_time():
+    with torch.inference_mode():
+        mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1)
+        _require_causal(mask, 8, 8)
+        mask[..., 0, 0] = True
+        with pytest.raises(RuntimeError, match="not the causal one"):
+            _require_causal(mask, 8, 8)
+
+
 class OwnAttention(DotProductAttention):
     """A core attention that tpinv knows nothing of."""
 
@@ -76,7 +116,7 @@ class OwnAttention(DotProductAttention):
 def refusals() -> dict[str, str]:
     run = Run("tpinv", 1, False, (1, 2))
     found = {}
-    for name in ("activation", "fusion", "attention"):
+    for name in ("activation", "fusion", "attention", "dropout"):
         config = build_config(run)
         model = jobs.unconverted(run)
         mlp, attention = model.decoder.layers[0].mlp, model.decoder.layers[0].self_attention
@@ -84,6 +124,8 @@ def refusals() -> dict[str, str]:
             mlp.config.activation_func = torch.nn.functional.mish
         elif name == "fusion":
             mlp.config.bias_activation_fusion = True
+        elif name == "dropout":
+            attention.core_attention.attention_dropout.p = 0.1
         else:
             attention.core_attention.__class__ = OwnAttention
         with pytest.raises(ValueError) as error:
@@ -105,4 +147,5 @@ def test_refused_on_a_cpu_and_before_conversion(megatron_pool):
     assert "may depend on a shard's width on a CPU; use silu, gelu, relu or squared_relu" in found["activation"]
     assert "bias_activation_fusion" in found["fusion"] and "set it to False" in found["fusion"]
     assert "OwnAttention" in found["attention"] and "is not covered" in found["attention"]
+    assert "its dropout of 0.1 draws from a stream per rank" in found["dropout"]
     assert "call convert(model, tree=tree) once the model is built" in found["spec"]

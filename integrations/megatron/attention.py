@@ -16,6 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from tpinv import functional
+from tpinv.integrations.megatron import layers
 
 
 class TPInvariantDotProductAttention(DotProductAttention):
@@ -30,11 +31,12 @@ class TPInvariantDotProductAttention(DotProductAttention):
         attn_mask_type=None,
         attention_bias: Tensor | None = None,
         packed_seq_params=None,
-        **_,
+        **others,
     ) -> Tensor:
         """query [sq, b, np, d], key and value [sk, b, ng, d], attention_mask bool [b or 1, 1, sq, sk] (True: masked) -> [sq, b, np d]."""
         if packed_seq_params is not None or attention_bias is not None:
             raise ValueError("packed sequences and attention bias are not covered by the local core attention; pass neither")
+        layers.refuse(self, others)
         if query.is_cuda:
             return self._on_gpu(query, key, value, attention_mask)
         sq, batch, heads, _ = query.shape
@@ -68,16 +70,18 @@ class TPInvariantDotProductAttention(DotProductAttention):
         return (probabilities.reshape(-1, k.shape[0]) @ v).view(per_group, -1, v.shape[-1])
 
 
-_checked: list = [None, -1]  # the last mask seen, weakly, and its version
+_checked: list = [None, None]  # the last mask seen, weakly, and its version, sq and sk
 
 
 def _require_causal(mask: Tensor, sq: int, sk: int) -> None:
-    """The kernel makes its own causal mask; another one must not be ignored. Asserted on the GPU, once a mask: every layer gets the same."""
-    seen, version = _checked
-    if seen is not None and seen() is mask and version == mask._version:
+    """The kernel makes its own causal mask; another one must not be ignored. Asserted on the GPU, once a mask: every layer gets the same.
+    Tensors of inference mode, which count no changes, are looked at every time."""
+    state = None if mask.is_inference() else (mask._version, sq, sk)
+    seen, checked = _checked
+    if state is not None and state == checked and seen() is mask:
         return
     causal = torch.ones(sq, sk, dtype=torch.bool, device=mask.device).triu(1 + sk - sq)
     if mask.shape[-2:] != causal.shape or mask.dtype != torch.bool:
         raise ValueError(f"attention_mask {tuple(mask.shape)} {mask.dtype} must be the causal one, bool [..., {sq}, {sk}]; or pass None")
     torch._assert_async((mask == causal).all(), "attention_mask is not the causal one, the only one that is covered on a GPU; pass None")
-    _checked[:] = weakref.ref(mask), mask._version
+    _checked[:] = weakref.ref(mask), state

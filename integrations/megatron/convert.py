@@ -167,10 +167,19 @@ def _check_modules(plan: list[tuple[str, nn.Module]], tree: ReductionTree) -> No
             problems += _mlp_problems(name, module)
         elif kind in (nn.RMSNorm, nn.LayerNorm) and (module.weight is None or module.weight.dim() != 1):
             problems.append(f"{name}: a norm needs a weight of one dimension; use elementwise_affine=True over the hidden size")
+        elif kind is nn.Embedding and (options := _embedding_options(module)):
+            problems.append(f"{name}: an embedding with {', '.join(options)} is not covered; build it without")
+        if isinstance(module, DotProductAttention) and module.attention_dropout.p:
+            problems.append(f"{name}: its dropout of {module.attention_dropout.p} draws from a stream per rank; build it with 0.0")
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             problems += _linear_problems(name, module, tree)
     if problems:
         raise ValueError("these modules cannot be made invariant:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _embedding_options(embedding: nn.Embedding) -> list[str]:
+    options = {name: getattr(embedding, name) for name in ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse")}
+    return [f"{name}={value}" for name, value in options.items() if value is not None and value is not False]
 
 
 def _mlp_problems(name: str, mlp: MLP) -> list[str]:

@@ -54,6 +54,12 @@ def mark_complete(module: torch.nn.Module) -> None:
             parameter.sequence_parallel, parameter.tpinv_complete_grad = False, True
 
 
+def refuse(module: torch.nn.Module, arguments: dict) -> None:
+    """Arguments of other versions of Megatron-Core, which could mean anything."""
+    if unknown := sorted(name for name, value in arguments.items() if value is not None):
+        raise ValueError(f"{type(module).__name__} does not know {', '.join(unknown)}; pass None")
+
+
 class TPInvariantColumnParallelLinear(TreeBound, ColumnParallelLinear):
     """ColumnParallelLinear: dgrad is a tree over out-features. SwiGLU's fc1 is the one with stride 2."""
 
@@ -115,7 +121,9 @@ def replace_activation(mlp: MLP) -> None:
 class TPInvariantSwiGLU(MLP):
     """An MLP whose SwiGLU is one kernel each way, on a GPU. The linears have added their biases."""
 
-    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_):
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, padding_mask=None, **others):
+        """padding_mask is for routers: a dense MLP has no use for it."""
+        refuse(self, others)
         if per_token_scale is not None:
             raise ValueError("per_token_scale belongs to mixture of experts, which is not covered")
         intermediate, _ = self.linear_fc1(hidden_states)
