@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tpinv.kernels.device import on_device_of_first
 from tpinv.kernels.libm import exp
 
 _BLOCK = 1024
@@ -64,6 +65,7 @@ def swiglu_grad_kernel(x_ptr, dy_ptr, dx_ptr, width, BLOCK: tl.constexpr):
     tl.store(dx_ptr + row * 2 * width + width + at, (dy * active).to(dtype), mask=at < width)
 
 
+@on_device_of_first
 def silu(x: Tensor) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
@@ -72,6 +74,7 @@ def silu(x: Tensor) -> Tensor:
     return y
 
 
+@on_device_of_first
 def silu_backward(x: Tensor, dy: Tensor) -> Tensor:
     x, dy = x.contiguous(), dy.contiguous()
     dx = torch.empty_like(x)
@@ -80,6 +83,7 @@ def silu_backward(x: Tensor, dy: Tensor) -> Tensor:
     return dx
 
 
+@on_device_of_first
 def swiglu(x: Tensor) -> Tensor:
     """[M, 2 F] contiguous, gate then up -> [M, F]."""
     y = x.new_empty(x.shape[0], x.shape[1] // 2)
@@ -88,6 +92,7 @@ def swiglu(x: Tensor) -> Tensor:
     return y
 
 
+@on_device_of_first
 def swiglu_backward(x: Tensor, dy: Tensor) -> Tensor:
     """x [M, 2 F], dy [M, F], contiguous -> dx [M, 2 F]."""
     dx = torch.empty_like(x)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tpinv.kernels.device import on_device_of_first, table
 from tpinv.kernels.libm import exp
 from tpinv.kernels.pairwise import absent, row_tree
 from tpinv.kernels.sums import require_left_complete
@@ -99,6 +100,7 @@ def vocab_grad_kernel(
     tl.store(dx_ptr + row * cols + at, dx.to(dx_ptr.dtype.element_ty), mask=at < cols)
 
 
+@on_device_of_first
 def row_max(x: Tensor) -> Tensor:
     """x [M, V/p], unit column stride, at least one column -> float32 [M]; NaN where a row has one."""
     out = x.new_empty(x.shape[0], dtype=torch.float32)
@@ -107,7 +109,7 @@ def row_max(x: Tensor) -> Tensor:
     return out
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _tables(device: torch.device, tree: ReductionTree, rank: int, ranks: int, cols: int) -> tuple[Tensor, Tensor, int, int]:
     """spans and first leaves for vocab_sums_kernel on the device, the longest leaf, the most leaves of a subtree."""
     owned, nodes = tree.owned(rank, ranks), tree.subtrees(rank, ranks)
@@ -115,11 +117,12 @@ def _tables(device: torch.device, tree: ReductionTree, rank: int, ranks: int, co
     first = tree.span(Node(owned.start, owned.start), cols * ranks).start
     spans = [tree.span(Node(leaf, leaf + 1), cols * ranks) for leaf in owned]
     starts = [node.start - owned.start for node in nodes] + [len(owned)]
-    table = torch.tensor([(span.start - first, len(span)) for span in spans], dtype=torch.int32)
+    columns = [(span.start - first, len(span)) for span in spans]
     most = max(node.stop - node.start for node in nodes)
-    return table.to(device), torch.tensor(starts, dtype=torch.int32).to(device), max(map(len, spans)), most
+    return table(columns, device), table(starts, device), max(map(len, spans)), most
 
 
+@on_device_of_first
 def vocab_sums(x: Tensor, top: Tensor, tree: ReductionTree, rank: int, ranks: int, shifted: bool) -> list[Tensor]:
     """Values [S, M] of this rank's subtrees: (the sum of x - top if ``shifted``,) the sum of exp(x - top)."""
     spans, starts, longest, leaves = _tables(x.device, tree, rank, ranks, x.shape[1])
@@ -134,6 +137,7 @@ def vocab_sums(x: Tensor, top: Tensor, tree: ReductionTree, rank: int, ranks: in
     return list(out.unbind(0))
 
 
+@on_device_of_first
 def vocab_grad(x: Tensor, top: Tensor, total: Tensor, index: Tensor, dloss: Tensor, hit: float, smooth: float) -> Tensor:
     """[M, V/p] in x's dtype. index int64 [M]: the target's column here, -1 where it is on another rank, -2 where it is ignored."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tpinv.kernels.device import on_device_of_first
 from tpinv.kernels.pairwise import absent
 
 _AHEAD = 8  # tokens of an id that are loaded before they are added
@@ -45,6 +46,7 @@ def sum_by_id_kernel(dy_ptr, ids_ptr, order_ptr, out_ptr, tokens, rows, cols, AH
         tl.store(out_ptr + row * cols + col, acc.to(out_ptr.dtype.element_ty), mask=col < cols)
 
 
+@on_device_of_first
 def sum_by_id(ids: Tensor, dy: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """[rows, H] in ``dtype``, rounded once. ids int64 [M]; those outside [0, rows) are skipped. dy [M, H]."""
     dy = dy.contiguous()

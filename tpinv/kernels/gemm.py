@@ -12,6 +12,7 @@ The accumulator enters every dot as an operand that is carried around the loop. 
 let Triton's Combine pass turn it into ``dot(a, b, left)``: another tree.
 """
 
+import functools
 from dataclasses import asdict, dataclass
 
 import torch
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 
 from tpinv.kernels.counters import arrivals
+from tpinv.kernels.device import table
 from tpinv.kernels.problem import Problem, most_pending
 
 
@@ -206,14 +208,7 @@ def canonical(problem: Problem) -> TritonConfig:
     return CANONICAL_FP32 if problem.a.dtype == torch.float32 else CANONICAL
 
 
-_merges: dict[tuple, torch.Tensor] = {}
-
-
-def _merges_on(device: torch.device, merges: tuple[int, ...]) -> torch.Tensor:
-    key = (device, merges)
-    if key not in _merges:
-        _merges[key] = torch.tensor(merges, dtype=torch.int32).to(device)
-    return _merges[key]
+_merges_on = functools.cache(table)
 
 
 def run(problem: Problem, config: TritonConfig) -> None:
@@ -228,7 +223,7 @@ def run(problem: Problem, config: TritonConfig) -> None:
         parts = torch.empty(tiles * config.parts * config.rows * config.cols, dtype=torch.float32, device=out.device)
         arrived = arrivals(tiles, out.device) if out.is_cuda else torch.zeros(tiles, dtype=torch.int32)
     tree_gemm_kernel[(tiles * config.parts,)](
-        a, b, out, out if problem.bias is None else problem.bias, parts, arrived, _merges_on(out.device, merges),
+        a, b, out, out if problem.bias is None else problem.bias, parts, arrived, _merges_on(merges, out.device),
         problem.rows, problem.cols, problem.length, triton.cdiv(problem.length, config.k), problem.pieces, len(merges),
         a.stride(0), a.stride(1), problem.piece_stride * a.stride(1),
         b.stride(0), b.stride(1), problem.piece_stride * b.stride(1), out.stride(0),

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tpinv.kernels import sums
+from tpinv.kernels.device import on_device_of_first
 from tpinv.kernels.pairwise import absent, row_tree
 from tpinv.tree import ReductionTree
 
@@ -100,9 +101,9 @@ def _terms(x_ptr, dy_ptr, scale_ptr, mean_ptr, first, col, cols, present, tokens
 def norm_terms_kernel(
     x_ptr, dy_ptr, scale_ptr, mean_ptr, out_ptr, spans_ptr, cols, tokens, heads, out_group, FAN: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """sums.column_sum_kernel on dy * normalised: out [groups, blocks, cols]. Grid: groups, blocks, column blocks."""
-    group = tl.program_id(0)
-    block = tl.program_id(1)
+    """sums.column_sum_kernel on dy * normalised: out [groups, blocks, cols]. Grid: blocks, groups, column blocks."""
+    block = tl.program_id(0)
+    group = tl.program_id(1)
     col = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     start = tl.load(spans_ptr + 2 * group).to(tl.int64)
     count = tl.load(spans_ptr + 2 * group + 1)
@@ -123,6 +124,7 @@ def _inverse(cols: int) -> float:
     return (1.0 / torch.tensor(float(cols))).item() if cols else 0.0
 
 
+@on_device_of_first
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: bool) -> Tensor:
     """x [M, H] contiguous, weight and bias [H] -> y [M, H] in x's dtype. ``center``: LayerNorm, else RMSNorm."""
     y = torch.empty_like(x)
@@ -135,6 +137,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: boo
     return y
 
 
+@on_device_of_first
 def norm_backward(
     x: Tensor, weight: Tensor, dy: Tensor, eps: float, center: bool, tree: ReductionTree, rank: int, ranks: int,
     *, heads: int = 1, bias: bool = False, terms: bool = True,

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tpinv.kernels.device import on_device_of_first
+
 BINS = 24
 _LOWEST = tl.constexpr(-298)
 _BITS = tl.constexpr(24)
@@ -77,6 +79,7 @@ def counters(device: torch.device) -> Tensor:
     return torch.zeros(_SIZE, dtype=torch.int64, device=device)
 
 
+@on_device_of_first
 def add_squares(bins: Tensor, x: Tensor) -> None:
     """Adds the squares of all elements of ``x`` (float32, bfloat16 or float16) to ``bins``."""
     x = x.contiguous()
@@ -86,6 +89,7 @@ def add_squares(bins: Tensor, x: Tensor) -> None:
         )
 
 
+@on_device_of_first
 def total(bins: Tensor) -> Tensor:
     """float64 scalar: the sum, rounded where it needs more than 53 bits; NaN if there was one, else inf if there was one."""
     out = torch.empty((), dtype=torch.float64, device=bins.device)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tpinv.kernels.device import table
 from tpinv.tree import Node, ReductionTree
 
 FAN = 32  # rows of a block
@@ -38,9 +39,9 @@ def _block(ptr, row_stride, present, START: tl.constexpr, COUNT: tl.constexpr):
 @triton.jit
 def column_sum_kernel(x_ptr, out_ptr, spans_ptr, cols, x_row, out_group, FAN: tl.constexpr, COLUMNS: tl.constexpr):
     """out [groups, blocks, cols] fp32: the tree over rows block * FAN ... of each group. spans_ptr: int32 [groups, 2], first row
-    and number of rows. Grid: groups, blocks, column blocks."""
-    group = tl.program_id(0)
-    block = tl.program_id(1)
+    and number of rows. Grid: blocks, groups, column blocks."""
+    block = tl.program_id(0)  # the one axis without a limit of 65535
+    group = tl.program_id(1)
     col = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     start = tl.load(spans_ptr + 2 * group).to(tl.int64)
     count = tl.load(spans_ptr + 2 * group + 1)
@@ -81,14 +82,14 @@ def _levels(device: torch.device, spans: list[tuple[int, int]]) -> Iterator[_Lev
     while True:
         counts = [count for _, count in spans]
         blocks = max(1, -(-max(counts) // FAN))
-        yield _Level(torch.tensor(spans, dtype=torch.int32).to(device), len(spans), blocks, max(counts), min(counts))
+        yield _Level(table(spans, device), len(spans), blocks, max(counts), min(counts))
         if blocks == 1:
             return
         # An empty group keeps one zero row, the value of its empty sum.
         spans = [(group * blocks, max(1, -(-count // FAN))) for group, count in enumerate(counts)]
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
 def _plan(device: torch.device, rows: int, tree: ReductionTree, rank: int, ranks: int) -> tuple[_Level, ...]:
     """The leaves, then the subtrees."""
     owned, nodes = tree.owned(rank, ranks), tree.subtrees(rank, ranks)
@@ -134,6 +135,6 @@ def tree_of_rows(launch: Launch, rows: int, cols: int, device: torch.device, tre
         out = torch.zeros if level.least == 0 else torch.empty
         partial = out(level.groups, level.blocks, cols, dtype=torch.float32, device=device)
         if cols and level.most:
-            launch(partial, level.spans, (level.groups, level.blocks))
+            launch(partial, level.spans, (level.blocks, level.groups))
         launch = _sum_rows(partial.view(-1, cols))
     return partial[:, 0]
