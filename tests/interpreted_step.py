@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from tpinv import reference
+from tpinv import functional, reference
 from tpinv.functional import activation as functional_activation
+from tpinv.functional import attention as functional_attention
 from tpinv.functional import embedding as functional_embedding
-from tpinv.kernels import activation, attention, attention_backward, cross_entropy, embedding, norm, squares
+from tpinv.functional import operators, products  # noqa: F401  operators: torch.ops.tpinv
+from tpinv.kernels import activation, attention, attention_backward, cross_entropy, embedding, norm, squares, sums
 from tpinv.optim import norm_of
 from tpinv.testing import assert_bitwise_equal
 from tpinv.tree import ReductionTree
@@ -117,6 +119,13 @@ def test_maximum_keeps_nan():
     x = torch.tensor([[1.0, float("nan"), 2.0], [float("-inf")] * 3, [3.0, float("inf"), 0.0]])
     top = cross_entropy.row_max(x)
     assert top[0].isnan() and top[1] == float("-inf") and top[2] == float("inf")
+
+
+def test_tables_that_graphs_may_have_captured_are_kept():
+    tree, device = ReductionTree(2), torch.device("cpu")
+    for make in (lambda size: sums._plan(device, size, tree, 0, 1), lambda size: cross_entropy._tables(device, tree, 0, 1, size)):
+        first = make(1)
+        assert all(make(size) for size in range(2, 400)) and make(1) is first
 
 
 # -- embedding, activation ---------------------------------------------------------------------------------------------------------
@@ -224,6 +233,73 @@ def test_attention_ignores_other_heads_batches_and_later_tokens():
     assert_bitwise_equal(run_attention(*(t[:41] for t in inputs), True)[0], whole[0][:41], "a shorter sequence")
 
 
+def test_head_strides_whose_multiples_pass_int32():
+    memory = torch.empty(2**31 + 256, dtype=torch.float16)  # of which three pages are touched
+    apart = memory.as_strided((4, 1, 3, 16), (16, 0, 2**30, 1))
+    apart.copy_(torch.randn(4, 1, 3, 16, generator=torch.Generator().manual_seed(11)))
+    for got, expected in zip(run_attention(*[apart] * 4, True), run_attention(*[apart.contiguous()] * 4, True), strict=True):
+        assert_bitwise_equal(got, expected)
+
+
+@pytest.mark.parametrize("width", [72, 16])
+def test_sums_over_a_head_are_trees_whatever_the_strides(width):
+    out, dout = wild(5, 1, 2, width, seed=12), wild(5, 1, 2, width + 9, seed=13)[..., :width]
+    expected = reference.row_sum(out * dout).permute(1, 2, 0)
+    assert_bitwise_equal(attention_backward.row_dots(out, dout), expected)
+    assert_bitwise_equal(attention_backward.row_dots(out, dout.contiguous()), expected)
+
+
 def test_heads_wider_than_the_blocks_are_refused():
     with pytest.raises(ValueError, match="width 300"):
         attention.forward(*attention_inputs(4, 4, 1, 1, 1, 300)[:3], 1.0, True)
+
+
+# -- what kernels ask of strides, the functions see to -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_kernels(monkeypatch):
+    monkeypatch.setattr(products, "on_gpu", lambda x: True)
+    monkeypatch.setattr(functional_attention, "require_invariant", lambda *_: None)
+
+
+def scattered(t):
+    """The same numbers, no two of them side by side."""
+    wide = torch.full((*t.shape, 3), float("nan"), dtype=t.dtype)
+    wide[..., 1] = t
+    return wide[..., 1]
+
+
+def results(function, dy, *inputs):
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    y = function(*inputs)
+    return y.detach(), *torch.autograd.grad(y, inputs, dy)
+
+
+@pytest.mark.parametrize("name", ["loss", "rms", "layer", "attention", "operator"])
+def test_any_strides(name, on_kernels):
+    tree, target, heads = ReductionTree(2), torch.tensor([3, -100, 0, 11]), ((5, 1, 2, 8), (5, 1, 2, 8), (6, 1, 1, 8), (6, 1, 1, 8))
+    function, *shapes = {
+        "loss": (lambda x: functional.vocab_parallel_cross_entropy(x, target, tree=tree), (4,), (4, 12)),
+        "rms": (lambda x, w: functional.rms_norm(x, w, tree=tree), (4, 12), (4, 12), (12,)),
+        "layer": (lambda x, w, b: functional.layer_norm(x, w, b, tree=tree), (4, 12), (4, 12), (12,), (12,)),
+        "attention": (functional.core_attention, *heads),
+        "operator": (lambda q, k, v: torch.ops.tpinv.core_attention(q, k, v, 0.25, True)[0], *heads),
+    }[name]
+    inputs = [wild(*shape, seed=20 + i, spread=2) for i, shape in enumerate(shapes)]
+    for got, expected in zip(results(function, *map(scattered, inputs)), results(function, *inputs), strict=True):
+        assert_bitwise_equal(got, expected, name)
+
+
+def test_a_weight_that_is_one_number_expanded(on_kernels):
+    x, one = wild(4, 12, seed=30), torch.ones(1)
+    norm_with = lambda w: functional.rms_norm(x, w, tree=ReductionTree(2))  # noqa: E731
+    assert_bitwise_equal(norm_with(one.expand(12)), norm_with(torch.ones(12)))
+
+
+@pytest.mark.parametrize(
+    "heads, keys, scale, message", [(3, 5, 0.25, "g dividing h"), (2, 4, 0.25, "pass all keys"), (2, 5, -0.25, "negate the query")]
+)
+def test_the_operator_refuses_what_the_function_refuses(heads, keys, scale, message, on_kernels):
+    with pytest.raises(ValueError, match=message):
+        torch.ops.tpinv.core_attention(torch.zeros(5, 1, heads, 8), *[torch.zeros(keys, 1, 2, 8)] * 2, scale, True)

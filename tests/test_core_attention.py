@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
-from tpinv.functional import core_attention, swiglu
+from tpinv.functional import core_attention, operators, swiglu
 
 q, kv = torch.zeros(5, 2, 6, 8), torch.zeros(5, 2, 3, 8)
 
@@ -15,7 +16,8 @@ q, kv = torch.zeros(5, 2, 6, 8), torch.zeros(5, 2, 3, 8)
         (q, kv, kv[:4], "must be"),
         (q, kv[:, :1], kv[:, :1], "must be"),
         (q[:, :, :4], kv, kv, "g dividing h"),
-        (q, kv[:0], kv[:0], "sk at least 1"),
+        (q, kv[:0], kv[:0], "at least 1"),
+        (q[..., :0], kv[..., :0], kv[..., :0], "at least 1"),
         (q, kv[:4], kv[:4], "5 queries over 4 keys"),
         (q.repeat(1, 6000, 1, 1), kv.repeat(1, 6000, 1, 1), kv.repeat(1, 6000, 1, 1), "split the batch"),
         (q.half(), kv, kv, "dtypes must agree"),
@@ -25,6 +27,19 @@ q, kv = torch.zeros(5, 2, 6, 8), torch.zeros(5, 2, 3, 8)
 def test_refusals(query, key, value, message):
     with pytest.raises(ValueError, match=message):
         core_attention(query, key, value)
+    with pytest.raises(ValueError, match=message):  # the operator: the same
+        operators._attention(query, key, value, 1.0, True)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.25, 1e-50, float("inf"), float("nan")])
+def test_scales_under_which_the_largest_score_is_not_the_largest_are_refused(scale):
+    with pytest.raises(ValueError, match=f"scale={scale} must be above 0 and finite"):
+        core_attention(q, kv, kv, scale=scale)
+
+
+def test_two_devices_are_refused():
+    with FakeTensorMode(), pytest.raises(ValueError, match="cuda:0, cpu and cpu; move them to one GPU"):
+        core_attention(torch.empty(q.shape, device="cuda"), torch.empty(kv.shape), torch.empty(kv.shape))
 
 
 def test_swiglu_is_its_two_steps_and_wants_both():

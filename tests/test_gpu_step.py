@@ -5,8 +5,8 @@ import gpu_step_jobs as jobs
 import pytest
 import torch
 
-from tpinv import functional
-from tpinv.functional import products
+from tpinv import functional, kernels
+from tpinv.functional import operators, products  # noqa: F401  operators: torch.ops.tpinv
 from tpinv.optim import norm_of
 from tpinv.testing import RankPool, assert_bitwise_equal, compare
 from tpinv.tree import ReductionTree
@@ -114,6 +114,72 @@ def test_gradients_that_are_one_number_expanded():
         shape = function(value).shape
         expanded, dense = grads(function, one.expand(shape), value), grads(function, one.expand(shape).contiguous(), value)
         assert_bitwise_equal(expanded[1], dense[1], name)
+
+
+def scattered(t):
+    """The same numbers, no two of them side by side."""
+    wide = t.new_full((*t.shape, 3), float("nan"))
+    wide[..., 1] = t
+    return wide[..., 1]
+
+
+def every_function() -> dict:
+    """name -> (function, gradient, inputs)"""
+    logits, target, x = jobs.make("logits", 40, 1000), torch.arange(40, device="cuda"), jobs.make("x", 40, 1024)
+    w, b, heads = jobs.make("w", 1024), jobs.make("b", 1024), jobs.make("q", 40, 2, 8, 72)
+    return {
+        "loss": (
+            lambda t: functional.vocab_parallel_cross_entropy(t, target.to(t.device), tree=TREE),
+            torch.ones(40, device="cuda"),
+            logits,
+        ),
+        "rms": (lambda x, w: functional.rms_norm(x, w, tree=TREE), x, x, w),
+        "layer": (lambda x, w, b: functional.layer_norm(x, w, b, tree=TREE), x, x, w, b),
+        "swiglu": (functional.swiglu, x[:, :512], x),
+        "silu": (functional.silu, x, x),
+        "embedding": (lambda t: functional.vocab_parallel_embedding(target.to(t.device), t), x[:, :64], jobs.make("table", 50, 64)),
+        "attention": (functional.core_attention, heads, heads, heads[:, :, :2], heads[:, :, 2:4]),
+        "operator": (lambda *t: torch.ops.tpinv.core_attention(*t, 0.1, True)[0], heads, heads, heads[:, :, :2], heads[:, :, 2:4]),
+    }
+
+
+def test_any_strides():
+    """Also of the gradient: a head of width 72 would be summed in another order if the compiler's layout decided it."""
+    for name, (function, dy, *inputs) in every_function().items():
+        expected = grads(function, dy.contiguous(), *(t.contiguous() for t in inputs))
+        padded = torch.nn.functional.pad(dy, (0, 8))[..., : dy.shape[-1]]  # aligned rows where dy's are not, and the other way round
+        for other, *rest in ((scattered(dy), *map(scattered, inputs)), (padded, *inputs)):
+            for a, b in zip(grads_of(function, other, *rest), expected, strict=True):
+                assert_bitwise_equal(a, b, name)
+    x, one = jobs.make("x", 40, 1024), torch.ones(1, device="cuda").bfloat16()
+    assert_bitwise_equal(functional.rms_norm(x, one.expand(1024), tree=TREE), functional.rms_norm(x, one.repeat(1024), tree=TREE))
+
+
+def grads_of(function, dy, *inputs):
+    """:func:`grads` that keeps the strides."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    y = function(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_another_than_the_current_gpu():
+    for name, (function, dy, *inputs) in every_function().items():
+        there = grads(function, dy.to("cuda:1"), *(t.to("cuda:1") for t in inputs))
+        for a, b in zip(there, grads(function, dy, *inputs), strict=True):
+            assert a.get_device() == 1
+            assert_bitwise_equal(a.cpu(), b.cpu(), name)
+
+
+def test_a_captured_graph_outlives_other_shapes():
+    x = jobs.make("x", 300, 64)
+    expected, graph = kernels.column_sum(x, TREE), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = kernels.column_sum(x, TREE)
+    for rows in range(1, 300):  # each with tables of its own
+        kernels.column_sum(x[:rows], TREE)
+    graph.replay()
+    assert_bitwise_equal(captured, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -17,7 +17,7 @@ from tpinv import reference
 from tpinv.collectives import Ranks, all_max, resolve, select_all_reduce, tree_all_reduce
 from tpinv.functional import products
 from tpinv.functional.embedding import check_ids
-from tpinv.functional.shapes import output, rows
+from tpinv.functional.shapes import output, rows, unit_stride
 from tpinv.tree import ReductionTree
 
 
@@ -90,7 +90,7 @@ class _CrossEntropy(torch.autograd.Function):
 
             index = index.squeeze(-1).masked_fill(~owned, -1).masked_fill(ignored, -2)
             dloss = dloss.contiguous()  # the gradient of a sum is one number, expanded: the kernel would read past it
-            dx = cross_entropy.vocab_grad(x, top, total, index, dloss, 1.0 - smoothing, smoothing / vocab)
+            dx = cross_entropy.vocab_grad(unit_stride(x), top, total, index, dloss, 1.0 - smoothing, smoothing / vocab)
         else:
             dx = (x.float() - top.unsqueeze(-1)).exp_().div_(total.unsqueeze(-1))
             hit = (1.0 - smoothing) * owned.float().unsqueeze(-1)
@@ -107,6 +107,7 @@ def _statistics(x: Tensor, index: Tensor, tree: ReductionTree, ranks: Ranks, smo
     if products.on_gpu(x):
         from tpinv.kernels import cross_entropy
 
+        x = unit_stride(x)
         top = all_max(cross_entropy.row_max(x), ranks)
         picked = x.gather(-1, index).squeeze(-1).float() - top
         return top, picked, *cross_entropy.vocab_sums(x, top, tree, ranks.rank, ranks.size, smoothing)

@@ -97,7 +97,8 @@ class _Norm(torch.autograd.Function):
         if products.on_gpu(x):
             from tpinv.kernels import norm
 
-            return output(norm.norm(rows(x).contiguous(), weight, bias, eps, center), x.shape)
+            bias = None if bias is None else bias.contiguous()
+            return output(norm.norm(rows(x).contiguous(), weight.contiguous(), bias, eps, center), x.shape)
         normalised, _ = _statistics(rows(x).float(), eps, center)
         y = normalised * weight.float()
         y = y if bias is None else y + bias.float()
@@ -114,7 +115,7 @@ class _Norm(torch.autograd.Function):
 
             heads = x.shape[-2] if heads_parallel else 1
             dx, values = norm.norm_backward(
-                rows(x).contiguous(), weight, rows(dy).contiguous(), eps, center, tree, ranks.rank, ranks.size,
+                rows(x).contiguous(), weight.contiguous(), rows(dy).contiguous(), eps, center, tree, ranks.rank, ranks.size,
                 heads=heads, bias=ctx.bias_dtype is not None, terms=needs_parameters,
             )  # fmt: skip
             return dx.view(x.shape), *_parameter_grads(values, weight, ctx.bias_dtype, tree, ranks), *([None] * 5)

@@ -14,6 +14,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from tpinv.collectives import Ranks, resolve
 from tpinv.functional import activation, attention, linear, norm, products
+from tpinv.functional.shapes import unit_stride
 from tpinv.tree import ReductionTree
 
 ALONE = Ranks(None, 0, 1)
@@ -182,9 +183,7 @@ def _swiglu_backward(dy, x):
         return torch.autograd.grad(activation.swiglu(leaf), leaf, dy)[0]
 
 
-_operator(
-    "swiglu(Tensor x) -> Tensor", lambda x: activation.swiglu(x).contiguous(), lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-)
+_operator("swiglu(Tensor x) -> Tensor", lambda x: activation.swiglu(x).contiguous(), lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
 _operator("swiglu_backward(Tensor dy, Tensor x) -> Tensor", _swiglu_backward, lambda dy, x: x.new_empty(x.shape))
 _gradient(
     "swiglu",
@@ -193,15 +192,14 @@ _gradient(
 )
 
 
-# -- core_attention: query [sq, b, h, d], key and value [sk, b, g, d], on a GPU; unit stride in d ---------------------------------
+# -- core_attention: query [sq, b, h, d], key and value [sk, b, g, d], on a GPU ---------------------------------------------------
 
 
 def _attention(query, key, value, scale, causal):
+    attention.check(query, key, value, scale, causal)
     from tpinv.kernels import attention as kernels  # needs Triton
 
-    attention.require_invariant(query.device, query.dtype, query.shape[-1])
-    with torch.cuda.device(query.device):
-        return kernels.forward(query, key, value, scale, causal)
+    return kernels.forward(*map(unit_stride, (query, key, value)), scale, causal)
 
 
 def _attention_shape(query, key, value, scale, causal):
@@ -212,9 +210,7 @@ def _attention_shape(query, key, value, scale, causal):
 def _attention_backward(dout, query, key, value, out, lse, scale, causal):
     from tpinv.kernels import attention_backward as kernels
 
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    with torch.cuda.device(query.device):
-        return kernels.backward(query, key, value, out, lse, dout, scale, causal)
+    return kernels.backward(*map(unit_stride, (query, key, value)), out, lse, unit_stride(dout), scale, causal)
 
 
 def _attention_setup(ctx, inputs, output):

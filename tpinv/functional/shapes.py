@@ -1,4 +1,4 @@
-"""Two reshapes that every function here needs."""
+"""Reshapes that every function here needs."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,11 @@ from torch import Tensor
 def rows(x: Tensor) -> Tensor:
     """[..., C] -> [M, C]; also for M = 0."""
     return x.reshape(-1, x.shape[-1])
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """``x`` with its last dimension dense, which kernels that take any other stride ask for."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def output(y: Tensor, shape: Sequence[int]) -> Tensor:

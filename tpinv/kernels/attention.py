@@ -9,7 +9,7 @@ Three kernels, FlashAttention-2's recurrences (arXiv 2307.08691) in fixed blocks
 
 What libraries let vary is fixed here: no split of the keys by how busy the GPU is, no atomics, block sizes by head width and dtype
 alone. They enter the bits (the softmax is rescaled once a block), so unlike the products' tiles they are part of the contract on GPUs:
-``BLOCKS``. A row also keeps its bits when the sequence grows, since blocks that the mask empties change nothing.
+``BLOCKS``. A row also keeps its bits when the sequence grows: what the mask hides adds zeros, if it is finite (0 * NaN is NaN).
 
 Multiply-adds are written out and contraction is off, so that no specialization of the compiler decides a rounding.
 """
@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from tpinv.kernels.device import on_device_of_first
 
 # head width up to -> (query rows, keys, warps, stages): forward, dq; (keys, query rows, warps, stages): dk and dv. fp32 is for tests.
 BLOCKS = {
@@ -31,6 +33,13 @@ BLOCKS = {
 MAX_WIDTH = 256
 LOG2E = 1.4426950408889634
 DYNAMIC = ["queries", "keys", "heads", "per_group"]
+
+
+@triton.jit
+def place(heads):
+    """This program's batch and head. int64: a stride fits into int32 and its multiple may not."""
+    at = tl.program_id(1).to(tl.int64)
+    return at // heads, at % heads
 
 
 @triton.jit
@@ -76,12 +85,11 @@ def attention_kernel(
 ):  # fmt: skip
     """Grid: query blocks, batch * heads. ``scale`` includes log2(e). lse [batch, heads, queries] is in powers of two."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
-    batch = tl.program_id(1) // heads
-    head = tl.program_id(1) % heads
-    q_ptr += batch.to(tl.int64) * q_b + head * q_h
-    k_ptr += batch.to(tl.int64) * k_b + (head // per_group) * k_h
-    v_ptr += batch.to(tl.int64) * v_b + (head // per_group) * v_h
-    out_ptr += batch.to(tl.int64) * o_b + head * o_h
+    batch, head = place(heads)
+    q_ptr += batch * q_b + head * q_h
+    k_ptr += batch * k_b + (head // per_group) * k_h
+    v_ptr += batch * v_b + (head // per_group) * v_h
+    out_ptr += batch * o_b + head * o_h
     row = block * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, WIDTH)
     offset = keys - queries
@@ -122,14 +130,16 @@ def strides(*tensors: Tensor) -> list[int]:
     return [stride for t in tensors for stride in t.stride()[:3]]
 
 
+def padded_width(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
 def constants(q: Tensor, causal: bool) -> dict:
     width = q.shape[-1]
-    return {
-        "CAUSAL": causal, "DIM": width, "WIDTH": max(16, triton.next_power_of_2(width)),
-        "enable_fp_fusion": False,
-    }  # fmt: skip
+    return {"CAUSAL": causal, "DIM": width, "WIDTH": padded_width(width), "enable_fp_fusion": False}
 
 
+@on_device_of_first
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """q [sq, b, h, d], k and v [sk, b, g, d], unit stride in d, any others -> out [sq, b, h, d], lse fp32 [b, h, sq]."""
     sq, batch, heads, width = q.shape

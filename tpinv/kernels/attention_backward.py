@@ -5,21 +5,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpinv.kernels.attention import DYNAMIC, LOG2E, blocks, constants, strides, tile
+from tpinv.kernels.attention import DYNAMIC, LOG2E, blocks, constants, padded_width, place, strides, tile
+from tpinv.kernels.device import on_device_of_first
+from tpinv.kernels.pairwise import row_tree
+
+_ELEMENTS = 4096  # of a program that sums rows
 
 
 @triton.jit(do_not_specialize=DYNAMIC)
 def delta_kernel(
     out_ptr, dout_ptr, delta_ptr, o_s, o_b, o_h, d_s, d_b, d_h, queries, heads, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
 ):
-    """delta [batch, heads, queries] = sum of out * dout over the head's width."""
-    batch = tl.program_id(1) // heads
-    head = tl.program_id(1) % heads
+    """delta [batch, heads, queries] = sum of out * dout over the head's width, a tree: ``tl.sum`` would follow the strides of dout."""
+    batch, head = place(heads)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, WIDTH)
-    out = tile(out_ptr + batch.to(tl.int64) * o_b + head * o_h, row, queries, o_s, dim, DIM).to(tl.float32)
-    dout = tile(dout_ptr + batch.to(tl.int64) * d_b + head * d_h, row, queries, d_s, dim, DIM).to(tl.float32)
-    tl.store(delta_ptr + tl.program_id(1).to(tl.int64) * queries + row, tl.sum(out * dout, 1), mask=row < queries)
+    out = tile(out_ptr + batch * o_b + head * o_h, row, queries, o_s, dim, DIM).to(tl.float32)
+    dout = tile(dout_ptr + batch * d_b + head * d_h, row, queries, d_s, dim, DIM).to(tl.float32)
+    tl.store(delta_ptr + tl.program_id(1).to(tl.int64) * queries + row, row_tree(out * dout, ROWS, WIDTH), mask=row < queries)
 
 
 @triton.jit
@@ -50,15 +53,14 @@ def dq_kernel(
 ):  # fmt: skip
     """Grid: query blocks, batch * heads. o_* are the strides of dq."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch = tl.program_id(1) // heads
-    head = tl.program_id(1) % heads
-    k_ptr += batch.to(tl.int64) * k_b + (head // per_group) * k_h
-    v_ptr += batch.to(tl.int64) * v_b + (head // per_group) * v_h
+    batch, head = place(heads)
+    k_ptr += batch * k_b + (head // per_group) * k_h
+    v_ptr += batch * v_b + (head // per_group) * v_h
     row = block * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, WIDTH)
     offset = keys - queries
-    q = tile(q_ptr + batch.to(tl.int64) * q_b + head * q_h, row, queries, q_s, dim, DIM)
-    dout = tile(dout_ptr + batch.to(tl.int64) * d_b + head * d_h, row, queries, d_s, dim, DIM)
+    q = tile(q_ptr + batch * q_b + head * q_h, row, queries, q_s, dim, DIM)
+    dout = tile(dout_ptr + batch * d_b + head * d_h, row, queries, d_s, dim, DIM)
     at_row = tl.program_id(1).to(tl.int64) * queries + row
     lse = tl.load(lse_ptr + at_row, mask=row < queries, other=0.0)
     delta = tl.load(delta_ptr + at_row, mask=row < queries, other=0.0)
@@ -73,7 +75,7 @@ def dq_kernel(
     for at in range(whole, end, KEYS):
         dq = _dq_step(q, dout, dq, lse, delta, k_ptr, v_ptr, k_s, v_s, at, row, keys, offset, dim, scale, True, CAUSAL, DIM, KEYS)
     inside = (row < queries)[:, None] & (dim < DIM)[None, :]
-    at_dq = dq_ptr + batch.to(tl.int64) * o_b + head * o_h + row[:, None].to(tl.int64) * o_s + dim[None, :]
+    at_dq = dq_ptr + batch * o_b + head * o_h + row[:, None].to(tl.int64) * o_s + dim[None, :]
     tl.store(at_dq, (dq * out_scale).to(dq_ptr.dtype.element_ty), mask=inside)
 
 
@@ -106,17 +108,16 @@ def dkv_kernel(
 ):  # fmt: skip
     """One query head's part of dk and dv, o_* their strides by query head. Grid: key blocks, batch * heads."""
     block = tl.program_id(0)  # the first keys are seen by most rows
-    batch = tl.program_id(1) // heads
-    head = tl.program_id(1) % heads
-    q_ptr += batch.to(tl.int64) * q_b + head * q_h
-    dout_ptr += batch.to(tl.int64) * d_b + head * d_h
+    batch, head = place(heads)
+    q_ptr += batch * q_b + head * q_h
+    dout_ptr += batch * d_b + head * d_h
     lse_ptr += tl.program_id(1).to(tl.int64) * queries
     delta_ptr += tl.program_id(1).to(tl.int64) * queries
     key = block * KEYS + tl.arange(0, KEYS)
     dim = tl.arange(0, WIDTH)
     offset = keys - queries
-    k = tile(k_ptr + batch.to(tl.int64) * k_b + (head // per_group) * k_h, key, keys, k_s, dim, DIM)
-    v = tile(v_ptr + batch.to(tl.int64) * v_b + (head // per_group) * v_h, key, keys, v_s, dim, DIM)
+    k = tile(k_ptr + batch * k_b + (head // per_group) * k_h, key, keys, k_s, dim, DIM)
+    v = tile(v_ptr + batch * v_b + (head // per_group) * v_h, key, keys, v_s, dim, DIM)
     dk = tl.zeros((KEYS, WIDTH), tl.float32)
     dv = tl.zeros((KEYS, WIDTH), tl.float32)
     first = 0
@@ -133,7 +134,7 @@ def dkv_kernel(
             k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_s, d_s, at, key, queries, offset, dim, scale, False, DIM, ROWS
         )
     inside = (key < keys)[:, None] & (dim < DIM)[None, :]
-    out = batch.to(tl.int64) * o_b + head * o_h + key[:, None].to(tl.int64) * o_s + dim[None, :]
+    out = batch * o_b + head * o_h + key[:, None].to(tl.int64) * o_s + dim[None, :]
     tl.store(dk_ptr + out, (dk * out_scale).to(dk_ptr.dtype.element_ty), mask=inside)
     tl.store(dv_ptr + out, dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
@@ -149,6 +150,7 @@ def sum_heads_kernel(part_ptr, out_ptr, width, per_group, BLOCK: tl.constexpr):
     tl.store(out_ptr + row * width + at, acc.to(out_ptr.dtype.element_ty), mask=at < width)
 
 
+@on_device_of_first
 def backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,14 +158,22 @@ def backward(
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
-    sq, batch, heads, width = q.shape
-    delta = torch.empty_like(lse)
-    delta_kernel[(triton.cdiv(sq, 64), batch * heads)](
-        out, dout, delta, *strides(out, dout), sq, heads, DIM=width, WIDTH=constants(q, causal)["WIDTH"], ROWS=64, enable_fp_fusion=False
-    )
+    delta = row_dots(out, dout)
     fill_dkv(q, k, v, dout, lse, delta, dk, dv, scale, causal)
     fill_dq(q, k, v, dout, lse, delta, dq, scale, causal)
     return dq, dk, dv
+
+
+def row_dots(out: Tensor, dout: Tensor) -> Tensor:
+    """[sq, b, h, d], unit stride in d -> delta fp32 [b, h, sq]."""
+    sq, batch, heads, width = out.shape
+    delta = out.new_empty(batch, heads, sq, dtype=torch.float32)
+    padded = padded_width(width)
+    rows = _ELEMENTS // padded
+    delta_kernel[(triton.cdiv(sq, rows), batch * heads)](
+        out, dout, delta, *strides(out, dout), sq, heads, DIM=width, WIDTH=padded, ROWS=rows, enable_fp_fusion=False
+    )
+    return delta
 
 
 def fill_dkv(q, k, v, dout, lse, delta, dk, dv, scale: float, causal: bool) -> None:
