@@ -2,8 +2,9 @@
 
 The sum of squares is exact. The square of a float32 has at most 48 significant bits, so every term is an integer times a power
 of two; the terms are added as integers into 39 limbs of 16 bits that span the whole range of float32 squares. Integer
-addition commutes and associates, so no tree is needed: any sharding, any order, any device and an integer all-reduce of 41
-numbers give the same limbs, hence the same norm. Distributed optimizers that cut tensors in the middle of a row are served too.
+addition commutes and associates, so no tree is needed: any sharding, any order and an integer all-reduce of 41
+numbers give the same limbs, hence the same norm. (A GPU counts in other limbs, kernels/squares.py: as exact, but the float64 may
+round differently.) Distributed optimizers that cut tensors in the middle of a row are served too.
 The limbs become one float64, its square root one float32; nothing waits for the host.
 """
 
@@ -78,7 +79,7 @@ def norm_of(tensors: Iterable[Tensor], *, group=None, norm_type: float = 2.0, de
 
 
 def _norm_on_gpu(tensors: list[Tensor], ranks: Ranks, device: torch.device) -> Tensor:
-    """The same integers in wider limbs, by one kernel a tensor (kernels/squares.py)."""
+    """The same sum in wider limbs, by one kernel a tensor (kernels/squares.py)."""
     from tpinv.kernels import squares
 
     with torch.cuda.device(device):
@@ -112,7 +113,8 @@ def clip_grad_norm_(
 
 
 def scale_to_norm_(grads: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
-    """Multiplies ``grads`` in place by min(1, max_norm / (norm + 1e-6)), computed in float32 from their float32 ``norm``."""
+    """Multiplies ``grads`` in place by min(1, max_norm / (norm + 1e-6)), computed in float32 from their float32 ``norm``. Torch rounds it
+    to the dtype of a bfloat16 or float16 gradient first, here as in its own clipping."""
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for grad in grads:
         grad.mul_(coefficient.to(grad.device))
