@@ -25,7 +25,8 @@
 // of two_shot needs no second slot: the receiver's first half of the same call has been seen by then.
 //
 // A wait is bounded: after timeout_ns the block reports rank, slot, seen and expected to the host and traps, because values
-// that never came must not be returned.
+// that never came must not be returned. Nor must those of another call: two launches of one group that run at once (a graph replayed
+// beside other calls) would share epoch and slot, so block 0 marks the group busy and traps when it is already.
 //
 // Compiled at run time (NVRTC, no headers) with these macros:
 //   RANKS       p                                        MERGES    octal digit t: pending values merged after value t
@@ -53,8 +54,8 @@ struct Params {
     const uint4* values;       // [own values][packs]
     OutPack* out;
     u64* epochs;               // [kMaxBlocks], one copy a block, equal between launches
-    u64* claim;                // 0 until a block reports
-    volatile u64* report;      // host memory: done, sender, 0 chunk or 1 word, block, seen, expected
+    u64* claim;                // 0 until a block reports; behind it 1 while a call runs
+    volatile u64* report;      // host memory: done, sender, 0 chunk, 1 word or 2 busy, block, seen, expected
     u64 timeout_ns;
     long long packs;           // of a value
     long long slice;           // packs from one rank's slice to the next; 0: every rank finishes everything
@@ -136,9 +137,7 @@ __device__ __forceinline__ u64 now() {
     return t;
 }
 
-/* Called again and again by a wait that has not ended. */
-__device__ __noinline__ void waited(const Params& p, u64 began, int sender, int what, u64 seen, u64 expected) {
-    if (now() - began < p.timeout_ns) return;
+__device__ __noinline__ void give_up(const Params& p, int sender, int what, u64 seen, u64 expected) {
     if (atomicExch(p.claim, 1ull) == 0) {
         p.report[1] = sender, p.report[2] = what, p.report[3] = blockIdx.x, p.report[4] = seen, p.report[5] = expected;
         __threadfence_system();
@@ -147,6 +146,11 @@ __device__ __noinline__ void waited(const Params& p, u64 began, int sender, int 
         asm volatile("trap;");
     }
     while (true) __nanosleep(1000000);  // another block reports, and its trap ends this one too
+}
+
+/* Called again and again by a wait that has not ended. */
+__device__ __noinline__ void waited(const Params& p, u64 began, int sender, int what, u64 seen, u64 expected) {
+    if (now() - began >= p.timeout_ns) give_up(p, sender, what, seen, expected);
 }
 
 __device__ __forceinline__ void store_word2(u64 address, u64 first, u64 second) {
@@ -175,17 +179,25 @@ __device__ __forceinline__ void wait(const Params& p, u64 value) {
         for (u32 polls = 0;; polls++) {
             asm volatile("ld.acquire.sys.global.b64 %0, [%1];" : "=l"(seen) : "l"(flag) : "memory");
             if (seen >= value) break;
-            if (polls == 0) began = now();
+            if (began == 0) began = now();
             if (polls % 1024 == 1023) waited(p, began, threadIdx.x, 0, seen, value);
         }
     }
     __syncthreads();
 }
 
+/* Begins a launch. Its epoch, the same in all blocks. */
+__device__ __forceinline__ u64 begin_call(const Params& p) {
+    const u64 epoch = p.epochs[blockIdx.x];
+    if (blockIdx.x == 0 && threadIdx.x == 0 && atomicExch(p.claim + 1, 1ull)) give_up(p, p.rank, 2, 0, 0);
+    return epoch;
+}
+
 /* Ends a launch: the next one counts on. Blocks that were not launched have no thread of their own; block 0 counts for them. */
 __device__ __forceinline__ void count_call(const Params& p, u64 epoch) {
     __syncthreads();  // every thread has read the epoch
     if (threadIdx.x == 0) p.epochs[blockIdx.x] = epoch + 1;
+    if (blockIdx.x == 0 && threadIdx.x == 0) p.claim[1] = 0;
     if (blockIdx.x == 0)
         for (int b = gridDim.x + threadIdx.x; b < kMaxBlocks; b += blockDim.x) p.epochs[b] = epoch + 1;
 }
@@ -234,7 +246,7 @@ __device__ __forceinline__ void receive_words(const Params& p, u64 slot, u32 fla
                     if (f[0] != flag || f[1] != flag || f[2] != flag || f[3] != flag) missing = t0 + k, seen = f[0];
                 }
             if (missing < 0) break;
-            if (polls == 0) began = now();
+            if (began == 0) began = now();
             if (polls % 1024 == 1023) {
                 int sender = 0;
                 while (p.first[sender + 1] <= missing) sender++;
@@ -252,7 +264,7 @@ __device__ __forceinline__ void receive_words(const Params& p, u64 slot, u32 fla
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) one_shot(const __grid_constant__ Params p) {
-    const u64 epoch = p.epochs[blockIdx.x];
+    const u64 epoch = begin_call(p);
     const u32 flag = flag_of(epoch);
     const u64 slot = epoch % 2 * p.slot_bytes;
     const long long first = (long long)blockIdx.x * blockDim.x + threadIdx.x, step = (long long)gridDim.x * blockDim.x;
@@ -287,7 +299,7 @@ __device__ __forceinline__ float element(const OutPack& pack, int i) {
    Past the row's end there are zeros, which change no sum of squares. */
 extern "C" __global__ void __launch_bounds__(512) one_shot_norm(const __grid_constant__ Params p) {
     __shared__ float warps[2][32];
-    const u64 epoch = p.epochs[blockIdx.x];
+    const u64 epoch = begin_call(p);
     const u32 flag = flag_of(epoch);
     const u64 slot = epoch % 2 * p.slot_bytes;
     const int first = threadIdx.x * PER_THREAD, lane = threadIdx.x % 32;
@@ -431,7 +443,7 @@ __device__ __forceinline__ void collect_slices(const Params& p, long long begin,
    is finished and stored. So the stores of the next chunk are on the wire while this block waits for the last one. */
 template <bool GATHER>
 __device__ __forceinline__ void slices(const Params& p) {
-    const u64 epoch = p.epochs[blockIdx.x], base = epoch << 20;
+    const u64 epoch = begin_call(p), base = epoch << 20;
     const u64 slot = epoch % 2 * p.slot_bytes;
     const long long size = (long long)p.chunk * blockDim.x, turn = size * gridDim.x, offset = size * blockIdx.x;
     const int chunks = (int)((p.count + turn - 1) / turn);  // the same for all blocks and ranks: all signal all chunks

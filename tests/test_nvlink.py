@@ -1,6 +1,7 @@
 """The collectives over shared memory, as far as no GPU is needed: the order on symbols, what all ranks decide alike, and that the
 sources compile. test_nvlink_gpu.py runs them."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hostile import hostile
 
 from tpinv import (
@@ -21,7 +23,7 @@ from tpinv import (
     tree_all_reduce,
     tree_reduce_scatter,
 )
-from tpinv.collectives import nvlink, resolve, schedule, symmetric
+from tpinv.collectives import nvlink, resolve, schedule, select_all_reduce, symmetric
 from tpinv.kernels import cuda
 from tpinv.reference import torch_node_dtype
 from tpinv.testing import assert_bitwise_equal, run_ranks
@@ -99,19 +101,106 @@ def test_the_ranks_decide_alike():
         ({"off": "TPINV_NVLINK=0"}, "rank 1: TPINV_NVLINK=0"),
         ({"host": "other"}, "the ranks are on several hosts: ['host', 'other']"),
         ({"device": "gpu0"}, "ranks share a GPU; TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1 allows that"),
-        ({"reachable": ("gpu1",)}, "the GPU of rank 1 cannot map the memory of rank 0's"),
+        ({"reachable": ("gpu1",)}, f"the GPU of rank 1 cannot map the memory of rank 0's, or does not see it: {symmetric._SEE_ALL}"),
+        (
+            {"no_cuda": "no NVRTC"},
+            "rank 1: no NVRTC; Triton's kernels, not run on a GPU in their present form, are there with TPINV_CUDA=0",
+        ),
     ):
         assert symmetric.decide(pair(**change)) == symmetric.Decision(None, reason)
     assert symmetric.decide([FACT] * 17).backend is None
     shared = symmetric.Facts(**{**vars(FACT), "overlap": True})
     assert symmetric.decide([shared] * 8).blocks == 33  # ranks that share a GPU must fit on it together
-    assert symmetric.decide(pair(no_cuda="no NVRTC")) == symmetric.Decision("triton", "rank 1: no NVRTC", 256)
+    for timeout in ("abc", "inf", "0", "nan", "-1"):
+        with pytest.raises(ValueError, match=f"TPINV_TIMEOUT is '{timeout}' on rank 1; set it to seconds"):
+            symmetric.decide(pair(timeout=timeout))
     zero, one = (symmetric.Facts(**{**vars(shared), "wanted": wanted}) for wanted in "01")
     assert symmetric.decide([zero, zero]).backend == "triton" and symmetric.decide([one, one]).backend == "cuda"
     with pytest.raises(ValueError, match=r"TPINV_CUDA is \['0', 'auto'\] on the ranks of one group"):
         symmetric.decide(pair(wanted="0"))
     with pytest.raises(ValueError, match="TPINV_CUDA=1 asks for csrc/tree_reduce.cu, but rank 0: no NVRTC"):
         symmetric.decide([symmetric.Facts(**{**vars(shared), "wanted": "1", "no_cuda": "no NVRTC"})] * 2)
+
+
+class Stream:
+    """A fake one: an event is its stream's name."""
+
+    def __init__(self, name: str, capturing: bool = False):
+        self.cuda_stream, self.capturing, self.waits = name, capturing, []
+
+    def record_event(self):
+        return self.cuda_stream
+
+    def wait_event(self, event):
+        self.waits.append(event)
+
+
+def test_turns_are_kept_across_a_capture(monkeypatch):
+    current = []
+
+    @contextlib.contextmanager
+    def on(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1].capturing)
+
+    def call(stream):
+        with on(stream):
+            turns.next(stream)
+        return stream
+
+    for open_still in (False, True):  # while the eager call on C is made
+        turns = symmetric.Turns()
+        a, b, c, d = Stream("A"), Stream("B", True), Stream("C"), Stream("D", True)
+        call(a), call(b)
+        b.capturing = open_still
+        assert call(c).waits == ["A"] and call(c).waits == ["A"]
+        assert call(d).waits == (["B"] if open_still else [])
+        a.capturing = True
+        assert call(a).waits == ["D"]  # not for the eager C
+
+
+def test_what_a_kernel_reported_is_printed_at_exit():
+    """Also when the process ends before the thread that watches looks again."""
+    program = """
+from tpinv.collectives import symmetric
+workspaces = [symmetric.Workspace.__new__(symmetric.Workspace) for _ in range(2)]
+for workspace in workspaces:
+    workspace.rank, workspace.size, workspace.timeout, workspace._report = 0, 2, 2.0, [0] * 6
+    symmetric._watched.append(symmetric.weakref.ref(workspace))
+symmetric._start_watching()
+for what, workspace in zip((1, 2), workspaces):
+    workspace._report = [1, 1, what, 0, 0, 3]
+raise RuntimeError("CUDA error: unspecified launch failure")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "unspecified launch failure" in done.stderr
+    waited, at_once = done.stdout.splitlines()
+    assert "rank 0 of 2 waited 2 s for rank 1" in waited and "two collectives of one group ran at once on rank 0 of 2" in at_once
+
+
+def no_memory():
+    """One rank has none: all ranks are told, and none waits in the rendezvous."""
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    def empty(*_, **__):
+        if dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("out of memory\nand more")
+        return torch.empty(8)
+
+    symmetric_memory.empty, torch.cuda.synchronize = empty, lambda device: None
+    with pytest.raises(RuntimeError, match="rank 1 has no 8 bytes to share: out of memory$"):
+        symmetric.Shared(8, resolve(), torch.device("cpu"))
+
+
+def test_a_scalar_is_selected():
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for shape in ((), (0, 3), (3, 0), (2, 3)):
+            x = torch.full(shape, -0.0, dtype=dtype)
+            assert_bitwise_equal(select_all_reduce(x, torch.tensor(True), resolve()), x)
 
 
 def compiled():
@@ -144,6 +233,7 @@ def compiled():
     for function, arguments in ((reduce_add_rms_norm, (mine, residual, weight)), (row_parallel_add_rms_norm, (x, w, residual, weight))):
         with pytest.raises(ValueError, match="this fusion has no gradient"):
             function(*arguments, tree=tree)
+    no_memory()
 
 
 @pytest.mark.parametrize("p", [2, 6])

@@ -49,6 +49,6 @@ def select_reduce_scatter(x: Tensor, owned: Tensor, ranks: Ranks) -> Tensor:
 
 def _bits(x: Tensor) -> Tensor:
     """The bytes of ``x``, flat, as int32 if every dimension-0 row is a multiple of 4 bytes, else as uint8 (gloo and NCCL add both)."""
-    row_bytes = x[0].numel() * x.element_size() if x.dim() and x.shape[0] else 4
+    row_bytes = x.element_size() * (x.numel() // max(1, x.shape[0]) if x.dim() else 1)
     flat = x.contiguous().view(-1)
     return flat.view(torch.int32 if row_bytes % 4 == 0 else torch.uint8)

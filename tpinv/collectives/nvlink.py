@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -186,9 +185,13 @@ def _launch_cuda(workspace, values, out, tree, plan, start, packs, scatter) -> N
 # -- Triton ------------------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=256)
-def _table(entries: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(entries, dtype=dtype).to(device)
+def _table(workspace: Workspace, entries: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """On the device, and kept as long as the workspace: graphs hold its address."""
+    if (entries, dtype) not in workspace.tables:
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError("a table for this call is not on the GPU yet; make the same call once before CUDA graph capture")
+        workspace.tables[entries, dtype] = torch.tensor(entries, dtype=dtype).to(workspace.device)
+    return workspace.tables[entries, dtype]
 
 
 def _launch_triton(workspace, values, out, tree, plan, start, packs, scatter) -> None:
@@ -203,10 +206,10 @@ def _launch_triton(workspace, values, out, tree, plan, start, packs, scatter) ->
         slot_bytes, slots, gathered = workspace.bulk(plan.slot_bytes, plan.gathered_bytes)
     merges = schedule.finish_merges(tree, workspace.size)
     left, right = schedule.children(merges)
-    device, words = workspace.device, schedule.PACK // 4
+    words = schedule.PACK // 4
     arguments = dict(
-        peers_ptr=_table((*workspace.flags, *slots, *gathered), torch.int64, device),
-        first_ptr=_table(schedule.first_values(tree, workspace.size), torch.int32, device),
+        peers_ptr=_table(workspace, (*workspace.flags, *slots, *gathered), torch.int64),
+        first_ptr=_table(workspace, tuple(schedule.first_values(tree, workspace.size)), torch.int32),
         values_ptr=values.view(-1).view(torch.int32), out_ptr=out, epochs_ptr=workspace.epochs,
         report=workspace.report.data_ptr(), timeout=int(workspace.timeout * 1e9), slot_bytes=slot_bytes,
         value_words=values[0].numel() * values.element_size() // 4, slice_words=plan.slice * words, count_words=packs * words,

@@ -8,9 +8,16 @@ than its peers. Whatever speaks against it is a reason to use the ProcessGroup p
     bulk         two slots and a place for finished slices; grown by powers of two. Old ones are kept for graphs that captured them
 
 Ranks must make their calls in the same order, as with NCCL. Calls from several streams of a device are put in that order here; the
-replay of a CUDA graph is ordered by the stream it is launched on, and must not run beside other calls.
+replay of a CUDA graph is ordered by the stream it is launched on, and must not run beside other calls of its group: the CUDA kernels
+report that and stop.
+
+Every allocation is a rendezvous, which torch counts per process: before a group's first call all its processes must have had as many,
+or they wait for each other until the store's timeout. So let groups that overlap grow alike: the longest message once in each.
 """
 
+import atexit
+import logging
+import math
 import os
 import socket
 import threading
@@ -44,6 +51,7 @@ class Facts:
     wanted: str  # TPINV_CUDA
     no_cuda: str | None  # why csrc cannot be used
     off: str | None  # why this rank can take no part
+    timeout: str = "600"  # TPINV_TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,8 @@ class Decision:
 
 
 def decide(facts: Sequence[Facts]) -> Decision:
-    """The same on every rank, from the same facts. ValueError when the ranks' TPINV_CUDA differ or ask for what is not there."""
+    """The same on every rank, from the same facts. ValueError when the ranks' TPINV_CUDA differ or ask for what is not there, or when
+    a TPINV_TIMEOUT is no number of seconds."""
     for rank, fact in enumerate(facts):
         if fact.off:
             return Decision(None, f"rank {rank}: {fact.off}")
@@ -68,18 +77,33 @@ def decide(facts: Sequence[Facts]) -> Decision:
     for rank, fact in enumerate(facts):
         for peer, device in enumerate(devices):
             if device not in fact.reachable:
-                return Decision(None, f"the GPU of rank {rank} cannot map the memory of rank {peer}'s")
+                return Decision(None, f"the GPU of rank {rank} cannot map the memory of rank {peer}'s, or does not see it: {_SEE_ALL}")
+    for rank, fact in enumerate(facts):
+        if not 0 < _seconds(fact.timeout) <= 1e9:
+            raise ValueError(f"TPINV_TIMEOUT is {fact.timeout!r} on rank {rank}; set it to seconds above 0 and up to 1e9, or unset it")
     wanted = {fact.wanted for fact in facts}
     if len(wanted) > 1 or not wanted <= {"auto", "0", "1"}:
         raise ValueError(f"TPINV_CUDA is {sorted(wanted)} on the ranks of one group; set it to one of auto, 0, 1 on all of them")
     missing = next((f"rank {rank}: {fact.no_cuda}" for rank, fact in enumerate(facts) if fact.no_cuda), None)
     if wanted == {"1"} and missing:
-        raise ValueError(f"TPINV_CUDA=1 asks for csrc/{SOURCE}, but {missing}; set TPINV_CUDA=auto to use Triton")
+        raise ValueError(f"TPINV_CUDA=1 asks for csrc/{SOURCE}, but {missing}; TPINV_CUDA=auto uses the ProcessGroup, 0 Triton")
+    if missing and wanted == {"auto"}:
+        return Decision(None, f"{missing}; Triton's kernels, not run on a GPU in their present form, are there with TPINV_CUDA=0")
     sharing = max(devices.count(device) for device in devices)
     blocks = max(1, min(MAX_BLOCKS, BLOCKS_PER_MULTIPROCESSOR * min(fact.multiprocessors for fact in facts) // sharing))
-    if missing or wanted == {"0"}:
-        return Decision("triton", missing or "TPINV_CUDA=0", blocks)
+    if wanted == {"0"}:
+        return Decision("triton", "TPINV_CUDA=0", blocks)
     return Decision("cuda", "every rank can map every other rank's memory", blocks)
+
+
+_SEE_ALL = "CUDA_VISIBLE_DEVICES must show every process all of the group's GPUs"
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def facts(device: torch.device) -> Facts:
@@ -101,17 +125,28 @@ def facts(device: torch.device) -> Facts:
         wanted=os.environ.get("TPINV_CUDA", "auto"),
         no_cuda=cuda.missing(SOURCE),
         off=off,
+        timeout=os.environ.get("TPINV_TIMEOUT", "600"),
     )
 
 
 class Shared:
-    """``size`` zeroed bytes on every rank; ``addresses[r]`` is where rank r's are mapped here. A collective."""
+    """``size`` zeroed bytes on every rank; ``addresses[r]`` is where rank r's are mapped here. A collective.
+
+    RuntimeError on all ranks when one has not the memory: in the rendezvous the others would wait for it.
+    """
 
     def __init__(self, size: int, ranks: Ranks, device: torch.device):
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        self._own = symmetric_memory.empty(size, dtype=torch.uint8, device=device).zero_()
-        torch.cuda.synchronize(device)  # zeroed before a peer can store here
+        failed = None
+        try:
+            self._own = symmetric_memory.empty(size, dtype=torch.uint8, device=device).zero_()
+            torch.cuda.synchronize(device)  # zeroed before a peer can store here
+        except RuntimeError as error:
+            failed = f"{error}".partition("\n")[0]
+        for rank, reason in enumerate(_gather(failed, ranks)):
+            if reason:
+                raise RuntimeError(f"rank {rank} has no {size} bytes to share: {reason}")
         self._handle = symmetric_memory.rendezvous(self._own, ranks.group)
         # A tensor of the peer's memory, asked for its address, knows where in its allocation this one lies.
         self.addresses = tuple(self._handle.get_buffer(r, (size,), torch.uint8).data_ptr() for r in range(ranks.size))
@@ -122,16 +157,18 @@ class Turns:
     wait for peers must not each hold half of the ranks."""
 
     def __init__(self):
-        self._stream: torch.cuda.Stream | None = None
+        self._last: dict[bool, torch.cuda.Stream] = {}  # of the calls that were captured, and of those that ran
 
     def next(self, stream: torch.cuda.Stream) -> int:
-        if self._stream is not None and self._stream != stream:
+        capturing = torch.cuda.is_current_stream_capturing()
+        last = self._last.get(capturing)
+        if last is not None and last != stream:
             # An event recorded inside a capture means nothing outside of it, and the other way round.
-            with torch.cuda.stream(self._stream):
-                before = torch.cuda.is_current_stream_capturing()
-            if before == torch.cuda.is_current_stream_capturing():
-                stream.wait_event(self._stream.record_event())
-        self._stream = stream
+            with torch.cuda.stream(last):
+                alike = torch.cuda.is_current_stream_capturing() == capturing
+            if alike:
+                stream.wait_event(last.record_event())
+        self._last[capturing] = stream
         return stream.cuda_stream
 
 
@@ -140,6 +177,8 @@ _turns: dict[torch.device, Turns] = {}
 
 class Workspace:
     """Addresses that kernels are given, and the host's side of their order and their waits."""
+
+    printed = False  # what it has to say of a failure
 
     def __init__(self, rank: int, size: int, device: torch.device, backend: str, blocks: int, turns: "Turns", allocate):
         """``allocate(bytes)`` returns the addresses of that many zeroed bytes of every rank, and what keeps them alive."""
@@ -151,13 +190,14 @@ class Workspace:
         self.flags = self._new(self._flag_bytes + 2 * INBOX_BYTES)
         self.inbox = tuple(address + self._flag_bytes for address in self.flags)
         self._bulk: tuple[int, int, tuple[int, ...]] = (0, 0, (0,) * size)
-        self.epochs = torch.ones(MAX_BLOCKS + 1, dtype=torch.int64, device=device)
-        self.epochs[MAX_BLOCKS] = 0  # claimed by the block that reports a wait that did not end
+        self.epochs = torch.ones(MAX_BLOCKS + 2, dtype=torch.int64, device=device)
+        self.epochs[MAX_BLOCKS:] = 0  # claimed by the block that reports a failure; busy while a call runs
+        self.tables: dict[tuple, torch.Tensor] = {}  # of the Triton kernels
         self.report = torch.zeros(8, dtype=torch.int64, pin_memory=True)
         self._report = self.report.numpy()
         self._turns = turns
         torch.cuda.synchronize(device)
-        _watched.add(self)
+        _watched.append(weakref.ref(self))
 
     def _new(self, size: int) -> tuple[int, ...]:
         addresses, keep = self._allocate(size)
@@ -189,6 +229,11 @@ class Workspace:
         if not self._report[0]:
             return None
         _, sender, what, block, seen, expected = (int(x) for x in self._report[:6])
+        if what == 2:
+            return (
+                f"tpinv: two collectives of one group ran at once on rank {self.rank} of {self.size}, and each would have taken the other's values "
+                "for its own. The replay of a CUDA graph must not run beside other calls of its group: order their streams by wait_stream"
+            )
         return (
             f"tpinv: rank {self.rank} of {self.size} waited {self.timeout:g} s for rank {sender} and gave up: {('chunk', 'word')[what]} of block {block}, "
             f"seen {seen}, expected {expected}. That rank has died, hangs, or has called other collectives; TPINV_TIMEOUT sets the seconds"
@@ -199,19 +244,31 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-# A kernel that gives up traps, and what the user then sees is CUDA's word for it. The cause is printed beside it.
-_watched: weakref.WeakSet = weakref.WeakSet()
+# A kernel that gives up traps, and what the user then sees is CUDA's word for it. The cause is printed beside it, or at exit.
+_watched: list[weakref.ref] = []
 _watcher: threading.Thread | None = None
 
 
+def _print_failures() -> None:
+    for reference in list(_watched):
+        workspace = reference()
+        if workspace and not workspace.printed and (failure := workspace.failure()):
+            workspace.printed = True
+            print(failure, flush=True)
+
+
 def _watch() -> None:
-    printed = set()
     while True:
         time.sleep(0.2)
-        for workspace in list(_watched):
-            if id(workspace) not in printed and (failure := workspace.failure()):
-                printed.add(id(workspace))
-                print(failure, flush=True)
+        _print_failures()
+
+
+def _start_watching() -> None:
+    global _watcher
+    if _watcher is None:
+        _watcher = threading.Thread(target=_watch, name="tpinv-watch", daemon=True)
+        _watcher.start()
+        atexit.register(_print_failures)
 
 
 _workspaces: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # group -> {device: (Workspace | None, Decision)}
@@ -223,17 +280,22 @@ def workspace(ranks: Ranks, device: torch.device) -> Workspace | None:
 
 
 def agreement(ranks: Ranks, device: torch.device) -> tuple[Workspace | None, Decision]:
-    """The workspace, and why it is what it is."""
+    """The workspace, and why it is what it is, which rank 0 logs."""
     known = _workspaces.setdefault(ranks.group, {})
     if device not in known:
         if torch.cuda.is_current_stream_capturing():
             raise ValueError("the ranks of a group agree on shared memory at their first collective; make one before CUDA graph capture")
         known[device] = _agree(ranks, device)
+        decision = known[device][1]
+        if ranks.rank == 0:
+            level = logging.INFO if decision.backend else logging.WARNING
+            logging.getLogger("tpinv").log(
+                level, "%d ranks: %s, because %s", ranks.size, decision.backend or "ProcessGroup", decision.reason
+            )
     return known[device]
 
 
 def _agree(ranks: Ranks, device: torch.device) -> tuple[Workspace | None, Decision]:
-    global _watcher
     with torch.cuda.device(device), torch.inference_mode(False):
         decision = decide(_gather(facts(device), ranks))
         if decision.backend is None:
@@ -251,9 +313,7 @@ def _agree(ranks: Ranks, device: torch.device) -> tuple[Workspace | None, Decisi
         for rank, reason in enumerate(_gather(failed, ranks)):
             if reason:
                 return None, Decision(None, f"rank {rank} could not share memory: {reason}")
-    if _watcher is None:
-        _watcher = threading.Thread(target=_watch, name="tpinv-watch", daemon=True)
-        _watcher.start()
+    _start_watching()
     return made, decision
 
 
