@@ -188,7 +188,7 @@ def _launch_cuda(workspace, values, out, tree, plan, start, packs, scatter) -> N
 def _table(workspace: Workspace, entries: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """On the device, and kept as long as the workspace: graphs hold its address."""
     if (entries, dtype) not in workspace.tables:
-        if torch.cuda.is_current_stream_capturing():
+        if workspace.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise ValueError("a table for this call is not on the GPU yet; make the same call once before CUDA graph capture")
         workspace.tables[entries, dtype] = torch.tensor(entries, dtype=dtype).to(workspace.device)
     return workspace.tables[entries, dtype]
