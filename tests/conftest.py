@@ -13,15 +13,28 @@ hypothesis.settings.load_profile("shared cores")
 
 
 @pytest.fixture(scope="session")
-def megatron_pool():
-    """Workers that have imported Megatron-Core, which takes seconds, once for all tests."""
+def megatron_workers():
     with RankPool(preload=["tpinv.integrations.megatron.verify"]) as pool:
         yield pool
 
 
+@pytest.fixture(scope="module")
+def megatron_pool(megatron_workers):
+    """Workers that have imported Megatron-Core, which takes seconds, once for all tests. They end with the module: what they
+    trained leaves process groups behind, each with a thread that polls."""
+    yield megatron_workers
+    megatron_workers.close()
+
+
 @pytest.fixture(scope="session")
-def torchtitan_pool():
-    """The same for TorchTitan."""
+def torchtitan_workers():
     pytest.importorskip("torchtitan")
     with RankPool(preload=["tpinv.integrations.torchtitan.verify"]) as pool:
         yield pool
+
+
+@pytest.fixture(scope="module")
+def torchtitan_pool(torchtitan_workers):
+    """The same for TorchTitan."""
+    yield torchtitan_workers
+    torchtitan_workers.close()
