@@ -8,6 +8,7 @@ round differently.) Distributed optimizers that cut tensors in the middle of a r
 The limbs become one float64, its square root one float32; nothing waits for the host.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -116,8 +117,11 @@ def scale_to_norm_(grads: Iterable[Tensor], max_norm: float, norm: Tensor) -> No
     """Multiplies ``grads`` in place by min(1, max_norm / (norm + 1e-6)), computed in float32 from their float32 ``norm``. Torch rounds it
     to the dtype of a bfloat16 or float16 gradient first, here as in its own clipping."""
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    alike = defaultdict(list)
     for grad in grads:
-        grad.mul_(coefficient.to(grad.device))
+        alike[grad.device, grad.dtype].append(grad)
+    for (device, dtype), tensors in alike.items():
+        torch._foreach_mul_(tensors, coefficient.to(device, dtype))
 
 
 def _device_of(ranks: Ranks) -> torch.device:

@@ -2,14 +2,17 @@
 
     torchrun --nproc_per_node 2 -m tpinv.integrations.torchtitan.bench --layers 4 --tokens 4096
 
-One sequence, bf16 parameters, sequence parallelism, AdamW, backend spmd_types without FSDP (so torch 2.11 will do). Stock attention is
-torch's fastest SDPA. Rank 0 alone computes TP = 1. Exit status 1 when tpinv's bytes differ. Parts beyond ``--seconds`` are left out.
+One sequence, bf16 parameters, sequence parallelism, AdamW, backend spmd_types without FSDP (so torch 2.11 will do). Eager, with forward
+and backward captured in a CUDA graph as the Trainer captures them (its default), and with every block compiled under selective
+checkpointing. Stock attention is torch's fastest SDPA, or FlexAttention on both sides. Rank 0 alone computes TP = 1. Exit status 1 when
+tpinv's bytes differ. Parts beyond ``--seconds`` are left out.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import os
 import statistics
 import sys
@@ -19,11 +22,13 @@ from tpinv.integrations.torchtitan import verify  # isort: skip  # before torcht
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.config import ParallelismConfig, apply_overrides
 from torchtitan.config.override import OverrideConfig
 from torchtitan.distributed import utils
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
+from torchtitan.distributed.cudagraph import cudagraph_teardown, wrap_with_cuda_graph
 from torchtitan.distributed.spmd_types import set_current_spmd_mesh
 from torchtitan.models import llama3
 from torchtitan.models.common.attention import ScaledDotProductAttention
@@ -37,6 +42,7 @@ from tpinv.integrations.torchtitan.recipe import OVERRIDE
 from tpinv.testing.text import real_text
 
 RECORDED = 3  # steps whose bytes are compared
+MODES = {"eager": "", "graph": ", CUDA graph", "compiled": ", compiled, selective checkpointing"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where there is no GPU the flow can be tried, with a debug model
 
 
@@ -57,14 +63,15 @@ class Dims:
 class Model:
     """A model, its loss and its optimizer on this rank."""
 
-    def __init__(self, arguments, layers: str, dims: Dims | None, *, compiled: bool = False):
+    def __init__(self, arguments, layers: str, dims: Dims | None, mode: str):
         self.before = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
         self.context = contextlib.nullcontext if dims is None else lambda: set_current_spmd_mesh(dims.mesh)
         tp = dims.tp if dims else 1
         config = llama3.model_registry(arguments.flavor, attn_backend="flex").model
         config.layers = config.layers[: arguments.layers]
         for layer in config.layers:
-            layer.attention.inner_attention = ScaledDotProductAttention.Config()
+            if arguments.attention == "sdpa":
+                layer.attention.inner_attention = ScaledDotProductAttention.Config()
             layer.attention.rope = dataclasses.replace(layer.attention.rope, max_seq_len=arguments.tokens)
         parallelism = ParallelismConfig(tensor_parallel_degree=tp)
         config.update_from_config(config=dataclasses.make_dataclass("Settings", [("parallelism", ParallelismConfig)])(parallelism))
@@ -75,14 +82,14 @@ class Model:
             self.model = config.build()
         if dims is not None:
             self.model.parallelize(dims)
-        if compiled:
+        if mode == "compiled":
             policy = checkpointing.SelectiveAC if layers == "tpinv" else SelectiveAC
             policy.Config().build().apply(self.model)
         self.model.to_empty(device=DEVICE)
         rank = dist.get_rank() if dims else 0
         with torch.no_grad(), verify.drawn_whole(Ranks(None, rank, tp)) if layers == "stock" else contextlib.nullcontext():
             self.model.init_weights(buffer_device=None)
-        if compiled:
+        if mode == "compiled":
             for block in self.model.layers.children():
                 block.compile(fullgraph=True)
         kind = InvariantLoss if layers == "tpinv" else CrossEntropyLoss
@@ -92,28 +99,40 @@ class Model:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         text = real_text()
         self.tokens, self.labels = (text[shift : shift + arguments.tokens].view(1, -1).to(DEVICE) for shift in (0, 1))
+        self.valid = torch.tensor(self.labels.numel(), device=DEVICE)
+        self.extra = {}
+        if arguments.attention == "flex":
+            length = arguments.tokens  # not the model's own mask, whose making needs torch 2.12
+            mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=DEVICE)
+            self.extra["attention_masks"] = mask
+        self.graph = mode == "graph"  # gradients then stay where they are
+        self.forward_backward = wrap_with_cuda_graph(self.loss_and_gradients) if self.graph else self.loss_and_gradients
+
+    def loss_and_gradients(self, tokens: Tensor, labels: Tensor, valid: Tensor, extra: dict) -> Tensor:
+        with self.context():
+            loss, _ = self.loss(self.model(tokens, **extra), labels, valid)
+            loss.backward()
+        return loss
 
     def step(self, look=None) -> Tensor:
-        with self.context():
-            loss, _ = self.loss(self.model(self.tokens), self.labels, torch.tensor(self.labels.numel(), device=DEVICE))
-            loss.backward()
+        loss = self.forward_backward(self.tokens, self.labels, self.valid, self.extra)
         if look is not None:
             look()
         norm = self.clip(list(self.model.parameters()), 1.0, foreach=True)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.graph)
         return torch.stack([loss.detach().float(), norm.float()])
 
     def record(self) -> dict[str, Tensor]:
-        """Whole tensors: logits, gradients of the first step, losses and norms, parameters after the last."""
+        """Whole tensors: logits, losses and norms, gradients of the last step (a graph's first is eager), parameters after it."""
         with torch.no_grad(), self.context():
-            found = {"logits": self.whole(self.model(self.tokens), -1)}
+            found = {"logits": self.whole(self.model(self.tokens, **self.extra), -1)}
 
         def gradients():
             for name, parameter in self.model.named_parameters():
                 found[f"grad/{name}"] = self.whole(parameter.grad, verify.shard_dim(self.model, name))
 
-        found["loss, norm"] = torch.stack([self.step(gradients if i == 0 else None) for i in range(RECORDED)])
+        found["loss, norm"] = torch.stack([self.step(gradients if i == RECORDED - 1 else None) for i in range(RECORDED)])
         for name, parameter in self.model.named_parameters():
             found[f"final/{name}"] = self.whole(parameter.detach(), verify.shard_dim(self.model, name))
         return {name.replace("._checkpoint_wrapped_module", ""): tensor for name, tensor in found.items()}
@@ -151,6 +170,8 @@ def main() -> None:
     parser.add_argument("--flavor", default="8B", help="of TorchTitan's llama3 (default 8B)")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--attention", choices=("sdpa", "flex"), default="sdpa")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--seconds", type=float, default=600.0)
     arguments = parser.parse_args()
     started = time.monotonic()
@@ -166,15 +187,15 @@ def main() -> None:
     if rank == 0:
         print(f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}, torch {torch.__version__}, {arguments}", flush=True)
 
-    def part(layers: str, tp: int, compiled: bool) -> None:
+    def part(layers: str, tp: int, mode: str) -> None:
         if tp == 1 and rank:
             return
         begun = time.monotonic()
-        model = Model(arguments, layers, None if tp == 1 else dims, compiled=compiled)
+        model = Model(arguments, layers, None if tp == 1 else dims, mode)
         recorded = model.record()
         said = ""
         if rank == 0:
-            expected = reference.setdefault((layers, compiled), recorded)
+            expected = reference.setdefault((layers, mode == "compiled"), recorded)
             wrong = [] if recorded is expected else differing(recorded, expected)
             broken.extend(wrong if layers == "tpinv" else [])
             said = "reference" if recorded is expected else f"{len(wrong)} of {len(expected)} differ {wrong[:3]}"
@@ -182,17 +203,22 @@ def main() -> None:
         del recorded
         milliseconds, memory = model.milliseconds()
         if rank == 0:
-            name = f"{layers} TP={tp}{' compiled, selective checkpointing' if compiled else ''}"
-            print(f"{name}: {milliseconds:.2f} ms, {memory:.2f} GiB; {said}; {time.monotonic() - begun:.0f} s", flush=True)
+            print(
+                f"{layers} TP={tp}{MODES[mode]}: {milliseconds:.2f} ms, {memory:.2f} GiB; {said}; {time.monotonic() - begun:.0f} s",
+                flush=True,
+            )
 
-    for compiled in (False, True):
+    for mode in arguments.modes:
         for layers in ("tpinv", "stock"):
             for tp in sorted({1, world}):
                 late = torch.tensor(time.monotonic() - started > arguments.seconds, device=DEVICE)
                 dist.broadcast(late, 0)
                 if late:
                     continue
-                part(layers, tp, compiled)
+                part(layers, tp, mode)
+                cudagraph_teardown()  # it keeps the model
+                torch._dynamo.reset()  # the blocks of all models are one function, which may be compiled so many times
+                gc.collect()
                 torch.cuda.empty_cache()
     dist.destroy_process_group()
     if broken:

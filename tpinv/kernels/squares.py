@@ -1,11 +1,12 @@
 """The exact sum of squares of gradients on the GPU: integers, so that no order and no sharding can change it.
 
-The square of a float32 is a float64 without rounding, between 2^-298 and 2^256. That range is cut into bins of 24 bits. Adding
+The square of a float32 is a float64 without rounding, between 2^-298 and 2^256. That range is cut into bins of 20 bits. Adding
 1.5 * 2^52 units of a bin to a float64 and taking them off again rounds it to a multiple of the unit; what is left is exact and
-belongs to the bins below. The multiples are below 2^25 units, so a program's sum of them is exact in any order (below 2^53), and is
-added to the bin's int64 counter by an integer atomic. Real gradients touch four or five bins.
+belongs to the bins below. A pass takes two bins at once: multiples of up to 2^40 units, of which float64 holds the sum of a block
+exactly, in any order. It goes to the int64 counters of both bins by integer atomics. The first pass begins at the largest square
+of a block; two passes leave nothing of bfloat16 gradients, four nothing of most others.
 
-``total`` carries the counters over to 24 bits each, which makes them the same numbers however the terms were grouped, and only
+``total`` carries the counters over to 20 bits each, which makes them the same numbers however the terms were grouped, and only
 then adds them up as float64, from the smallest bin to the largest.
 """
 
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from tpinv.kernels.device import on_device_of_first
 
-BINS = 24
+BINS = 28
 _LOWEST = tl.constexpr(-298)
-_BITS = tl.constexpr(24)
-_BLOCK = 4096
-_BLOCKS = 16  # of a program: 2^16 elements of at most 2^25 units
+_BITS = tl.constexpr(20)
+_INFINITY = tl.constexpr(0x7F800000)  # as bits; those of a NaN are above
+_BLOCK = 2048  # times 2^40 is below 2^53
+_BLOCKS = 32  # of a program
 _SIZE = 32  # of the counters: BINS, a last carry, then infinities and NaNs at the end
 
 
@@ -31,31 +33,42 @@ def _power(exponent):
 
 
 @triton.jit
+def _pass(rest, sums, slots, bin):
+    """Moves what ``bin`` and the one above hold of ``rest`` [BLOCK] to ``sums``. Everything is below the end of the one above."""
+    unit = bin * _BITS + _LOWEST
+    anchor = 1.5 * _power(unit + 52)
+    multiple = (rest + anchor) - anchor
+    units = (tl.sum(multiple, 0) * _power(-unit)).to(tl.int64)
+    above = units >> _BITS
+    sums += tl.where(slots == bin, units - (above << _BITS), 0) + tl.where(slots == bin + 1, above, 0)
+    return rest - multiple, sums, bin - 2
+
+
+@triton.jit
 def squares_kernel(x_ptr, bins_ptr, count, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCK * BLOCKS
-    slots = tl.arange(0, SIZE)
+    lanes, slots = tl.arange(0, BLOCK), tl.arange(0, SIZE)
     sums = tl.zeros((SIZE,), tl.int64)
     for i in range(BLOCKS):
-        at = first + i * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + at, mask=at < count, other=0.0).to(tl.float32)
-        size = tl.abs(x)
-        finite = size < float("inf")
-        infinities = tl.sum((size == float("inf")).to(tl.int32), 0)
-        nans = tl.sum((x != x).to(tl.int32), 0)
-        sums += tl.where(slots == SIZE - 2, infinities, 0) + tl.where(slots == SIZE - 1, nans, 0)
-        wide = tl.where(finite, x, 0.0).to(tl.float64)
+        start = first + i * BLOCK
+        left = tl.minimum(count - start, BLOCK).to(tl.int32)
+        x = tl.load(x_ptr + start + lanes, mask=lanes < left, other=0.0).to(tl.float32)
+        size = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # orders as the numbers do
+        largest = tl.max(size, 0)
+        if largest >= _INFINITY:
+            infinities = tl.sum((size == _INFINITY).to(tl.int32), 0)
+            nans = tl.sum((size > _INFINITY).to(tl.int32), 0)
+            sums += tl.where(slots == SIZE - 2, infinities, 0) + tl.where(slots == SIZE - 1, nans, 0)
+            size = tl.where(size < _INFINITY, size, 0)
+            largest = tl.max(size, 0)
+        wide = size.to(tl.float32, bitcast=True).to(tl.float64)
         rest = wide * wide
-        largest = tl.max(rest, 0)
-        while largest > 0.0:
-            exponent = (largest.to(tl.int64, bitcast=True) >> 52) - 1023
-            bin = (exponent - _LOWEST) // _BITS
-            unit = bin * _BITS + _LOWEST
-            anchor = 1.5 * _power(unit + 52)
-            multiple = (rest + anchor) - anchor
-            rest = rest - multiple
-            units = (tl.sum(multiple, 0) * _power(-unit)).to(tl.int64)
-            sums += tl.where(slots == bin, units, 0)
-            largest = tl.max(tl.abs(rest), 0)
+        highest = 2 * ((largest >> 23).to(tl.int64) - 127) + 1  # no square has a higher bit
+        bin = (highest - _LOWEST) // _BITS - 1
+        while largest > 0:
+            rest, sums, bin = _pass(rest, sums, slots, bin)
+            rest, sums, bin = _pass(rest, sums, slots, bin)
+            largest = tl.max((rest.to(tl.int64, bitcast=True) >> 32).to(tl.int32) & 0x7FFFFFFF, 0)  # 0 if nothing is left
     tl.atomic_add(bins_ptr + slots, sums, mask=sums != 0, sem="relaxed")
 
 
