@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--product", nargs="+", choices=["forward", "dgrad", "wgrad"], default=["forward", "dgrad", "wgrad"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 256, 1024, 4096, 8192])
     parser.add_argument("--leaves", nargs="+", type=int, default=[1, 2, 4, 8], help="local leaves (wgrad is always one chain)")
-    parser.add_argument("--node-dtype", choices=NODE_DTYPES, default="float32", help="gemm: of the tree (default float32)")
+    parser.add_argument("--node-dtype", choices=NODE_DTYPES, default="float32", help="gemm, step: of the tree (default float32)")
     parser.add_argument("--others", nargs="*", choices=OTHERS, default=OTHERS, help="gemm: what to time besides cuBLAS (default: all)")
     parser.add_argument("--milliseconds", type=float, default=10.0, help="per kernel and round")
     parser.add_argument("--rounds", type=int, default=7)

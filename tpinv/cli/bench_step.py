@@ -18,7 +18,7 @@ from rich.table import Table
 from tpinv.testing import RankPool
 
 TIMES = ("forward", "backward", "optimizer", "step")
-COLUMNS = ("tp", "sp", "leaves", "num_layers", "round", "layers", *TIMES, "peak", "loss")
+COLUMNS = ("tp", "sp", "leaves", "node_dtype", "num_layers", "round", "layers", *TIMES, "peak", "loss")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,14 +46,12 @@ def run(arguments: argparse.Namespace) -> int:
                 for turn in range(arguments.rounds):
                     for layers in ("stock", "tpinv"):
                         sp, last = arguments.sequence_parallel and tp > 1, turn == arguments.rounds - 1
-                        step = bench.Step(layers, tp, sp, leaves, num_layers=arguments.num_layers, profile=bool(arguments.profile) and last)
+                        of_row = {"leaves": leaves, "node_dtype": arguments.node_dtype, "num_layers": arguments.num_layers}
+                        step = bench.Step(layers, tp, sp, **of_row, profile=bool(arguments.profile) and last)
                         result = pool.run(bench.measure, tp, step, timeout=600, device="cuda")[0]
                         kernels += [(layers, tp, leaves, *kernel) for kernel in result.pop("kernels", [])]
                         console.print(layers, f"TP={tp}", *(f"{name} {value:.6g}" for name, value in result.items()))
-                        rows.append(
-                            {"tp": tp, "sp": sp, "leaves": leaves, "num_layers": arguments.num_layers, "round": turn, "layers": layers}
-                            | result
-                        )
+                        rows.append({"tp": tp, "sp": sp, **of_row, "round": turn, "layers": layers} | result)
     console.print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {datetime.date.today()}, tpinv bench {' '.join(sys.argv[2:])}"
     )
