@@ -11,6 +11,8 @@ import argparse
 import csv
 import datetime
 import importlib
+import itertools
+import os
 import statistics
 import sys
 import time
@@ -76,21 +78,20 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(f"host, 16 x 256 x 256: {ours:.1f} us a call, torch.matmul {torchs:.1f} us; {arguments.node_dtype} nodes")
     if OTHERS[1] in arguments.others and _batch_invariant_matmul() is None:
         console.print("batch_invariant_ops is not installed: its column stays empty")
+    host = dict.fromkeys(COLUMNS, "") | {"product": "host", "M": 16, "N": 256, "K": 256, "implementation": "tpinv", "leaves": 8}
+    host |= {"node_dtype": arguments.node_dtype, "us": round(ours, 2), "cublas_us": round(torchs, 2), "ratio": round(torchs / ours, 3)}
     rows = []
-    for model in arguments.model:
-        for linear in arguments.linear:
-            for product in arguments.product:
-                for tokens in arguments.tokens:
-                    rows += _measure(arguments, product, model, linear, tokens)
-                    console.print(" ".join(_line(rows, arguments.leaves)))
+    with open(arguments.csv or os.devnull, "w", newline="") as file:  # as they come: a run may be cut off
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerow(host)
+        for shape in itertools.product(arguments.model, arguments.linear, arguments.product, arguments.tokens):
+            found = _measure(arguments, *shape)
+            writer.writerows(found)
+            file.flush()
+            rows += found
+            console.print(" ".join(_line(rows, arguments.leaves)))
     console.print(_table(rows, arguments.leaves))
-    if arguments.csv:
-        host = dict.fromkeys(COLUMNS, "") | {"product": "host", "M": 16, "N": 256, "K": 256, "implementation": "tpinv", "leaves": 8}
-        host |= {"node_dtype": arguments.node_dtype, "us": round(ours, 2), "cublas_us": round(torchs, 2), "ratio": round(torchs / ours, 3)}
-        with open(arguments.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows([*rows, host])
     if arguments.plot:
         from tpinv.cli.plot import ratio_lines
 
@@ -108,7 +109,7 @@ def _operands(product: str, m: int, n: int, k: int):
     return (make(m, k), [w.t() for w in weights]) if product == "forward" else (make(m, n), weights)
 
 
-def _measure(arguments, product: str, model: str, linear: str, m: int) -> list[dict]:
+def _measure(arguments, model: str, linear: str, product: str, m: int) -> list[dict]:
     from tpinv.kernels import counters, gemm, tuner
     from tpinv.kernels.problem import make_problems
 
