@@ -28,8 +28,9 @@
 //   BN 16 ... 256        columns of a tile           STAGES       depth of the copy pipeline
 //   CLUSTER 1 | 2        blocks that share B         DEPTH        positions of the stack, 7 at most (host: stack_depth)
 //   A_MAJOR, B_MAJOR     0: k contiguous, 1: rows of A (columns of B) contiguous
-//   IN_FP16              inputs fp16, else bf16      OUT          0 fp32, 1 bf16, 2 fp16
+//   IN_FP16              inputs fp16, else bf16      OUT          the root is rounded to: 0 fp32, 1 bf16, 2 fp16
 //   BIAS                 a bias follows the root     SWAP         rows of A are the output's columns: for few tokens, W is A
+//   ACCUMULATE           the rounded root is added to the output, which is fp32 (OUT 1 or 2, no BIAS)
 //   NODE_BF16            leaves and nodes are rounded to bf16      SHARED_SLOTS 0 | 1      SPLIT 1 | 2 | 4 | 8
 
 typedef unsigned int u32;
@@ -47,6 +48,7 @@ constexpr int kBytesA = kBM * kBK * 2, kBytesB = BN * kBK * 2;
 constexpr int kSlotVecs = kRegs / 4;                              // a slot is float4[kSlotVecs][kConsumers]
 constexpr int kSlots = DEPTH - kHeld;                             // positions that are not in registers
 constexpr int kSharedSlots = kSlots > 0 && !kPiped ? SHARED_SLOTS : 0;
+constexpr int kAhead = !ACCUMULATE ? 1 : BN == 192 ? 2 : BN < 64 ? 1 : 4;  // pairs of columns' blocks whose sums are loaded at once
 constexpr int kVecBytes = kConsumers * 16;                        // one float4 of every thread
 constexpr int kVecsA = kBytesA / kVecBytes, kPieceVecs = kVecsA + kBytesB / kVecBytes;  // of a stage's A part, of a stage
 
@@ -99,6 +101,10 @@ __device__ __forceinline__ void barrier_arrive_parked(u32 bar, int lane) {
 __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 bar) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
+}
+// Brings memory into L2, aligned to 16 bytes. A hint: nobody waits for it.
+__device__ __forceinline__ void prefetch_bulk(const void* from, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void copy(u32 to, const TensorMap* map, u32 bar, int c0, int c1, int c2, int c3) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
@@ -178,6 +184,15 @@ __device__ __forceinline__ u32 pack(float low, float high) {  // two values in t
 #endif
     return r;
 }
+__device__ __forceinline__ float2 unpack(u32 x) {  // and back
+#if OUT == 2
+    float2 r;
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}\n" : "=f"(r.x), "=f"(r.y) : "r"(x));
+    return r;
+#else
+    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+#endif
+}
 __device__ __forceinline__ float round_out(float x) {
 #if OUT == 2
     float r;
@@ -255,55 +270,78 @@ __device__ __forceinline__ Parking parking_after(const Params& p, int index, int
 __device__ __forceinline__ float4 four(const float (&x)[kRegs], int i) { return make_float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]); }
 __device__ __forceinline__ void set_four(float (&x)[kRegs], int i, float4 v) { x[4 * i] = v.x, x[4 * i + 1] = v.y, x[4 * i + 2] = v.z, x[4 * i + 3] = v.w; }
 
-// The root: rounded once to the output dtype, then the bias is added and rounded once more. value(j) gives a thread's four
-// values of columns 8 j .. 8 j + 7: two neighbours in one row, two in the row 8 below.
+// The root: rounded once to the output dtype, then the bias is added and rounded once more, or (ACCUMULATE) it is added to what
+// is there. value(j) gives a thread's four values of columns 8 j .. 8 j + 7: two neighbours in one row, two in the row 8 below.
 template <class Value>
 __device__ __forceinline__ void store_root(const Params& p, int row0, int col0, int lane, Value value) {
     const int q = lane & 3;
     const int row = row0 + lane / 4;
     const bool inside[2] = {row < p.rows, row + 8 < p.rows};
+    const int four_at = col0 + (q & 1 ? 8 : 0) + (q & 2) * 2;  // a lane's columns once neighbours have swapped halves
 #pragma unroll
-    for (int j = 0; j < BN / 8; j += 2) {
-        const float4 left = value(j), right = value(j + 1);
+    for (int first = 0; first < BN / 8; first += 2 * kAhead) {
+#if ACCUMULATE && !SWAP
+        float4 sums[kAhead][2];  // one wait for all of them
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float v[4] = {half ? left.z : left.x, half ? left.w : left.y, half ? right.z : right.x, half ? right.w : right.y};
-            const int col = col0 + j * 8 + q * 2;
+        for (int i = 0; i < 2 * kAhead; i++) {
+            const int c = four_at + (first + i / 2 * 2) * 8;
+            if (inside[i % 2] && c < p.cols) sums[i / 2][i % 2] = *(float4*)((float*)p.out + (row + 8 * (i % 2)) * p.out_stride + c);
+        }
+#endif
+#pragma unroll
+        for (int j = first; j < first + 2 * kAhead; j += 2) {
+            const float4 left = value(j), right = value(j + 1);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float v[4] = {half ? left.z : left.x, half ? left.w : left.y, half ? right.z : right.x, half ? right.w : right.y};
+                const int col = col0 + j * 8 + q * 2;
 #if SWAP  // the tile lies transposed in the output: a column here is a token
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int token = col + (i & 1) + (i >> 1) * 8, feature = row + 8 * half;
-                if (!inside[half] || token >= p.cols) continue;
-                const float x = BIAS ? round_out(v[i]) + bias_at(p.bias, feature) : v[i];
-                const long long at = (long long)token * p.out_stride + feature;
-#if OUT == 0
-                ((float*)p.out)[at] = x;
+                for (int i = 0; i < 4; i++) {
+                    const int token = col + (i & 1) + (i >> 1) * 8, feature = row + 8 * half;
+                    if (!inside[half] || token >= p.cols) continue;
+                    const float x = BIAS ? round_out(v[i]) + bias_at(p.bias, feature) : v[i];
+                    const long long at = (long long)token * p.out_stride + feature;
+#if ACCUMULATE
+                    ((float*)p.out)[at] = __fadd_rn(((float*)p.out)[at], round_out(x));
+#elif OUT == 0
+                    ((float*)p.out)[at] = x;
 #else
-                ((unsigned short*)p.out)[at] = (unsigned short)pack(x, x);
+                    ((unsigned short*)p.out)[at] = (unsigned short)pack(x, x);
 #endif
-            }
-            continue;
+                }
+                continue;
 #endif
-            const long long line = (long long)(row + 8 * half) * p.out_stride;
+                const long long line = (row + 8 * half) * p.out_stride;
 #if BIAS && !SWAP
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int c = col + (i & 1) + (i >> 1) * 8;
-                if (c < p.cols) v[i] = round_out(v[i]) + bias_at(p.bias, c);
-            }
+                for (int i = 0; i < 4; i++) {
+                    const int c = col + (i & 1) + (i >> 1) * 8;
+                    if (c < p.cols) v[i] = round_out(v[i]) + bias_at(p.bias, c);
+                }
 #endif
 #if OUT == 0
-            float* out = (float*)p.out + line;
-            if (inside[half] && col < p.cols) *(float2*)(out + col) = make_float2(v[0], v[1]);
-            if (inside[half] && col + 8 < p.cols) *(float2*)(out + col + 8) = make_float2(v[2], v[3]);
+                float* out = (float*)p.out + line;
+                if (inside[half] && col < p.cols) *(float2*)(out + col) = make_float2(v[0], v[1]);
+                if (inside[half] && col + 8 < p.cols) *(float2*)(out + col + 8) = make_float2(v[2], v[3]);
 #else
-            // Neighbours swap halves, so that four lanes write 32 consecutive bytes.
-            const u32 mine = pack(v[0], v[1]), next = pack(v[2], v[3]);
-            const u32 got = __shfl_xor_sync(0xffffffffu, q & 1 ? mine : next, 1);
-            const int c = col0 + j * 8 + (q & 1 ? 8 : 0) + (q & 2) * 2;
-            if (inside[half] && c < p.cols)
-                *(uint2*)((unsigned short*)p.out + line + c) = q & 1 ? make_uint2(got, next) : make_uint2(mine, got);
+                // Neighbours swap halves, so that four lanes write 32 consecutive bytes, or 64 of fp32.
+                const u32 mine = pack(v[0], v[1]), next = pack(v[2], v[3]);
+                const u32 got = __shfl_xor_sync(0xffffffffu, q & 1 ? mine : next, 1);
+                const uint2 rounded = q & 1 ? make_uint2(got, next) : make_uint2(mine, got);
+                const int c = four_at + j * 8;
+                if (inside[half] && c < p.cols) {
+#if ACCUMULATE && !SWAP
+                    const float4 sum = sums[(j - first) / 2][half];
+                    const float2 low = unpack(rounded.x), high = unpack(rounded.y);
+                    *(float4*)((float*)p.out + line + c) = make_float4(
+                        __fadd_rn(sum.x, low.x), __fadd_rn(sum.y, low.y), __fadd_rn(sum.z, high.x), __fadd_rn(sum.w, high.y));
+#else
+                    *(uint2*)((unsigned short*)p.out + line + c) = rounded;
 #endif
+                }
+#endif
+            }
         }
     }
 }
@@ -481,6 +519,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                             barrier_expect(bar, kBytesA + kBytesB);
                             const u32 to_a = smem_address(stage_a) + stage * kBytesA, to_b = smem_address(stage_b) + stage * kBytesB;
                             const int k = step * kBK;
+#if ACCUMULATE && !SWAP  // what the root will be added to comes into L2 meanwhile
+                            for (int i = step * kBM / p.steps; i < (step + 1) * kBM / p.steps && row0 + i < p.rows; i++)
+                                prefetch_bulk((float*)p.out + (row0 + i) * p.out_stride + col0, min(BN, p.cols - col0) * 4);
+#endif
 #if A_MAJOR == 0
                             copy(to_a, &map_a, bar, k, leaf, piece, row0);
 #else

@@ -1,6 +1,7 @@
 """The Triton kernels under Triton's interpreter, on a CPU. Run by test_kernels_interpreter.py in a process of its own."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,24 @@ def test_bias_comes_after_the_rounding_of_the_root():
     b[0] = b[8] = 1.0  # root 1 + 2^-11, which rounds to 1 in fp16; adding the bias before would give 2^-11
     bias = torch.tensor([-1.0], dtype=half)
     assert product(a, b, tree, bias=bias, dtype=half).item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_chain_is_rounded_and_then_added(dtype, swap):
+    """Row 1: 1 + 2^-11 is 1 in fp16, which takes 2^-11 from the sum."""
+    a, b = torch.zeros(19, 40, dtype=dtype), torch.randn(40, 37, generator=torch.Generator().manual_seed(0)).to(dtype)
+    a[1, :2], b[:2, :9] = torch.tensor([1.0, 2.0**-11]), 1.0
+    a[2:, 5:] = torch.randn(17, 35, generator=torch.Generator().manual_seed(1)).to(dtype)
+    before = torch.randn(19, 37, generator=torch.Generator().manual_seed(2))
+    before[1], before[0] = -1.0, -0.0
+    buffer = torch.zeros(19, 80)
+    total = buffer[:, 4:41].copy_(before)
+    (problem,) = make_problems(a, b.t(), total.unsqueeze(0), None, ReductionTree(1), 0, 1, 1, "ieee")
+    gemm.run(replace(problem, accumulate=True), gemm.TritonConfig(16, 16, 16, 4, 1, 1, swap))
+    assert_bitwise_equal(total, before + product(a, b, ReductionTree(1), swap=swap, dtype=dtype)[0])
+    assert total[1, 0].item() == (0.0 if dtype == torch.float16 else 2.0**-11)
+    assert not buffer[:, :4].any() and not buffer[:, 41:].any(), "what lies beside it"
 
 
 @pytest.mark.parametrize("tokens, leaves, ranks", itertools.product((0, 5, 77, 1200), (1, 24), (1, 2)))

@@ -1,15 +1,18 @@
 """What the Megatron tests run on ranks, and what they share. A module of its own, so that workers import it by name."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from tpinv.integrations.megatron import gpt_layer_spec, is_converted, on_cpu
+from tpinv.functional import main_grad
+from tpinv.integrations.megatron import gpt_layer_spec, is_converted, layers, on_cpu, verify
 from tpinv.integrations.megatron.specs import block_spec
 from tpinv.integrations.megatron.verify import DTYPES, Run, StockProvider, build_config, build_model, real_text, train_here
 from tpinv.layers import unshard
@@ -128,6 +131,22 @@ def resume(run: Run, directory: str, steps: int) -> dict[str, Tensor] | None:
         optimizer.load_state_dict(loaded["optimizer"])
 
     return train_here(run, start=steps, before=load)
+
+
+def train_counting(run: Run, fuse: bool = True, overlap: bool = False) -> tuple[dict[str, Tensor] | None, int]:
+    """``train``, and how many weight gradients went straight into main_grad; without that, or with ``overlap_grad_reduce``."""
+    stock_config, stock_add, added = verify._ddp_config, main_grad.add, []
+
+    def count(*args, **kwargs):
+        added.append(args[0])
+        return stock_add(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main_grad, "add", count)
+        patch.setattr(verify, "_ddp_config", lambda run: replace(stock_config(run), overlap_grad_reduce=overlap))
+        if not fuse:
+            patch.setattr(layers, "fuses_main_grad", lambda *_: False)
+        return verify.train(run), len(added)
 
 
 def _built(run: Run):

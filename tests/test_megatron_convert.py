@@ -164,7 +164,6 @@ CONFIG_REFUSALS = {  # setting: (value, how the message names it and the fix)
     "fp8": ("hybrid", "fp8='hybrid': fp8 scales are taken from a rank's shard; set fp8=None"),
     "fp4": ("e2m1", "fp4='e2m1': fp4 scales are taken from a rank's shard; set fp4=None"),
     "tp_comm_overlap": (True, "tp_comm_overlap=True: userbuffers add chunks in an order of their own; set tp_comm_overlap=False"),
-    "gradient_accumulation_fusion": (True, "gradient_accumulation_fusion=True: .*; set gradient_accumulation_fusion=False"),
     "defer_embedding_wgrad_compute": (True, "set defer_embedding_wgrad_compute=False"),
     "cpu_offloading": (True, "set cpu_offloading=False"),
     "multi_latent_attention": (True, "multi_latent_attention=True: .* not covered; set multi_latent_attention=False"),

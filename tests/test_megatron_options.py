@@ -1,10 +1,13 @@
-"""Activation recomputation and the distributed optimizer change no byte, and keep none from being the same at every size."""
+"""Activation recomputation, the distributed optimizer and weight gradients added inside backward change no byte, and keep none from
+being the same at every size."""
 
 from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("megatron.core")
+
+import megatron_jobs as jobs
 
 from tpinv.integrations.megatron.verify import Run, train
 from tpinv.testing import compare
@@ -25,6 +28,28 @@ def test_the_same_bytes(option, tp, sp, plain, megatron_pool):
     recording = megatron_pool.run(train, tp, replace(PLAIN, tp=tp, sequence_parallel=sp, **{option: True}))[0]
     assert recording.keys() == plain.keys()
     assert not {name: str(d) for name in plain if (d := compare(recording[name], plain[name]))}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_main_grad_fused_or_not(tied, megatron_pool):
+    """Tied embeddings stay unfused: autograd adds the two gradients of that weight in bf16, before main_grad sees them."""
+    run = replace(PLAIN, variant="gpt", steps=3, tied=tied, sizes=(1, 2, 4))
+    unfused, none = megatron_pool.run(jobs.train_counting, 1, run, False)[0]
+    linears = 4 + (not tied)  # qkv, proj, fc1, fc2, the output layer
+    assert none == 0
+    for tp, sp in ((1, False), (2, False), (4, True)):
+        fused, count = megatron_pool.run(jobs.train_counting, tp, replace(run, tp=tp, sequence_parallel=sp))[0]
+        assert count == linears * run.micro_batches * run.steps and fused.keys() == unfused.keys()
+        assert not {name: str(d) for name in unfused if (d := compare(fused[name], unfused[name]))}
+
+
+def test_overlapped_reduction_finds_its_gradients(megatron_pool):
+    """DistributedDataParallel then insists on a gradient for every weight in its hook."""
+    run = replace(PLAIN, micro_batches=1)
+    expected, _ = megatron_pool.run(jobs.train_counting, 1, run, False)[0]
+    found, count = megatron_pool.run(jobs.train_counting, 2, replace(run, tp=2), True, True)[0]
+    assert count == 5 * run.steps and found.keys() == expected.keys()
+    assert not {name: str(d) for name in expected if (d := compare(found[name], expected[name]))}
 
 
 def test_twin_stock(plain, megatron_pool):

@@ -22,7 +22,7 @@ TREE = ReductionTree(8)
 SETTINGS = (
     "attention_dropout attention_output_gate batch_invariant_mode cpu_offloading defer_embedding_wgrad_compute delay_wgrad_compute "
     "enable_autocast experimental_attention_variant fine_grained_activation_offloading flash_decode fp32_residual_connection fp4 fp8 "
-    "gradient_accumulation_fusion heterogeneous_block_specs hidden_dropout inference_fuse_tp_communication layernorm_zero_centered_gamma "
+    "heterogeneous_block_specs hidden_dropout inference_fuse_tp_communication layernorm_zero_centered_gamma "
     "linear_attention_freq log_max_attention_logit mtp_num_layers multi_latent_attention nccl_all_reduce_for_prefill num_moe_experts qk_clip "
     "qk_l2_norm quant_recipe symmetric_ar_type tensor_parallel_num_weight_shards tp_comm_overlap use_grouped_gemm_for_dense_mlp "
     "use_inference_optimized_layers use_kitchen use_te_activation_func use_transformer_engine_op_fuser"

@@ -98,6 +98,7 @@ def convert(
             _share_rows(name, module, models[0])
         elif isinstance(module, RowParallelLinear):
             layers.mark_complete(module)
+    layers.mark_shared_weights([module for _, module in plan])
     for language_model in models:
         language_model.tpinv_tree = tree
         language_model.compute_language_model_loss = types.MethodType(layers.language_model_loss, language_model)

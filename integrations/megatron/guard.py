@@ -20,7 +20,6 @@ def _rules(config, tp: int):
         ("fp4", "fp4 scales are taken from a rank's shard"),
         ("quant_recipe", "quantisation scales are taken from a rank's shard"),
         ("tp_comm_overlap", "userbuffers add chunks in an order of their own"),
-        ("gradient_accumulation_fusion", "the fused wgrad kernel adds in an order that depends on the shard"),
         ("defer_embedding_wgrad_compute", "deferred wgrads are accumulated in another order"),
         ("delay_wgrad_compute", "deferred wgrads are computed by the stock layers"),
         ("enable_autocast", "autocast does not reach tpinv's products"),

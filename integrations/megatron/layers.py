@@ -8,6 +8,7 @@ A bias is always added inside and never handed back for the caller to add: the g
 ``torch.sum``, whose order depends on the shard's width, and under sequence parallelism only a part of the tokens.
 """
 
+import collections
 import copy
 import functools
 
@@ -60,6 +61,32 @@ def refuse(module: torch.nn.Module, arguments: dict) -> None:
         raise ValueError(f"{type(module).__name__} does not know {', '.join(unknown)}; pass None")
 
 
+def fuses_main_grad(linear: torch.nn.Module, weight: Tensor) -> bool:
+    """Whether dW goes straight into ``weight.main_grad``, whatever config.gradient_accumulation_fusion says: no bit depends on it.
+
+    Not where autograd must have the real gradient: for a weight that other modules use too (tied embeddings hand it to forward;
+    ``zero_out_wgrad`` is Megatron's mark for them), under Megatron-FSDP, which makes its own buffers, and under Megatron's
+    CUDA graphs, which warm up on the caller's.
+    """
+    return (
+        weight is linear.weight
+        and hasattr(weight, "grad_added_to_main_grad")
+        and getattr(getattr(weight, "main_grad", None), "dtype", None) == torch.float32
+        and not getattr(weight, "zero_out_wgrad", False)
+        and not hasattr(weight, "__fsdp_param__")
+        and getattr(linear.config, "cuda_graph_impl", None) in (None, "none")
+    )
+
+
+def mark_shared_weights(modules: list[torch.nn.Module]) -> None:
+    """Sets Megatron's mark for parameters that are used more than once, also where it is not Megatron that shares them."""
+    owners = collections.Counter(id(parameter) for module in modules for parameter in module.parameters(recurse=False))
+    for module in modules:
+        for parameter in module.parameters(recurse=False):
+            if owners[id(parameter)] > 1:
+                parameter.zero_out_wgrad = True
+
+
 class TPInvariantColumnParallelLinear(TreeBound, ColumnParallelLinear):
     """ColumnParallelLinear: dgrad is a tree over out-features. SwiGLU's fc1 is the one with stride 2."""
 
@@ -83,6 +110,7 @@ class TPInvariantColumnParallelLinear(TreeBound, ColumnParallelLinear):
             sequence_parallel=self.sequence_parallel,
             stride=self.tpinv_stride,
             gather_output=gather,
+            gradient_accumulation_fusion=fuses_main_grad(self, weight),
         )
         return output, None
 
@@ -103,6 +131,7 @@ class TPInvariantRowParallelLinear(TreeBound, RowParallelLinear):
             tree=self.tree,
             group=self.tp_group,
             sequence_parallel=self.sequence_parallel and self.tp_group.size() > 1,
+            gradient_accumulation_fusion=fuses_main_grad(self, self.weight),
         )
         return output, None
 

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from tpinv import kernels, reference
 from tpinv.collectives import Ranks, all_gather, resolve, tree_all_reduce, tree_reduce_scatter
-from tpinv.functional import products
+from tpinv.functional import main_grad, products
 from tpinv.functional.shapes import output, rows
 from tpinv.tree import ReductionTree
 
@@ -29,6 +29,7 @@ def column_parallel_linear(
     sequence_parallel: bool = False,
     stride: int = 1,
     gather_output: bool = False,
+    gradient_accumulation_fusion: bool = False,
 ) -> Tensor:
     """y = x W^T + b with W sharded over its out-features.
 
@@ -40,11 +41,13 @@ def column_parallel_linear(
         stride: s blocks side by side in the weight; 2 for SwiGLU's fc1, whose rank holds [gate_r; up_r]. Leaf j of N then
             pairs piece j of each block.
         gather_output: return [..., N] instead of [..., N/p]. Not with stride > 1, whose blocks a gather would interleave.
+        gradient_accumulation_fusion: add dW to ``weight.main_grad`` in backward and hand a meaningless tensor to autograd
+            (functional/main_grad.py): the bytes of ``main_grad.add_(weight.grad)``.
 
     Gradients: dx sums over N, which is sharded: tree. dW sums over tokens, whole on every rank: one chain. db: tree over tokens.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, p not dividing the leaves, no equal leaves.
+        ValueError: shapes or dtypes that do not fit, p not dividing the leaves, no equal leaves, no main_grad to add to.
     """
     ranks = resolve(group)
     _check(x, weight, bias, ranks, tree)
@@ -58,12 +61,21 @@ def column_parallel_linear(
         )
     if gather_output and stride > 1:
         raise ValueError(f"gather_output with stride={stride} would interleave the blocks; gather after the activation, or use stride=1")
-    y = _ColumnParallelLinear.apply(x, weight, bias, tree, ranks, sequence_parallel, stride)
+    if gradient_accumulation_fusion:
+        main_grad.check(weight)
+    y = _ColumnParallelLinear.apply(x, weight, bias, tree, ranks, sequence_parallel, stride, gradient_accumulation_fusion)
     return gather_last_dim(y, ranks) if gather_output else y
 
 
 def row_parallel_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tree: ReductionTree, group=None, sequence_parallel: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    tree: ReductionTree,
+    group=None,
+    sequence_parallel: bool = False,
+    gradient_accumulation_fusion: bool = False,
 ) -> Tensor:
     """y = x W^T + b with W sharded over its in-features.
 
@@ -73,13 +85,14 @@ def row_parallel_linear(
         tree: orders the sum over K in y and over tokens in db; K must have ``tree.leaves`` equal leaves.
         group: ProcessGroup, one-dimensional DeviceMesh, or None for the default group.
         sequence_parallel: return this rank's part of dimension 0 of y instead of all of it. p must divide that dimension.
+        gradient_accumulation_fusion: as in :func:`column_parallel_linear`.
 
     y sums over K, which is sharded: tree; the root is rounded to x's dtype, then the bias is added and rounded.
     Gradients: dx sums over N, whole: one chain. dW and db sum over tokens, whole on every rank (gathered under
     ``sequence_parallel``): one chain, and the tree over tokens. The gradient of the bias is the full one on every rank.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, p not dividing the leaves, no equal leaves.
+        ValueError: shapes or dtypes that do not fit, p not dividing the leaves, no equal leaves, no main_grad to add to.
     """
     ranks = resolve(group)
     _check(x, weight, bias, ranks, tree)
@@ -88,7 +101,9 @@ def row_parallel_linear(
         raise ValueError(
             f"sequence_parallel scatters dimension 0 of {tuple(x.shape)}, which {ranks.size} ranks must divide; pad the sequence"
         )
-    return _RowParallelLinear.apply(x, weight, bias, tree, ranks, sequence_parallel)
+    if gradient_accumulation_fusion:
+        main_grad.check(weight)
+    return _RowParallelLinear.apply(x, weight, bias, tree, ranks, sequence_parallel, gradient_accumulation_fusion)
 
 
 def gather_last_dim(x: Tensor, group=None) -> Tensor:
@@ -120,11 +135,18 @@ def _tree_product(
     return output(result, result.shape)
 
 
+def _weight_grad(ctx, dy: Tensor, x: Tensor, tree: ReductionTree, ranks: Ranks, *, dim: int, stride: int = 1) -> Tensor:
+    if ctx.fused is not None:
+        return main_grad.add(ctx.fused, dy, x, tree, ranks, dim=dim, stride=stride)
+    return products.local_product(dy.t(), x, tree, ranks, dim=dim, dtype=x.dtype, stride=stride)
+
+
 class _ColumnParallelLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, tree, ranks, sequence_parallel, stride):
+    def forward(ctx, x, weight, bias, tree, ranks, sequence_parallel, stride, fuse):
         ctx.save_for_backward(x, weight)
         ctx.args, ctx.has_bias = (tree, ranks, sequence_parallel, stride), bias is not None
+        ctx.fused = weight if fuse else None  # the parameter itself: a saved tensor may come back as another one
         whole = all_gather(x, ranks) if sequence_parallel else x
         y = products.local_product(rows(whole), weight.t(), tree, ranks, dim=1, dtype=x.dtype, stride=stride, bias=bias)
         return output(y, (*whole.shape[:-1], weight.shape[0]))
@@ -140,17 +162,18 @@ class _ColumnParallelLinear(torch.autograd.Function):
             dx = _tree_product(dy, weight, lead, tree, ranks, sequence_parallel, x.dtype, stride)
         if ctx.needs_input_grad[1]:
             whole = all_gather(x, ranks) if sequence_parallel else x
-            dw = products.local_product(dy.t(), rows(whole), tree, ranks, dim=0, dtype=weight.dtype, stride=stride)
+            dw = _weight_grad(ctx, dy, rows(whole), tree, ranks, dim=0, stride=stride)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             db = products.bias_grad(dy, tree)
-        return dx, dw, db, None, None, None, None
+        return dx, dw, db, None, None, None, None, None
 
 
 class _RowParallelLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, tree, ranks, sequence_parallel):
+    def forward(ctx, x, weight, bias, tree, ranks, sequence_parallel, fuse):
         ctx.save_for_backward(x, weight)
         ctx.args, ctx.has_bias = (tree, ranks, sequence_parallel), bias is not None
+        ctx.fused = weight if fuse else None
         y = _tree_product(rows(x), weight.t(), x.shape[:-1], tree, ranks, sequence_parallel, x.dtype)
         return y if bias is None else y + bias
 
@@ -164,10 +187,10 @@ class _RowParallelLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = products.local_product(dy, weight, tree, ranks, dim=1, dtype=x.dtype).view(x.shape)
         if ctx.needs_input_grad[1]:
-            dw = products.local_product(dy.t(), rows(x), tree, ranks, dim=1, dtype=weight.dtype)
+            dw = _weight_grad(ctx, dy, rows(x), tree, ranks, dim=1)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             db = products.bias_grad(dy, tree)
-        return dx, dw, db, None, None, None
+        return dx, dw, db, None, None, None, None
 
 
 class _GatherLastDim(torch.autograd.Function):

@@ -77,7 +77,7 @@ def _column_shape(x, weight, bias, leaves, node_dtype, group, sequence_parallel,
 
 def _column_backward(dy, x, weight, needs, leaves, node_dtype, group, sequence_parallel, stride):
     args = (ReductionTree(leaves, node_dtype), _ranks(group), sequence_parallel, stride)
-    context = _context((x, weight), needs, args=args, has_bias=needs[2])
+    context = _context((x, weight), needs, args=args, has_bias=needs[2], fused=None)
     return _needed(linear._ColumnParallelLinear.backward(context, dy), needs)
 
 
@@ -93,7 +93,8 @@ def _row_shape(x, weight, bias, leaves, node_dtype, group, sequence_parallel):
 
 def _row_backward(dy, x, weight, needs, leaves, node_dtype, group, sequence_parallel):
     args = (ReductionTree(leaves, node_dtype), _ranks(group), sequence_parallel)
-    return _needed(linear._RowParallelLinear.backward(_context((x, weight), needs, args=args, has_bias=needs[2]), dy), needs)
+    context = _context((x, weight), needs, args=args, has_bias=needs[2], fused=None)
+    return _needed(linear._RowParallelLinear.backward(context, dy), needs)
 
 
 def _linear_gradient_shapes(dy, x, weight, needs, *_):

@@ -38,6 +38,14 @@ def local_product(
     return y if bias is None else y + bias
 
 
+def add_local_product(total: Tensor, a: Tensor, b: Tensor, tree: ReductionTree, ranks: Ranks, *, dim: int, stride: int = 1) -> None:
+    """``total`` [R, C], float32, += :func:`local_product` rounded once to a's dtype: one fp32 addition."""
+    if on_gpu(a):
+        kernels.add_matmul(total, a, b)
+    else:
+        total.add_(local_product(a, b, tree, ranks, dim=dim, dtype=a.dtype, stride=stride))
+
+
 def column_sum(x: Tensor, tree: ReductionTree, ranks: Ranks) -> Tensor:
     """Sum of x [T/p, H] over rows, of which every rank holds its part: float32 [S, H], the values of this rank's subtrees."""
     if on_gpu(x):

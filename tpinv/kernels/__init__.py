@@ -3,6 +3,7 @@
     tree_product    the values of a rank's maximal subtrees, [S, R, C]      a linear's sum over the sharded dimension
     tree_matmul     the root, rounded once, bias after it, [R, C]           the same when one rank holds everything
     matmul          one chain over k, [R, C]                                sums that no rank boundary cuts, wgrad among them
+    add_matmul      the same, added to a float32 total                      wgrad straight into Megatron's main_grad
     column_sum      the values of a rank's maximal subtrees, [S, H]         bias and norm-weight gradients
 
 Operands are ``a [R, k]`` and ``b [k, C]``, any strides, nothing is copied: a linear's forward is (x, W.t()), its dgrad
@@ -76,6 +77,23 @@ def matmul(a: Tensor, b: Tensor, *, bias: Tensor | None = None, out_dtype: torch
     return _tree_gemm(a, b, bias, ReductionTree(1), 0, 1, 1, out_dtype or a.dtype, precision)[0]
 
 
+def add_matmul(total: Tensor, a: Tensor, b: Tensor, *, precision: str = "ieee") -> None:
+    """``total += matmul(a, b)``, the same bytes in one kernel: the chain is rounded once to a's dtype and added by one fp32 addition.
+
+    ``total`` [R, C] is float32 and may have any strides; rows that are dense are what the kernel takes. Errors as in
+    tree_product, and ValueError for a total of another dtype, shape or device.
+    """
+    _check(a, b, precision, total)
+    if total.dtype != torch.float32 or total.shape != (a.shape[0], b.shape[1]):
+        raise ValueError(f"total {tuple(total.shape)} {total.dtype} must be float32 [{a.shape[0]}, {b.shape[1]}]")
+    if total.stride(1) != 1 or total.stride(0) < total.shape[1]:
+        total.add_(matmul(a, b, precision=precision))
+        return
+    from tpinv.kernels import ops  # noqa: F401  defines the operators; needs Triton
+
+    torch.ops.tpinv.add_matmul(total, a, b, precision)
+
+
 def column_sum(x: Tensor, tree: ReductionTree, rank: int = 0, ranks: int = 1) -> Tensor:
     """Sum of x [T/p, H] over its rows: float32 [S, H], the values of this rank's maximal subtrees of the tree over all T rows.
 
@@ -97,20 +115,24 @@ def _require(tensor: Tensor) -> None:
         raise ValueError(f"tpinv.kernels cannot take this tensor: {reason}; use tpinv.reference")
 
 
-def _tree_gemm(a, b, bias, tree, rank, ranks, stride, out_dtype, precision) -> Tensor:
+def _check(a, b, precision, *others) -> None:
     _require(a)
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
         raise ValueError(f"a {tuple(a.shape)} and b {tuple(b.shape)} must be [R, k] and [k, C] with one k")
-    given = [t for t in (a, b, bias) if t is not None]
+    given = [t for t in (a, b, *others) if t is not None]
     if len({t.device for t in given}) > 1 or a.dtype != b.dtype or a.dtype not in _DTYPES:
         described = [(str(t.dtype), str(t.device)) for t in given]
         raise ValueError(f"operands must share one GPU and one dtype of float32, bfloat16, float16; got {described}")
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f'precision={precision!r} must be "ieee" or "tf32"')
+
+
+def _tree_gemm(a, b, bias, tree, rank, ranks, stride, out_dtype, precision) -> Tensor:
+    _check(a, b, precision, bias)
     if bias is not None and (bias.shape != b.shape[1:] or bias.dtype != out_dtype or bias.stride(0) != 1):
         raise ValueError(f"bias {tuple(bias.shape)} {bias.dtype} must be contiguous [{b.shape[1]}] in the output dtype {out_dtype}")
     if out_dtype not in _DTYPES:
         raise ValueError(f"out_dtype={out_dtype} must be float32, bfloat16 or float16")
-    if precision not in ("ieee", "tf32"):
-        raise ValueError(f'precision={precision!r} must be "ieee" or "tf32"')
     leaves = len(tree.owned(rank, ranks))
     if stride < 1 or a.shape[1] % (stride * leaves):
         raise ValueError(f"k={a.shape[1]} has no {leaves} equal leaves in each of {stride} pieces; pad it, or use a tree with fewer leaves")

@@ -52,20 +52,27 @@ def _perfect_sum(ptr, stride, FIRST: tl.constexpr, COUNT: tl.constexpr, NODE_BF1
 
 
 @triton.jit
-def _store_root(out_ptr, bias_ptr, value, row, col, rows, cols, out_row, BIAS: tl.constexpr):
-    """Rounds the root once to the output dtype; then adds the bias and rounds once more. row and col are broadcastable."""
-    value = value.to(out_ptr.dtype.element_ty)
+def _store_root(
+    out_ptr, bias_ptr, value, row, col, rows, cols, out_row, ROOT: tl.constexpr, BIAS: tl.constexpr, ACCUMULATE: tl.constexpr
+):  # fmt: skip
+    """Rounds the root once to the dtype ROOT; then adds the bias and rounds once more, or (ACCUMULATE) adds the rounded root in
+    fp32 to what is there. row and col are broadcastable."""
+    at = out_ptr + row.to(tl.int64) * out_row + col
+    mask = (row < rows) & (col < cols)
+    value = value.to(ROOT)
     if BIAS:
         bias = tl.load(bias_ptr + col, mask=col < cols, other=0.0)
-        value = (value.to(tl.float32) + bias.to(tl.float32)).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row.to(tl.int64) * out_row + col, value, mask=(row < rows) & (col < cols))
+        value = (value.to(tl.float32) + bias.to(tl.float32)).to(ROOT)
+    if ACCUMULATE:
+        value = tl.load(at, mask=mask, other=0.0) + value.to(tl.float32)
+    tl.store(at, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "cols", "steps", "part_leaves"])
 def tree_gemm_kernel(
     a_ptr, b_ptr, out_ptr, bias_ptr, parts_ptr, arrivals_ptr, merges_ptr,
     rows, cols, length, steps, pieces, part_leaves, a_row, a_k, a_piece, b_col, b_k, b_piece, out_row,
-    DEPTH: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
+    DEPTH: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, ACCUMULATE: tl.constexpr,
     NODE_BF16: tl.constexpr, PRECISION: tl.constexpr, RAGGED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -166,8 +173,9 @@ def tree_gemm_kernel(
         row = m[:, None]
         col = n[None, :]
         inner = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+    ROOT: tl.constexpr = a_ptr.dtype.element_ty if ACCUMULATE else out_ptr.dtype.element_ty
     if SPLIT == 1:
-        _store_root(out_ptr, bias_ptr, value, row, col, rows, cols, out_row, BIAS)
+        _store_root(out_ptr, bias_ptr, value, row, col, rows, cols, out_row, ROOT, BIAS, ACCUMULATE)
     else:
         published = parts_ptr + (tile * SPLIT).to(tl.int64) * (BM * BN) + inner
         tl.store(published + part * (BM * BN), value)
@@ -176,7 +184,7 @@ def tree_gemm_kernel(
         if before == SPLIT - 1:
             tl.debug_barrier()
             root = _perfect_sum(published, BM * BN, 0, SPLIT, NODE_BF16)
-            _store_root(out_ptr, bias_ptr, root, row, col, rows, cols, out_row, BIAS)
+            _store_root(out_ptr, bias_ptr, root, row, col, rows, cols, out_row, ROOT, BIAS, ACCUMULATE)
             tl.store(arrivals_ptr + tile, 0)
 
 
@@ -212,7 +220,7 @@ _merges_on = functools.cache(table)
 
 
 def run(problem: Problem, config: TritonConfig) -> None:
-    """Fills ``problem.out`` on the current stream, or on the CPU under the interpreter."""
+    """Fills ``problem.out``, or adds to it, on the current stream, or on the CPU under the interpreter."""
     a, b, out = problem.a, problem.b, problem.out
     merges = problem.splits[config.parts]
     if most_pending(merges) > MAX_DEPTH:
@@ -228,7 +236,7 @@ def run(problem: Problem, config: TritonConfig) -> None:
         a.stride(0), a.stride(1), problem.piece_stride * a.stride(1),
         b.stride(0), b.stride(1), problem.piece_stride * b.stride(1), out.stride(0),
         DEPTH=most_pending(merges), SPLIT=config.parts,
-        BIAS=problem.bias is not None, NODE_BF16=problem.node_bf16, PRECISION=problem.precision,
+        BIAS=problem.bias is not None, ACCUMULATE=problem.accumulate, NODE_BF16=problem.node_bf16, PRECISION=problem.precision,
         RAGGED=problem.length % config.k != 0, BM=config.rows, BN=config.cols, BK=config.k, SWAP=config.swap, GROUP=config.group,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip

@@ -1,8 +1,10 @@
 """The kernels as torch operators: opaque to torch.compile, with shapes it can trace, usable under CUDA graphs.
 
-``tpinv::tree_gemm`` and ``tpinv::column_sum`` have no gradient formula: the gradient of one product of a linear is another
-product, and which ranks share it is known to tpinv.functional alone.
+None of them has a gradient formula: the gradient of one product of a linear is another product, and which ranks share it is
+known to tpinv.functional alone.
 """
+
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -15,6 +17,10 @@ _library = torch.library.Library("tpinv", "FRAGMENT")
 _library.define(
     "tree_gemm(Tensor a, Tensor b, Tensor? bias, int leaves, str node_dtype, int rank, int ranks, int stride, "
     "ScalarType out_dtype, str precision) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+_library.define(
+    "add_matmul(Tensor(a!) total, Tensor a, Tensor b, str precision) -> ()",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 _library.define(
@@ -41,6 +47,19 @@ def tree_gemm_fake(a, b, bias, leaves, node_dtype, rank, ranks, stride, out_dtyp
     return a.new_empty(len(subtrees), a.shape[0], b.shape[1], dtype=out_dtype)
 
 
+def add_matmul_cuda(total, a, b, precision) -> None:
+    if total.numel() == 0 or a.shape[1] == 0:
+        total.add_(0.0)  # an empty sum is +0.0, and -0.0 + 0.0 another zero
+        return
+    (problem,) = make_problems(a, b.t(), total.unsqueeze(0), None, ReductionTree(1), 0, 1, 1, precision)
+    with torch.cuda.device(a.device):
+        tuner.run(dataclasses.replace(problem, accumulate=True))
+
+
+def add_matmul_fake(total, a, b, precision) -> None:
+    pass
+
+
 def column_sum_cuda(x, leaves, rank, ranks) -> Tensor:
     with torch.cuda.device(x.device):
         return sums.column_sum(x, ReductionTree(leaves), rank, ranks)
@@ -51,6 +70,8 @@ def column_sum_fake(x, leaves, rank, ranks) -> Tensor:
 
 
 _library.impl("tree_gemm", tree_gemm_cuda, "CUDA")
+_library.impl("add_matmul", add_matmul_cuda, "CUDA")
 _library.impl("column_sum", column_sum_cuda, "CUDA")
 torch.library.register_fake("tpinv::tree_gemm", tree_gemm_fake, lib=_library)
+torch.library.register_fake("tpinv::add_matmul", add_matmul_fake, lib=_library)
 torch.library.register_fake("tpinv::column_sum", column_sum_fake, lib=_library)

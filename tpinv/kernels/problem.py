@@ -106,6 +106,7 @@ class Problem:
     splits: dict[int, tuple[int, ...]]  # parts -> merges of one part; see splits()
     node_bf16: bool
     precision: str  # of fp32 products: "ieee" or "tf32"
+    accumulate: bool = False  # the root, rounded to the operands' dtype, is added to ``out``, which is float32
 
     @property
     def rows(self) -> int:
@@ -123,7 +124,8 @@ class Problem:
     def numerics(self) -> tuple:
         """What the compiled code may depend on, bits included, besides the configuration: the unit of verification."""
         bias = self.bias is not None
-        return (str(self.a.dtype), str(self.out.dtype), self.major, self.pieces, self.merges, self.node_bf16, self.precision, bias)
+        out = f"+= {self.out.dtype}" if self.accumulate else str(self.out.dtype)
+        return (str(self.a.dtype), out, self.major, self.pieces, self.merges, self.node_bf16, self.precision, bias)
 
 
 def make_problems(

@@ -132,7 +132,7 @@ def macros(problem: Problem, config: Sm90Config) -> dict[str, int]:
     return {
         "BN": config.cols, "STAGES": config.stages, "CLUSTER": config.cluster, "DEPTH": config.stack_depth(problem.merges),
         "A_MAJOR": major_a, "B_MAJOR": major_b, "IN_FP16": int(problem.a.dtype == torch.float16),
-        "OUT": _OUT[problem.out.dtype], "NODE_BF16": int(problem.node_bf16), "BIAS": int(problem.bias is not None),
+        "OUT": _OUT[problem.a.dtype if problem.accumulate else problem.out.dtype], "ACCUMULATE": int(problem.accumulate), "NODE_BF16": int(problem.node_bf16), "BIAS": int(problem.bias is not None),
         "SHARED_SLOTS": config.shared_slots, "SPLIT": config.parts, "SWAP": int(config.swap),
     }  # fmt: skip
 
@@ -187,7 +187,7 @@ def _plan(
 
 
 def run(problem: Problem, config: Sm90Config, blocks: int | None = None) -> None:
-    """Fills ``problem.out`` on the current stream. The caller has asked :func:`refuses` and :func:`fits`.
+    """Fills ``problem.out``, or adds to it, on the current stream. The caller has asked :func:`refuses` and :func:`fits`.
 
     ``blocks``: how many multiprocessors to use (default: all). It moves the boundary between whole and split tiles.
     """

@@ -35,7 +35,7 @@ _verified: dict[tuple, bool] = {}
 
 
 def launch(problem: Problem, config: Config, blocks: int | None = None) -> None:
-    """Fills ``problem.out`` with ``config``."""
+    """Fills ``problem.out`` with ``config``, or adds to it."""
     if isinstance(config, sm90.Sm90Config):
         sm90.run(problem, config, blocks)
     else:
@@ -43,7 +43,7 @@ def launch(problem: Problem, config: Config, blocks: int | None = None) -> None:
 
 
 def run(problem: Problem) -> None:
-    """Fills ``problem.out`` with the fastest verified configuration."""
+    """Fills ``problem.out``, or adds to it, with the fastest verified configuration. Choosing one works on other outputs."""
     key = _shape_class(problem)
     config = _chosen.get(key)
     if config is None:
@@ -173,7 +173,11 @@ def _equal(problem: Problem, config: Config, blocks: int | None = None) -> bool:
 
 
 def _poisoned(problem: Problem) -> Problem:
-    return dataclasses.replace(problem, out=torch.full_like(problem.out, float("nan")))
+    """``problem`` with an output of its own: NaN, since every element must be written, or always the same wild values to add to."""
+    out = torch.full_like(problem.out, float("nan"))
+    if problem.accumulate:
+        out.log_normal_(0.0, 8.0, generator=torch.Generator(out.device).manual_seed(4))
+    return dataclasses.replace(problem, out=out)
 
 
 def _bits(t: Tensor) -> Tensor:

@@ -1,0 +1,101 @@
+"""Weight gradients that are added to main_grad inside backward: the bytes of adding weight.grad to it afterwards."""
+
+import pytest
+import torch
+from hostile import hostile
+from torch.utils.checkpoint import checkpoint
+
+from tpinv import column_parallel_linear, reference, row_parallel_linear
+from tpinv.collectives import Ranks
+from tpinv.functional import main_grad
+from tpinv.testing import assert_bitwise_equal, compare
+from tpinv.tree import ReductionTree
+
+TREE, ALONE = ReductionTree(4), Ranks(None, 0, 1)
+LINEARS = [column_parallel_linear, row_parallel_linear]
+
+
+def parameter(dtype, layout: str = "dense") -> torch.nn.Parameter:
+    """A weight [40, 24] with a main_grad that holds an earlier sum: all of a buffer, some of its columns, or transposed."""
+    weight = torch.nn.Parameter(hostile("normal", (40, 24), dtype, 1))
+    before = hostile("exponents", (40, 24), torch.float32, 2)
+    weight.main_grad = {"dense": before, "columns": before.repeat(1, 3)[:, 24:48], "transposed": before.t().clone().t()}[layout]
+    weight.grad_added_to_main_grad = False
+    return weight
+
+
+def backward(linear, weight, fused: bool, recompute: bool | None = None, seeds=(3, 4)):
+    """Two micro-batches; what DistributedDataParallel's hook does after each. ``recompute``: whether reentrantly, None: not at all."""
+
+    def function(x):
+        return linear(x, weight, tree=TREE, group=ALONE, gradient_accumulation_fusion=fused)
+
+    for seed in seeds:
+        x = hostile("normal", (30, 24), weight.dtype, seed).requires_grad_()
+        y = function(x) if recompute is None else checkpoint(function, x, use_reentrant=recompute)
+        y.backward(hostile("normal", (30, 40), weight.dtype, seed + 10))
+        if weight.grad is not None and not weight.grad_added_to_main_grad:
+            weight.main_grad.add_(weight.grad)
+        weight.grad = None
+    return weight
+
+
+@pytest.mark.parametrize("recompute", [None, False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("linear", LINEARS)
+def test_fused_and_unfused_are_the_same_bytes(linear, dtype, recompute):
+    unfused = backward(linear, parameter(dtype), False)
+    for layout in ("dense", "columns", "transposed"):
+        fused = backward(linear, parameter(dtype, layout), True, recompute)
+        assert fused.grad_added_to_main_grad and not unfused.grad_added_to_main_grad
+        assert_bitwise_equal(fused.main_grad.contiguous(), unfused.main_grad, layout)
+
+
+def test_twin_sums_that_are_not_rounded_first():
+    """What Apex's kernel adds: the fp32 product."""
+    weight = parameter(torch.bfloat16)
+    before = weight.main_grad.clone()
+    backward(column_parallel_linear, weight, True, seeds=(3,))
+    x, dy = (hostile("normal", shape, torch.bfloat16, seed) for shape, seed in (((30, 24), 3), ((30, 40), 13)))
+    assert compare(before + reference.chain_matmul(dy.t(), x), weight.main_grad)
+
+
+@pytest.mark.parametrize("linear", LINEARS)
+def test_hooks_run_and_a_frozen_weight_is_left_alone(linear):
+    weight, seen = parameter(torch.bfloat16), []
+    weight.register_post_accumulate_grad_hook(lambda p: seen.append((p.grad.shape, p.grad_added_to_main_grad)))
+    backward(linear, weight, True)
+    assert seen == [(weight.shape, True)] * 2
+    frozen = parameter(torch.bfloat16).requires_grad_(False)
+    before = frozen.main_grad.clone()
+    assert_bitwise_equal(backward(linear, frozen, True).main_grad, before)
+
+
+@pytest.mark.parametrize("linear", LINEARS)
+def test_a_weight_that_is_used_twice_in_one_backward_is_refused(linear):
+    weight, x = parameter(torch.bfloat16), hostile("normal", (30, 24), torch.bfloat16, 3)
+
+    def use():
+        return linear(x, weight, tree=TREE, group=ALONE, gradient_accumulation_fusion=True)
+
+    with pytest.raises(ValueError, match=r"used twice in one backward pass.*zero_out_wgrad"):
+        (use() + use()).sum().backward()
+    first, second = use(), use()  # as in a pipeline: two forwards, then their backwards
+    first.sum().backward()
+    second.sum().backward()
+
+
+@pytest.mark.parametrize("linear", LINEARS)
+@pytest.mark.parametrize("buffer", [None, torch.zeros(40, 24).bfloat16(), torch.zeros(24, 40)])
+def test_without_a_buffer_to_add_to(linear, buffer):
+    weight = parameter(torch.bfloat16)
+    weight.main_grad = buffer
+    with pytest.raises(ValueError, match=r"must be float32 \(40, 24\) on cpu, not .*; allocate it"):
+        backward(linear, weight, True)
+
+
+def test_an_empty_batch_adds_zero():
+    weight = parameter(torch.bfloat16)
+    weight.main_grad.fill_(-0.0)
+    main_grad.add(weight, torch.zeros(0, 40).bfloat16(), torch.zeros(0, 24).bfloat16(), TREE, ALONE, dim=0)
+    assert_bitwise_equal(weight.main_grad, torch.zeros(40, 24))
