@@ -4,6 +4,8 @@ Ranks are simulated by slicing: what a rank computes depends on its slice and no
 reference. Outputs are poisoned with NaN by the deterministic fill. Each invariance test has a stock twin that differs.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -182,6 +184,80 @@ def test_accuracy_is_that_of_cublas():
     assert error(ours.to(BF16)) <= 1.001 * error(torch.matmul(x, w.t()))
 
 
+# -- adding to what is there -----------------------------------------------------------------------------------------------------
+
+
+def adding(dy, x, total):
+    """The problem ``total += dy^T x``."""
+    from tpinv.kernels.problem import make_problems
+
+    (problem,) = make_problems(dy.t(), x.t(), total.unsqueeze(0), None, ReductionTree(1), 0, 1, 1, "ieee")
+    return replace(problem, accumulate=True)
+
+
+@pytest.mark.parametrize(
+    "tokens, rows, cols, dtype",
+    [(520, 600, 328, BF16), (1000, 1280, 1024, BF16), (777, 40, 136, BF16), (300, 200, 71, BF16), (5, 129, 8, FP16), (200, 300, 264, FP32)],
+)
+def test_every_configuration_adds_the_bytes_of_the_unfused_way(tokens, rows, cols, dtype):
+    from tpinv.kernels import gemm, tuner
+
+    dy, x, before = wild(tokens, rows, dtype=dtype), wild(tokens, cols, dtype=dtype, seed=1), wild(rows, cols, dtype=FP32, seed=2)
+    before[3], before[4] = -0.0, float("inf")
+    expected = before.clone().add_(kernels.matmul(dy.t(), x))  # what Megatron's hook does
+    assert compare(before + kernels.matmul(dy.t(), x, out_dtype=FP32), expected) or dtype == FP32, "the twin: not rounded first"
+    buffer = torch.full((rows, cols + 64), float("nan"), device="cuda")
+    problem = adding(dy, x, before)
+    configs = [gemm.canonical(problem), *tuner.candidates(problem)]
+    tuner.compile_ahead(problem, configs)
+    for config in configs:
+        for total in (before.clone(), buffer[:, 32 : 32 + cols].copy_(before)):  # dense, and columns of a larger buffer
+            tuner.launch(adding(dy, x, total), config)
+            assert_bitwise_equal(total.contiguous(), expected, config.name)
+        assert buffer[:, :32].isnan().all() and buffer[:, 32 + cols :].isnan().all(), config.name
+
+
+def test_adding_to_any_buffer_while_tuning(tmp_path, monkeypatch):
+    """The caller's sums are added to once, whatever is verified and timed before."""
+    from tpinv.kernels import tuner
+
+    monkeypatch.setenv("TPINV_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuner, "_chosen", {})
+    monkeypatch.setattr(tuner, "_verified", {})
+    dy, x, before = wild(1024, 512), wild(1024, 264, seed=1), wild(512, 264, dtype=FP32, seed=2)
+    product = kernels.matmul(dy.t(), x)
+    expected, flat = before.clone().add_(product), torch.zeros(512 * 264 + 1, device="cuda")
+    for total in (
+        before.clone(),
+        before.t().clone().t(),
+        flat[1:].view(512, 264).copy_(before),
+    ):  # 16-byte aligned, transposed, not aligned
+        kernels.add_matmul(total, dy.t(), x)
+        assert_bitwise_equal(total.contiguous(), expected)
+        kernels.add_matmul(total, dy.t(), x)
+        assert_bitwise_equal(total.contiguous(), expected + product, "a second time, as chosen")
+    assert not tuner.struck_off() and len(tuner.table()) == 3  # the product, and two ways to add
+    empty = torch.full((40, 24), -0.0, device="cuda")
+    kernels.add_matmul(empty, wild(0, 40).t(), wild(0, 24))
+    assert_bitwise_equal(empty, torch.zeros(40, 24, device="cuda"), "no tokens: plus zero")
+
+
+def test_adding_under_graphs_and_compile():
+    dy, x, before = wild(300, 200), wild(300, 136, seed=1), wild(200, 136, dtype=FP32, seed=2)
+    once = before.clone().add_(kernels.matmul(dy.t(), x))
+    thrice = once.clone().add_(kernels.matmul(dy.t(), x)).add_(kernels.matmul(dy.t(), x))
+    torch.library.opcheck(torch.ops.tpinv.add_matmul.default, (before.clone(), dy.t(), x, "ieee"))
+    total = before.clone()
+    torch.compile(lambda total: kernels.add_matmul(total, dy.t(), x), fullgraph=True)(total)
+    assert_bitwise_equal(total, once, "torch.compile")
+    total, graph = before.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernels.add_matmul(total, dy.t(), x)
+    for _ in range(3):
+        graph.replay()
+    assert_bitwise_equal(total, thrice, "CUDA graph")
+
+
 # -- shapes ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +301,8 @@ def test_errors_name_rule_values_and_fix():
         kernels.tree_matmul(x, w.t(), ReductionTree(8))
     with pytest.raises(ValueError, match="one k"):
         kernels.matmul(x, w)
+    with pytest.raises(ValueError, match=r"must be float32 \[4, 8\]"):
+        kernels.add_matmul(torch.zeros(8, 4, device="cuda"), x, w.t())
     with pytest.raises(ValueError, match="one dtype"):
         kernels.matmul(x, w.t().half())
     with pytest.raises(ValueError, match="need an NVIDIA GPU"):

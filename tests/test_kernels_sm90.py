@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,10 +77,12 @@ def test_refusals(hopper, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("leaves, cols, transposed", [(8, 128, False), (2, 192, True), (1, 256, False)])
-def test_ptxas_keeps_the_matrix_instructions_asynchronous(leaves, cols, transposed, tmp_path):
+@pytest.mark.parametrize(
+    "leaves, cols, transposed, accumulate", [(8, 128, False, False), (2, 192, True, False), (1, 256, False, False), (1, 256, True, True)]
+)
+def test_ptxas_keeps_the_matrix_instructions_asynchronous(leaves, cols, transposed, accumulate, tmp_path):
     """No serialized wgmma, no fence that waits for the whole GPU, and next to no spills."""
-    p = problem(leaves, transposed=transposed)
+    p = replace(problem(leaves, transposed=transposed, out_dtype=torch.float32 if accumulate else torch.bfloat16), accumulate=accumulate)
     config = next(c for c in sm90.candidates(p) if c.cols == cols and c.parts == 1)
     macros = [f"-D{name}={value}" for name, value in sm90.macros(p, config).items()]
     source = tmp_path / "kernel.cu"

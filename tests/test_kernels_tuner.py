@@ -1,6 +1,7 @@
 """The tuner's decisions, on a CPU: a stand-in for the GPU computes every launch with the reference and keeps a clock."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ class Gpu:
         if self.capturing is not None:
             self.capturing.append(config)
         values = reference.tree_product(problem.a, problem.b.t(), TREE, 0, 1)
-        problem.out.copy_(reference.finish(values, TREE, TREE.subtrees(0, 1), problem.out.dtype))
+        root = reference.finish(values, TREE, TREE.subtrees(0, 1), problem.a.dtype if problem.accumulate else problem.out.dtype)
+        problem.out.copy_(problem.out + root if problem.accumulate else root)
         if config in self.wrong:
             problem.out.neg_()
 
@@ -114,6 +116,20 @@ def test_when_all_disagree_the_canonical_configuration_runs(gpu):
     gpu.wrong = set(tuner.candidates(problem()))
     tuner.run(p := problem())
     assert tuner.choice(p) == gemm.CANONICAL
+
+
+@pytest.mark.parametrize("faulty", [False, True])
+def test_choosing_adds_nothing_to_the_callers_sums(gpu, faulty):
+    """However many candidates were verified and timed, one launch added to them; and those that add wrongly are found out."""
+    p = replace(problem(), out=torch.randn(40, 72), accumulate=True)
+    gpu.fast, *rest = tuner.candidates(p)
+    gpu.wrong = {gpu.fast} if faulty else set()
+    before, root = p.out.clone(), torch.zeros(40, 72)
+    gpu.launch(replace(p, out=root), gemm.CANONICAL)
+    tuner.run(p)
+    assert torch.equal(p.out, before + root) and len(gpu.launched) > 4 * len(rest)
+    assert (tuner.choice(p) in rest) == faulty
+    assert tuner.choice(replace(p, accumulate=False)) is None, "a choice of its own"
 
 
 def test_without_timing_the_first_verified_one_is_taken(gpu, monkeypatch):

@@ -13,12 +13,13 @@ from tpinv.tree import ReductionTree
 
 TREE, ALONE = ReductionTree(4), Ranks(None, 0, 1)
 LINEARS = [column_parallel_linear, row_parallel_linear]
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")])
 
 
-def parameter(dtype, layout: str = "dense") -> torch.nn.Parameter:
+def parameter(dtype, layout: str = "dense", device: str = "cpu") -> torch.nn.Parameter:
     """A weight [40, 24] with a main_grad that holds an earlier sum: all of a buffer, some of its columns, or transposed."""
-    weight = torch.nn.Parameter(hostile("normal", (40, 24), dtype, 1))
-    before = hostile("exponents", (40, 24), torch.float32, 2)
+    weight = torch.nn.Parameter(hostile("normal", (40, 24), dtype, 1).to(device))
+    before = hostile("exponents", (40, 24), torch.float32, 2).to(device)
     weight.main_grad = {"dense": before, "columns": before.repeat(1, 3)[:, 24:48], "transposed": before.t().clone().t()}[layout]
     weight.grad_added_to_main_grad = False
     return weight
@@ -31,9 +32,9 @@ def backward(linear, weight, fused: bool, recompute: bool | None = None, seeds=(
         return linear(x, weight, tree=TREE, group=ALONE, gradient_accumulation_fusion=fused)
 
     for seed in seeds:
-        x = hostile("normal", (30, 24), weight.dtype, seed).requires_grad_()
+        x = hostile("normal", (30, 24), weight.dtype, seed).to(weight.device).requires_grad_()
         y = function(x) if recompute is None else checkpoint(function, x, use_reentrant=recompute)
-        y.backward(hostile("normal", (30, 40), weight.dtype, seed + 10))
+        y.backward(hostile("normal", (30, 40), weight.dtype, seed + 10).to(weight.device))
         if weight.grad is not None and not weight.grad_added_to_main_grad:
             weight.main_grad.add_(weight.grad)
         weight.grad = None
@@ -43,10 +44,11 @@ def backward(linear, weight, fused: bool, recompute: bool | None = None, seeds=(
 @pytest.mark.parametrize("recompute", [None, False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("linear", LINEARS)
-def test_fused_and_unfused_are_the_same_bytes(linear, dtype, recompute):
-    unfused = backward(linear, parameter(dtype), False)
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_fused_and_unfused_are_the_same_bytes(device, linear, dtype, recompute):
+    unfused = backward(linear, parameter(dtype, device=device), False)
     for layout in ("dense", "columns", "transposed"):
-        fused = backward(linear, parameter(dtype, layout), True, recompute)
+        fused = backward(linear, parameter(dtype, layout, device), True, recompute)
         assert fused.grad_added_to_main_grad and not unfused.grad_added_to_main_grad
         assert_bitwise_equal(fused.main_grad.contiguous(), unfused.main_grad, layout)
 
