@@ -1,3 +1,4 @@
+import contextlib
 import os
 
 # Set before torch is imported: ranks share the cores, and the tests that vary the number of threads say so themselves.
@@ -12,29 +13,23 @@ hypothesis.settings.register_profile("shared cores", deadline=None, derandomize=
 hypothesis.settings.load_profile("shared cores")
 
 
-@pytest.fixture(scope="session")
-def megatron_workers():
-    with RankPool(preload=["tpinv.integrations.megatron.verify"]) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def megatron_pool(megatron_workers):
-    """Workers that have imported Megatron-Core, which takes seconds, once for all tests. They end with the module: what they
-    trained leaves process groups behind, each with a thread that polls."""
-    yield megatron_workers
-    megatron_workers.close()
+@pytest.fixture(scope="session", autouse=True)
+def framework_pools(request):
+    """Workers that have imported a framework, which takes seconds, once for all tests: made before any other pool has started one."""
+    marks = {mark.name for item in request.session.items for mark in item.iter_markers()}
+    with contextlib.ExitStack() as stack:
+        yield {
+            name: stack.enter_context(RankPool(preload=[f"tpinv.integrations.{name}.verify"]))
+            for name in ("megatron", "torchtitan")
+            if name in marks
+        }
 
 
 @pytest.fixture(scope="session")
-def torchtitan_workers():
-    pytest.importorskip("torchtitan")
-    with RankPool(preload=["tpinv.integrations.torchtitan.verify"]) as pool:
-        yield pool
+def megatron_pool(framework_pools):
+    return framework_pools["megatron"]
 
 
-@pytest.fixture(scope="module")
-def torchtitan_pool(torchtitan_workers):
-    """The same for TorchTitan."""
-    yield torchtitan_workers
-    torchtitan_workers.close()
+@pytest.fixture(scope="session")
+def torchtitan_pool(framework_pools):
+    return framework_pools["torchtitan"]

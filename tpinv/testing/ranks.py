@@ -6,6 +6,7 @@ A rank that raises, dies or hangs ends the run: the parent stops the workers and
 """
 
 import contextlib
+import gc
 import io
 import multiprocessing
 import multiprocessing.connection
@@ -22,6 +23,9 @@ import torch
 import torch.distributed as dist
 
 
+_preload = {"tpinv.testing.ranks": None}  # in this order
+
+
 class RankError(RuntimeError):
     """A rank raised, died or missed the deadline. The message holds its traceback."""
 
@@ -30,12 +34,14 @@ class RankPool:
     """Worker processes for :meth:`run`. Use as a context manager, or call :meth:`close`.
 
     Args:
-        preload: modules that the fork server imports once. They must start no threads.
+        preload: modules that the fork server imports once. They must start no threads. Python has one fork server in a process: it imports
+            what all pools name that were made before the first of them ran; later ones' workers import theirs one by one.
     """
 
     def __init__(self, preload: Sequence[str] = ()):
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tpinv.testing.ranks", *preload])
+        _preload.update(dict.fromkeys(preload))
+        self._context.set_forkserver_preload([*_preload])
         self._workers: list[tuple] = []
         weakref.finalize(self, _stop, self._workers)  # also at interpreter exit: workers are not daemons, see _start
 
@@ -138,12 +144,15 @@ def run_ranks(function: Callable, ranks: int, *args, timeout: float = 60.0) -> l
 def _serve(pipe) -> None:
     os.setpgid(0, 0)  # so that the parent can end this worker together with its children
     torch.set_num_threads(1)  # p ranks share the cores
+    gc.freeze()  # the imports, which collections below need not look through
     while True:
         try:
             job = pipe.recv()
         except (EOFError, ConnectionError):  # closed, the latter with a result that nobody has read
             return
         pipe.send(_run_one(*job))
+        # A job's models and the process groups they hold are cycles, and each of gloo's groups has threads that poll until it is freed.
+        gc.collect()
 
 
 def _run_one(function, args, rank, ranks, store, timeout, device) -> tuple[bool, object]:
