@@ -22,7 +22,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-
 _preload = {"tpinv.testing.ranks": None}  # in this order
 
 
