@@ -4,6 +4,7 @@ exp and rsqrt are NumPy's here, so the references below use those; everything el
 """
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -233,6 +234,72 @@ def test_attention_ignores_other_heads_batches_and_later_tokens():
     assert_bitwise_equal(run_attention(*(t[:41] for t in inputs), True)[0], whole[0][:41], "a shorter sequence")
 
 
+def cumulative(values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("starts, causal", [([0, 33, 33, 34, 46], True), ([2, 36, 39, 40, 50], False)])
+def test_sequences_of_a_pack_have_the_bytes_they_have_alone(starts, causal, on_kernels):
+    """Empty ones and gaps between them included; what is in the gaps, NaN here, is not read and gives zeros."""
+    lengths, first = [33, 0, 1, 10], cumulative(starts)
+    own = [slice(start, start + length) for start, length in zip(starts, lengths, strict=False)]
+    gaps = torch.tensor([all(not rows.start <= t < rows.stop for rows in own) for t in range(50)])
+    inputs = [t.masked_fill(gaps.view(-1, 1, 1, 1), float("nan")) for t in attention_inputs(50, 50, 1, 2, 1, 16)]
+    q, k, v, dout = (t[:, 0] for t in inputs)
+    cu = cumulative([0, *itertools.accumulate(lengths)])
+    padded = {"cu_seqlens_q_padded": first, "cu_seqlens_kv_padded": first} if gaps[0] else {}
+    packed = functools.partial(
+        functional.packed_attention, cu_seqlens_q=cu, cu_seqlens_kv=cu, max_seqlen_q=33, max_seqlen_kv=40, causal=causal, **padded
+    )
+    whole = results(packed, dout, q, k, v)
+    for t in whole:
+        assert_bitwise_equal(t[gaps], torch.zeros_like(t[gaps]), "in gaps")
+    for rows in own:
+        for name, a, b in zip(("out", "dq", "dk", "dv"), whole, run_attention(*(t[rows] for t in inputs), causal), strict=True):
+            assert_bitwise_equal(a[rows], b[:, 0], f"{name} of {rows}")
+
+
+def test_keys_may_be_more_than_queries_in_a_pack(on_kernels):
+    q, k, v, dout = attention_inputs(9, 45, 1, 2, 1, 16)
+    cu_q, cu_k = cumulative([0, 5, 9]), cumulative([0, 35, 45])
+    packed = functools.partial(functional.packed_attention, cu_seqlens_q=cu_q, cu_seqlens_kv=cu_k)
+    whole = results(packed, dout[:, 0], *(t[:, 0] for t in (q, k, v)))
+    operator = lambda *t: torch.ops.tpinv.packed_attention(*t, cu_q, cu_k, cu_q, cu_k, 5, 35, 0.25, True)[0]  # noqa: E731
+    for a, b in zip(results(operator, dout[:, 0], *(t[:, 0] for t in (q, k, v))), whole, strict=True):
+        assert_bitwise_equal(a, b, "the operator")
+    for n in range(2):
+        queries, keys = slice(cu_q[n], cu_q[n + 1]), slice(cu_k[n], cu_k[n + 1])
+        alone = run_attention(q[queries], k[keys], v[keys], dout[queries], True)
+        for a, b, rows in zip(whole, alone, (queries, queries, keys, keys), strict=True):
+            assert_bitwise_equal(a[rows], b[:, 0])
+
+
+@pytest.mark.parametrize(
+    "cu, settings",
+    [
+        ([0, 6, 5, 9], {}),
+        ([0, 6, 10], {}),
+        ([-1, 6], {}),
+        ([0, 4, 9], {"max_seqlen_q": 4}),
+        ([0, 4, 9], {"cu_seqlens_q_padded": cumulative([0, 3, 9])}),
+        ([0, 4, 9], {"cu_seqlens_kv": cumulative([0, 3, 9])}),
+        ([0, 4, 9], {"cu_seqlens_kv": cumulative([0, 0, 9]), "causal": False}),
+    ],
+)
+def test_lengths_that_do_not_fit_fail_on_the_device(cu, settings, on_kernels):
+    cu = cumulative(cu)
+    with pytest.raises(RuntimeError, match="cu_seqlens overlap"):
+        functional.packed_attention(*[torch.zeros(9, 2, 8)] * 3, **{"cu_seqlens_q": cu, "cu_seqlens_kv": cu, **settings})
+
+
+def test_more_batches_than_a_grid_has_places(monkeypatch):
+    inputs = attention_inputs(4, 4, 5, 2, 1, 16)
+    whole = run_attention(*inputs, True)
+    monkeypatch.setattr(attention, "GRID_LIMIT", 2)
+    for a, b in zip(run_attention(*inputs, True), whole, strict=True):
+        assert_bitwise_equal(a, b)
+
+
 def test_head_strides_whose_multiples_pass_int32():
     memory = torch.empty(2**31 + 256, dtype=torch.float16)  # of which three pages are touched
     apart = memory.as_strided((4, 1, 3, 16), (16, 0, 2**30, 1))
@@ -276,15 +343,18 @@ def results(function, dy, *inputs):
     return y.detach(), *torch.autograd.grad(y, inputs, dy)
 
 
-@pytest.mark.parametrize("name", ["loss", "rms", "layer", "attention", "operator"])
+@pytest.mark.parametrize("name", ["loss", "rms", "layer", "attention", "operator", "pack", "operator of packs"])
 def test_any_strides(name, on_kernels):
     tree, target, heads = ReductionTree(2), torch.tensor([3, -100, 0, 11]), ((5, 1, 2, 8), (5, 1, 2, 8), (6, 1, 1, 8), (6, 1, 1, 8))
+    rows, (cu_q, cu_k) = [shape[::2] + shape[3:] for shape in heads], (cumulative([0, 2, 5]), cumulative([0, 3, 6]))
     function, *shapes = {
         "loss": (lambda x: functional.vocab_parallel_cross_entropy(x, target, tree=tree), (4,), (4, 12)),
         "rms": (lambda x, w: functional.rms_norm(x, w, tree=tree), (4, 12), (4, 12), (12,)),
         "layer": (lambda x, w, b: functional.layer_norm(x, w, b, tree=tree), (4, 12), (4, 12), (12,), (12,)),
         "attention": (functional.core_attention, *heads),
         "operator": (lambda q, k, v: torch.ops.tpinv.core_attention(q, k, v, 0.25, True)[0], *heads),
+        "pack": (lambda *t: functional.packed_attention(*t, cu_seqlens_q=cu_q, cu_seqlens_kv=cu_k), *rows),
+        "operator of packs": (lambda *t: torch.ops.tpinv.packed_attention(*t, cu_q, cu_k, cu_q, cu_k, 3, 3, 8**-0.5, True)[0], *rows),
     }[name]
     inputs = [wild(*shape, seed=20 + i, spread=2) for i, shape in enumerate(shapes)]
     for got, expected in zip(results(function, *map(scattered, inputs)), results(function, *inputs), strict=True):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from tpinv.functional import core_attention, operators, swiglu
+from tpinv.functional import core_attention, operators, packed_attention, swiglu
 
 q, kv = torch.zeros(5, 2, 6, 8), torch.zeros(5, 2, 3, 8)
 
@@ -19,7 +19,6 @@ q, kv = torch.zeros(5, 2, 6, 8), torch.zeros(5, 2, 3, 8)
         (q, kv[:0], kv[:0], "at least 1"),
         (q[..., :0], kv[..., :0], kv[..., :0], "at least 1"),
         (q, kv[:4], kv[:4], "5 queries over 4 keys"),
-        (q.repeat(1, 6000, 1, 1), kv.repeat(1, 6000, 1, 1), kv.repeat(1, 6000, 1, 1), "split the batch"),
         (q.half(), kv, kv, "dtypes must agree"),
         (q, kv, kv, "query is on the CPU"),
     ],
@@ -29,6 +28,30 @@ def test_refusals(query, key, value, message):
         core_attention(query, key, value)
     with pytest.raises(ValueError, match=message):  # the operator: the same
         operators._attention(query, key, value, 1.0, True)
+
+
+cu = torch.tensor([0, 2, 5], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "query, key, cu_q, padded, message",
+    [
+        (q, kv[:, 0], cu, cu, r"must be \[t, h, d\]"),
+        (q[:, 0, :4], kv[:, 0], cu, cu, "g dividing h"),
+        (q[:, 0, :, :4], kv[:, 0], cu, cu, "must be"),
+        (q[:, 0], kv[:, 0], cu.long(), cu, r"pass torch.int32 \[n \+ 1\]"),
+        (q[:, 0], kv[:, 0], cu[:2], cu, r"int32 \(2,\) on cpu, torch.int32 \(3,\) on cpu"),
+        (q[:, 0], kv[:, 0], cu, cu[None], r"\(1, 3\) on cpu"),
+        (q[:, 0], kv[:, 0], cu[:0], cu, "pass torch.int32"),
+        (q[:, 0], kv[:, 0].half(), cu, cu, "dtypes must agree"),
+        (q[:, 0], kv[:, 0], cu, cu, "query is on the CPU"),
+    ],
+)
+def test_packs_that_are_refused(query, key, cu_q, padded, message):
+    with pytest.raises(ValueError, match=message):
+        packed_attention(query, key, key, cu_seqlens_q=cu_q, cu_seqlens_kv=cu, cu_seqlens_kv_padded=padded)
+    with pytest.raises(ValueError, match=message):  # the operator: the same
+        operators._packed_attention(query, key, key, cu_q, cu, cu_q, padded, 5, 5, 1.0, True)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.25, 1e-50, float("inf"), float("nan")])

@@ -2,7 +2,7 @@
 
 from tpinv.functional.activation import gelu, silu, swiglu
 from tpinv.functional.add_norm import reduce_add_rms_norm, row_parallel_add_rms_norm
-from tpinv.functional.attention import core_attention
+from tpinv.functional.attention import core_attention, packed_attention
 from tpinv.functional.cross_entropy import vocab_parallel_cross_entropy, vocab_parallel_log_probs
 from tpinv.functional.embedding import vocab_parallel_embedding
 from tpinv.functional.linear import column_parallel_linear, gather_last_dim, row_parallel_linear
@@ -14,6 +14,7 @@ __all__ = [
     "gather_last_dim",
     "gelu",
     "layer_norm",
+    "packed_attention",
     "reduce_add_rms_norm",
     "rms_norm",
     "row_parallel_add_rms_norm",

@@ -6,6 +6,7 @@ written for and a probe checks on this very chip before the first use.
 """
 
 import functools
+import weakref
 
 import torch
 from torch import Tensor
@@ -33,7 +34,53 @@ def core_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = 
         ValueError: tensors that do not fit or are not on one GPU, another scale, or a GPU on which the probe finds other bits than it should.
     """
     check(query, key, value, scale, causal)
-    return _Attention.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, causal)
+    return _Attention.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, causal, None)
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_kv: int | None = None,
+    cu_seqlens_q_padded: Tensor | None = None,
+    cu_seqlens_kv_padded: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+) -> Tensor:
+    """:func:`core_attention` of n sequences that lie one behind another; each has the bytes, of its gradients too, that it has alone.
+
+    Args:
+        query: [t, h, d] on a GPU; key, value: [u, g, d]. Strides, dtypes, g, scale and causal (in each sequence) as in core_attention.
+        cu_seqlens_q, cu_seqlens_kv: int32 [n + 1] on that GPU. Sequence i has cu_seqlens[i + 1] - cu_seqlens[i] rows; none are legal.
+        max_seqlen_q, max_seqlen_kv: no sequence is longer; the default, t and u, starts programs that have nothing to do.
+        cu_seqlens_q_padded, cu_seqlens_kv_padded: sequence i starts at row cu_seqlens_padded[i]; default cu_seqlens, no padding.
+
+    Returns:
+        [t, h, d]. Rows of no sequence are zero, and so are their gradients.
+
+    Raises:
+        ValueError: what core_attention raises, and cu_seqlens of another shape, dtype or device. Lengths are known to the GPU alone, which
+            is not waited for: a pack whose lengths do not fit fails there by an assertion, once it is computed.
+    """
+    pack = check_packed(
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_kv,
+        cu_seqlens_q_padded,
+        cu_seqlens_kv_padded,
+        max_seqlen_q,
+        max_seqlen_kv,
+        scale,
+        causal,
+    )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _Attention.apply(*(t.unsqueeze(1) for t in (query, key, value)), scale, causal, pack).squeeze(1)
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, scale: float | None, causal: bool) -> None:
@@ -47,8 +94,34 @@ def check(query: Tensor, key: Tensor, value: Tensor, scale: float | None, causal
         )
     if causal and key.shape[0] < sq:
         raise ValueError(f"causal attention of {sq} queries over {key.shape[0]} keys leaves queries without keys; pass all keys")
-    if batch * heads > 65535:
-        raise ValueError(f"{batch} sequences of {heads} heads are more than the 65535 that one launch can take; split the batch")
+    _check_kind(query, key, value, scale)
+    require_invariant(query.device, query.dtype, width, causal)
+
+
+def check_packed(query, key, value, cu_q, cu_k, first_q, first_k, longest_q, longest_k, scale, causal):
+    """The errors of :func:`packed_attention`; returns the pack as kernels take it."""
+    fits = query.dim() == key.dim() == 3 and key.shape == value.shape and query.shape[2] == key.shape[2] != 0 != key.shape[1]
+    if not fits or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} must be [t, h, d] and [u, g, d] "
+            "with d at least 1 and g dividing h"
+        )
+    first_q, first_k = cu_q if first_q is None else first_q, cu_k if first_k is None else first_k
+    cumulative = (cu_q, cu_k, first_q, first_k)
+    if any(t.dtype != torch.int32 or t.dim() != 1 or not len(t) or t.shape != cu_q.shape or t.device != query.device for t in cumulative):
+        described = ", ".join(f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in cumulative)
+        raise ValueError(f"cu_seqlens for queries, keys, and where they start are {described}; pass torch.int32 [n + 1] on {query.device}")
+    _check_kind(query, key, value, scale)
+    require_invariant(query.device, query.dtype, query.shape[2], causal, True)
+    from tpinv.kernels.attention import Pack
+
+    longest_q, longest_k = len(query) if longest_q is None else longest_q, len(key) if longest_k is None else longest_k
+    pack = Pack(*(t.contiguous() for t in cumulative), longest_q, longest_k)
+    _assert_lengths(pack, len(query), len(key), causal)
+    return pack
+
+
+def _check_kind(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> None:
     if scale is not None and not 2.0**-126 <= scale < 2.0**127:  # a row's maximum is taken before it is scaled
         raise ValueError(f"scale={scale} must be above 0 and finite in float32; negate the query for a negative one")
     reference.check_dtypes(query=query, key=key, value=value)
@@ -56,51 +129,78 @@ def check(query: Tensor, key: Tensor, value: Tensor, scale: float | None, causal
         raise ValueError(f"query, key and value are on {query.device}, {key.device} and {value.device}; move them to one GPU")
     if not products.on_gpu(query):
         raise ValueError("core_attention is a GPU kernel and query is on the CPU; compute scores and softmax by group there")
-    require_invariant(query.device, query.dtype, width, causal)
+
+
+_asserted: list = [(), None]  # the last pack: its tensors, weakly, and what was asserted of them
+
+
+def _assert_lengths(pack, q_rows: int, k_rows: int, causal: bool) -> None:
+    """Asserted on the GPU, once for a pack that every layer gets. Tensors of inference mode count no changes and are looked at every time."""
+    tensors = pack[:4]
+    state = None if any(t.is_inference() for t in tensors) else ([t._version for t in tensors], pack[4:], q_rows, k_rows, causal)
+    seen, asserted = _asserted
+    if state is not None and state == asserted and all(ref() is t for ref, t in zip(seen, tensors, strict=True)):
+        return
+
+    def inside(cu, first, rows, longest):
+        count, start, following = cu.diff(), first[:-1], first[1:]
+        return (count >= 0) & (count <= longest) & (start >= 0) & (start + count <= following) & (following <= rows)
+
+    queries, keys = pack.cu_q.diff(), pack.cu_k.diff()
+    seen_by_all = keys >= queries if causal else (keys > 0) | (queries == 0)
+    fits = inside(pack.cu_q, pack.first_q, q_rows, pack.longest_q) & inside(pack.cu_k, pack.first_k, k_rows, pack.longest_k) & seen_by_all
+    torch._assert_async(fits.all(), "cu_seqlens overlap, leave the tensors, pass max_seqlen, or leave queries without keys")
+    _asserted[:] = [weakref.ref(t) for t in tensors], state
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, scale, causal):
+    def forward(ctx, query, key, value, scale, causal, pack):
         from tpinv.kernels import attention
 
         query, key, value = map(unit_stride, (query, key, value))
-        out, lse = attention.forward(query, key, value, scale, causal)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.args = (scale, causal)
+        out, lse = attention.forward(query, key, value, scale, causal, pack)
+        ctx.save_for_backward(query, key, value, out, lse, *(pack or ())[:4])
+        ctx.args = (scale, causal, (pack or ())[4:])
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        from tpinv.kernels import attention_backward
+        from tpinv.kernels import attention, attention_backward
 
-        return *attention_backward.backward(*ctx.saved_tensors, unit_stride(dout), *ctx.args), None, None
+        query, key, value, out, lse, *cumulative = ctx.saved_tensors
+        scale, causal, longest = ctx.args
+        pack = attention.Pack(*cumulative, *longest) if cumulative else None
+        return *attention_backward.backward(query, key, value, out, lse, unit_stride(dout), scale, causal, pack), None, None, None
 
 
 @functools.lru_cache(maxsize=64)
-def require_invariant(device: torch.device, dtype: torch.dtype, width: int, causal: bool = True) -> None:
-    """ValueError unless, on this chip, a slice of heads and batch gives the bytes it has in the whole, and a second run those of the first."""
+def require_invariant(device: torch.device, dtype: torch.dtype, width: int, causal: bool = True, packed: bool = False) -> None:
+    """ValueError unless, on this chip, a slice of heads and batch gives the bytes it has in the whole, and a second run those of the first.
+    ``packed``: and a sequence of a pack those it has alone."""
     from tpinv.kernels import attention, attention_backward
 
     generator = torch.Generator(device).manual_seed(0)
     make = lambda heads: torch.randn(333, 2, heads, width, device=device, generator=generator).to(dtype)  # noqa: E731
 
-    def run(*inputs):
-        out, lse = attention.forward(*inputs[:3], 1.0, causal)
-        return out, *attention_backward.backward(*inputs[:3], out, lse, inputs[3], 1.0, causal)
+    def run(*inputs, pack=None):
+        out, lse = attention.forward(*inputs[:3], 1.0, causal, pack)
+        return out, *attention_backward.backward(*inputs[:3], out, lse, inputs[3], 1.0, causal, pack)
 
     for groups in (2, 8):
         inputs = make(8), make(groups), make(groups), make(8)
         last_group = [t[:, 1:, -t.shape[2] // groups :] for t in inputs]  # of the second sequence
         whole, again, part = run(*inputs), run(*inputs), run(*last_group)
-        for name, a, b, c in zip(("output", "dq", "dk", "dv"), whole, again, part, strict=True):
-            same = [
-                torch.equal(t.contiguous().view(torch.uint8), u.contiguous().view(torch.uint8))
-                for t, u in ((a, b), (a[:, 1:, -c.shape[2] :], c))
-            ]
-            if not all(same):
-                raise ValueError(
-                    f"attention is not invariant on {torch.cuda.get_device_name(device)} for {dtype} heads of width {width}: {name} differs "
-                    f"{'between heads' if same[0] else 'between runs'}; compute attention on another GPU, and report this"
-                )
+        compared = {"runs": (whole, again), "heads": ([t[:, 1:, -p.shape[2] :] for t, p in zip(whole, part, strict=True)], part)}
+        if packed:
+            one, cu = [t[:, :1] for t in inputs], torch.tensor([0, 100, 100, 333], dtype=torch.int32, device=device)
+            alone = zip(*(run(*(t[a:b] for t in one)) for a, b in ((0, 100), (100, 333))), strict=True)
+            compared["packs"] = (run(*one, pack=attention.Pack(cu, cu, cu, cu, 233, 233)), [torch.cat(parts) for parts in alone])
+        for what, (found, expected) in compared.items():
+            for name, a, b in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
+                if not torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)):
+                    raise ValueError(
+                        f"attention is not invariant on {torch.cuda.get_device_name(device)} for {dtype} heads of width {width}: {name} "
+                        f"differs between {what}; compute attention on another GPU, and report this"
+                    )

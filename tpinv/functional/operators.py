@@ -1,7 +1,7 @@
 """The functions of a transformer block as torch operators: opaque to torch.compile(fullgraph=True), and one entry each in the save set
 of selective activation checkpointing. The bits are those of the functions, which compute them.
 
-    torch.ops.tpinv.column_parallel_linear    row_parallel_linear    rms_norm    swiglu    core_attention
+    torch.ops.tpinv.column_parallel_linear    row_parallel_linear    rms_norm    swiglu    core_attention    packed_attention
 
 An operator takes what a graph can hold: tensors, numbers, and the tree and the group by their names ("" is a single rank).
 """
@@ -193,7 +193,7 @@ _gradient(
 )
 
 
-# -- core_attention: query [sq, b, h, d], key and value [sk, b, g, d], on a GPU ---------------------------------------------------
+# -- core_attention: query [sq, b, h, d], key and value [sk, b, g, d]; packed_attention: [t, h, d] and [u, g, d]; on a GPU ---------
 
 
 def _attention(query, key, value, scale, causal):
@@ -214,24 +214,59 @@ def _attention_backward(dout, query, key, value, out, lse, scale, causal):
     return kernels.backward(*map(unit_stride, (query, key, value)), out, lse, unit_stride(dout), scale, causal)
 
 
+def _packed_attention(query, key, value, cu_q, cu_k, first_q, first_k, longest_q, longest_k, scale, causal):
+    pack = attention.check_packed(query, key, value, cu_q, cu_k, first_q, first_k, longest_q, longest_k, scale, causal)
+    from tpinv.kernels import attention as kernels
+
+    out, lse = kernels.forward(*(unit_stride(t).unsqueeze(1) for t in (query, key, value)), scale, causal, pack)
+    return out.squeeze(1), lse
+
+
+def _packed_shape(query, *_):
+    return query.new_empty(query.shape), query.new_empty(1, query.shape[1], query.shape[0], dtype=torch.float32)
+
+
+def _packed_attention_backward(dout, query, key, value, out, lse, cu_q, cu_k, first_q, first_k, longest_q, longest_k, scale, causal):
+    from tpinv.kernels import attention, attention_backward
+
+    query, key, value, out, dout = (unit_stride(t).unsqueeze(1) for t in (query, key, value, out, dout))
+    pack = attention.Pack(*(t.contiguous() for t in (cu_q, cu_k, first_q, first_k)), longest_q, longest_k)
+    gradients = attention_backward.backward(query, key, value, out, lse, dout, scale, causal, pack)
+    return tuple(gradient.squeeze(1) for gradient in gradients)
+
+
 def _attention_setup(ctx, inputs, output):
-    query, key, value, *ctx.settings = inputs
-    ctx.save_for_backward(query, key, value, *output)
+    query, key, value, *others = inputs
+    ctx.settings = [x for x in others if not isinstance(x, Tensor)]
+    ctx.save_for_backward(query, key, value, *output, *(x for x in others if isinstance(x, Tensor)))
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _attention_gradient(ctx, dout, _):
-    return *torch.ops.tpinv.core_attention_backward(dout, *ctx.saved_tensors, *ctx.settings), None, None
+def _attention_gradient(operator):
+    def backward(ctx, dout, _):
+        arguments = *ctx.saved_tensors, *ctx.settings
+        return *operator(dout, *arguments), *[None] * (len(arguments) - 5)
+
+    return backward
 
 
-_operator(
-    "core_attention(Tensor query, Tensor key, Tensor value, float scale, bool causal) -> (Tensor, Tensor)", _attention, _attention_shape
-)
-_operator(
-    "core_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, float scale, bool causal) "
-    "-> (Tensor, Tensor, Tensor)",
-    _attention_backward,
-    lambda dout, *inputs: tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[:3]),
-)
-_gradient("core_attention", _attention_setup, _attention_gradient)
+_OPERANDS = "Tensor query, Tensor key, Tensor value"
+for _name, _settings, _compute, _compute_backward, _shape in (
+    ("core_attention", "float scale, bool causal", _attention, _attention_backward, _attention_shape),
+    (
+        "packed_attention",
+        "Tensor cu_seqlens_q, Tensor cu_seqlens_kv, Tensor first_q, Tensor first_kv, SymInt max_seqlen_q, SymInt max_seqlen_kv, "
+        "float scale, bool causal",
+        _packed_attention,
+        _packed_attention_backward,
+        _packed_shape,
+    ),
+):
+    _operator(f"{_name}({_OPERANDS}, {_settings}) -> (Tensor, Tensor)", _compute, _shape)
+    _operator(
+        f"{_name}_backward(Tensor dout, {_OPERANDS}, Tensor out, Tensor lse, {_settings}) -> (Tensor, Tensor, Tensor)",
+        _compute_backward,
+        lambda dout, *inputs: tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[:3]),
+    )
+    _gradient(_name, _attention_setup, _attention_gradient(getattr(torch.ops.tpinv, f"{_name}_backward")))

@@ -11,8 +11,14 @@ What libraries let vary is fixed here: no split of the keys by how busy the GPU 
 alone. They enter the bits (the softmax is rescaled once a block), so unlike the products' tiles they are part of the contract on GPUs:
 ``BLOCKS``. A row also keeps its bits when the sequence grows: what the mask hides adds zeros, if it is finite (0 * NaN is NaN).
 
+Sequences of different lengths can lie one behind another in one tensor, a pack. A program of a pack looks up where its sequence starts
+and ends and then does what it does for a batch: blocks are counted from the first row of the sequence, so it has the bits it has alone.
+
 Multiply-adds are written out and contraction is off, so that no specialization of the compiler decides a rounding.
 """
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -32,14 +38,34 @@ BLOCKS = {
 }
 MAX_WIDTH = 256
 LOG2E = 1.4426950408889634
-DYNAMIC = ["queries", "keys", "heads", "per_group"]
+DYNAMIC = ["q_rows", "k_rows", "batch", "per_group"]
+GRID_LIMIT = 65535  # of the second and third axis
+
+
+class Pack(NamedTuple):
+    """Sequence i of a pack: queries first_q[i] and on, cu_q[i + 1] - cu_q[i] of them, at most longest_q; keys likewise. int32, on the GPU.
+    What is in no sequence is zero in every result."""
+
+    cu_q: Tensor
+    cu_k: Tensor
+    first_q: Tensor
+    first_k: Tensor
+    longest_q: int
+    longest_k: int
 
 
 @triton.jit
-def place(heads):
-    """This program's batch and head. int64: a stride fits into int32 and its multiple may not."""
-    at = tl.program_id(1).to(tl.int64)
-    return at // heads, at % heads
+def place(cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch):
+    """Batch and head of this program, first query, queries, first key, keys. ``batch`` is the launch's first. A pack is batch 0.
+
+    int64: a stride fits into int32 and its multiple may not."""
+    batch, head = tl.program_id(2).to(tl.int64) + batch, tl.program_id(1).to(tl.int64)
+    q_at, queries, k_at, keys = 0, q_rows, 0, k_rows
+    if cu_q is not None:
+        q_at, queries = tl.load(first_q + batch).to(tl.int64), tl.load(cu_q + batch + 1) - tl.load(cu_q + batch)
+        k_at, keys = tl.load(first_k + batch).to(tl.int64), tl.load(cu_k + batch + 1) - tl.load(cu_k + batch)
+        batch = tl.zeros_like(batch)
+    return batch, head, q_at, queries, k_at, keys
 
 
 @triton.jit
@@ -80,16 +106,20 @@ def _forward_step(
 @triton.jit(do_not_specialize=DYNAMIC)
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, o_s, o_b, o_h,
-    queries, keys, heads, per_group, scale,
+    cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch, per_group, scale,
     CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: query blocks, batch * heads. ``scale`` includes log2(e). lse [batch, heads, queries] is in powers of two."""
+    """Grid: query blocks, heads, batch. ``scale`` includes log2(e). lse [batch, heads, q_rows] is in powers of two."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
-    batch, head = place(heads)
-    q_ptr += batch * q_b + head * q_h
-    k_ptr += batch * k_b + (head // per_group) * k_h
-    v_ptr += batch * v_b + (head // per_group) * v_h
-    out_ptr += batch * o_b + head * o_h
+    batch, head, q_at, queries, k_at, keys = place(cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch)
+    if cu_q is not None:
+        if block * ROWS >= queries:
+            return
+    q_ptr += batch * q_b + head * q_h + q_at * q_s
+    k_ptr += batch * k_b + (head // per_group) * k_h + k_at * k_s
+    v_ptr += batch * v_b + (head // per_group) * v_h + k_at * v_s
+    out_ptr += batch * o_b + head * o_h + q_at * o_s
+    lse_ptr += (batch * tl.num_programs(1) + head) * q_rows + q_at
     row = block * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, WIDTH)
     offset = keys - queries
@@ -113,7 +143,7 @@ def attention_kernel(
     out = tl.div_rn(acc, tl.zeros_like(acc) + total[:, None])
     inside = (row < queries)[:, None] & (dim < DIM)[None, :]
     tl.store(out_ptr + row[:, None].to(tl.int64) * o_s + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * queries + row, top + tl.log2(total), mask=row < queries)
+    tl.store(lse_ptr + row, top + tl.log2(total), mask=row < queries)
 
 
 def blocks(width: int, dtype: torch.dtype) -> tuple:
@@ -139,16 +169,31 @@ def constants(q: Tensor, causal: bool) -> dict:
     return {"CAUSAL": causal, "DIM": width, "WIDTH": padded_width(width), "enable_fp_fusion": False}
 
 
+def new(q: Tensor, pack: Pack | None):
+    """Makes tensors for results. Kernels fill them, but for what is in no sequence of a pack."""
+    return q.new_empty if pack is None else q.new_zeros
+
+
+def launches(q: Tensor, k: Tensor, pack: Pack | None, block: int, by_keys: bool = False) -> Iterator[tuple]:
+    """Grids of blocks of ``block`` queries or keys, heads and batch, and the kernels' arguments from cu_q to per_group."""
+    longest, sequences, where = len(k if by_keys else q), q.shape[1], (None,) * 4
+    if pack is not None:
+        longest, sequences, where = pack.longest_k if by_keys else pack.longest_q, len(pack.cu_q) - 1, pack[:4]
+    if longest and q.shape[2]:
+        for batch in range(0, sequences, GRID_LIMIT):
+            grid = triton.cdiv(longest, block), q.shape[2], min(GRID_LIMIT, sequences - batch)
+            yield grid, (*where, len(q), len(k), batch, q.shape[2] // k.shape[2])
+
+
 @on_device_of_first
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """q [sq, b, h, d], k and v [sk, b, g, d], unit stride in d, any others -> out [sq, b, h, d], lse fp32 [b, h, sq]."""
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, pack: Pack | None = None) -> tuple[Tensor, Tensor]:
+    """q [sq, b, h, d], k and v [sk, b, g, d], unit stride in d, any others -> out [sq, b, h, d], lse fp32 [b, h, sq]. b is 1 in a pack."""
     sq, batch, heads, width = q.shape
-    out = q.new_empty(sq, batch, heads, width)
-    lse = q.new_empty(batch, heads, sq, dtype=torch.float32)
+    out, lse = new(q, pack)(q.shape), q.new_empty(batch, heads, sq, dtype=torch.float32)
     rows, keys, warps, stages = blocks(width, q.dtype)[0]
-    if out.numel():
-        attention_kernel[(triton.cdiv(sq, rows), batch * heads)](
-            q, k, v, out, lse, *strides(q, k, v, out), sq, len(k), heads, heads // k.shape[2], scale * LOG2E,
+    for grid, place_args in launches(q, k, pack, rows):
+        attention_kernel[grid](
+            q, k, v, out, lse, *strides(q, k, v, out), *place_args, scale * LOG2E,
             ROWS=rows, KEYS=keys, num_warps=warps, num_stages=stages, **constants(q, causal),
         )  # fmt: skip
     return out, lse

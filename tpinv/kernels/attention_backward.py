@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpinv.kernels.attention import DYNAMIC, LOG2E, blocks, constants, padded_width, place, strides, tile
+from tpinv.kernels.attention import DYNAMIC, LOG2E, Pack, blocks, constants, launches, new, padded_width, place, strides, tile
 from tpinv.kernels.device import on_device_of_first
 from tpinv.kernels.pairwise import row_tree
 
@@ -14,15 +14,16 @@ _ELEMENTS = 4096  # of a program that sums rows
 
 @triton.jit(do_not_specialize=DYNAMIC)
 def delta_kernel(
-    out_ptr, dout_ptr, delta_ptr, o_s, o_b, o_h, d_s, d_b, d_h, queries, heads, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
-):
-    """delta [batch, heads, queries] = sum of out * dout over the head's width, a tree: ``tl.sum`` would follow the strides of dout."""
-    batch, head = place(heads)
+    out_ptr, dout_ptr, delta_ptr, o_s, o_b, o_h, d_s, d_b, d_h, cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch, per_group,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """delta [batch, heads, q_rows] = sum of out * dout over the head's width, a tree: ``tl.sum`` would follow the strides of dout."""
+    batch, head, _, _, _, _ = place(cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, WIDTH)
-    out = tile(out_ptr + batch * o_b + head * o_h, row, queries, o_s, dim, DIM).to(tl.float32)
-    dout = tile(dout_ptr + batch * d_b + head * d_h, row, queries, d_s, dim, DIM).to(tl.float32)
-    tl.store(delta_ptr + tl.program_id(1).to(tl.int64) * queries + row, row_tree(out * dout, ROWS, WIDTH), mask=row < queries)
+    out = tile(out_ptr + batch * o_b + head * o_h, row, q_rows, o_s, dim, DIM).to(tl.float32)
+    dout = tile(dout_ptr + batch * d_b + head * d_h, row, q_rows, d_s, dim, DIM).to(tl.float32)
+    tl.store(delta_ptr + (batch * tl.num_programs(1) + head) * q_rows + row, row_tree(out * dout, ROWS, WIDTH), mask=row < q_rows)
 
 
 @triton.jit
@@ -48,20 +49,23 @@ def _dq_step(
 @triton.jit(do_not_specialize=DYNAMIC)
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, d_s, d_b, d_h, o_s, o_b, o_h,
-    queries, keys, heads, per_group, scale, out_scale,
+    cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch, per_group, scale, out_scale,
     CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: query blocks, batch * heads. o_* are the strides of dq."""
+    """Grid: query blocks, heads, batch. o_* are the strides of dq."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch, head = place(heads)
-    k_ptr += batch * k_b + (head // per_group) * k_h
-    v_ptr += batch * v_b + (head // per_group) * v_h
+    batch, head, q_at, queries, k_at, keys = place(cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch)
+    if cu_q is not None:
+        if block * ROWS >= queries:
+            return
+    k_ptr += batch * k_b + (head // per_group) * k_h + k_at * k_s
+    v_ptr += batch * v_b + (head // per_group) * v_h + k_at * v_s
     row = block * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, WIDTH)
     offset = keys - queries
-    q = tile(q_ptr + batch * q_b + head * q_h, row, queries, q_s, dim, DIM)
-    dout = tile(dout_ptr + batch * d_b + head * d_h, row, queries, d_s, dim, DIM)
-    at_row = tl.program_id(1).to(tl.int64) * queries + row
+    q = tile(q_ptr + batch * q_b + head * q_h + q_at * q_s, row, queries, q_s, dim, DIM)
+    dout = tile(dout_ptr + batch * d_b + head * d_h + q_at * d_s, row, queries, d_s, dim, DIM)
+    at_row = (batch * tl.num_programs(1) + head) * q_rows + q_at + row
     lse = tl.load(lse_ptr + at_row, mask=row < queries, other=0.0)
     delta = tl.load(delta_ptr + at_row, mask=row < queries, other=0.0)
     dq = tl.zeros((ROWS, WIDTH), tl.float32)
@@ -75,7 +79,7 @@ def dq_kernel(
     for at in range(whole, end, KEYS):
         dq = _dq_step(q, dout, dq, lse, delta, k_ptr, v_ptr, k_s, v_s, at, row, keys, offset, dim, scale, True, CAUSAL, DIM, KEYS)
     inside = (row < queries)[:, None] & (dim < DIM)[None, :]
-    at_dq = dq_ptr + batch * o_b + head * o_h + row[:, None].to(tl.int64) * o_s + dim[None, :]
+    at_dq = dq_ptr + batch * o_b + head * o_h + (q_at + row[:, None].to(tl.int64)) * o_s + dim[None, :]
     tl.store(at_dq, (dq * out_scale).to(dq_ptr.dtype.element_ty), mask=inside)
 
 
@@ -103,21 +107,24 @@ def _dkv_step(
 def dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, d_s, d_b, d_h, o_s, o_b, o_h,
-    queries, keys, heads, per_group, scale, out_scale,
+    cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch, per_group, scale, out_scale,
     CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One query head's part of dk and dv, o_* their strides by query head. Grid: key blocks, batch * heads."""
+    """One query head's part of dk and dv, o_* their strides by query head. Grid: key blocks, heads, batch."""
     block = tl.program_id(0)  # the first keys are seen by most rows
-    batch, head = place(heads)
-    q_ptr += batch * q_b + head * q_h
-    dout_ptr += batch * d_b + head * d_h
-    lse_ptr += tl.program_id(1).to(tl.int64) * queries
-    delta_ptr += tl.program_id(1).to(tl.int64) * queries
+    batch, head, q_at, queries, k_at, keys = place(cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch)
+    if cu_q is not None:
+        if block * KEYS >= keys:
+            return
+    q_ptr += batch * q_b + head * q_h + q_at * q_s
+    dout_ptr += batch * d_b + head * d_h + q_at * d_s
+    lse_ptr += (batch * tl.num_programs(1) + head) * q_rows + q_at
+    delta_ptr += (batch * tl.num_programs(1) + head) * q_rows + q_at
     key = block * KEYS + tl.arange(0, KEYS)
     dim = tl.arange(0, WIDTH)
     offset = keys - queries
-    k = tile(k_ptr + batch * k_b + (head // per_group) * k_h, key, keys, k_s, dim, DIM)
-    v = tile(v_ptr + batch * v_b + (head // per_group) * v_h, key, keys, v_s, dim, DIM)
+    k = tile(k_ptr + batch * k_b + (head // per_group) * k_h + k_at * k_s, key, keys, k_s, dim, DIM)
+    v = tile(v_ptr + batch * v_b + (head // per_group) * v_h + k_at * v_s, key, keys, v_s, dim, DIM)
     dk = tl.zeros((KEYS, WIDTH), tl.float32)
     dv = tl.zeros((KEYS, WIDTH), tl.float32)
     first = 0
@@ -134,7 +141,7 @@ def dkv_kernel(
             k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_s, d_s, at, key, queries, offset, dim, scale, False, DIM, ROWS
         )
     inside = (key < keys)[:, None] & (dim < DIM)[None, :]
-    out = batch * o_b + head * o_h + key[:, None].to(tl.int64) * o_s + dim[None, :]
+    out = batch * o_b + head * o_h + (k_at + key[:, None].to(tl.int64)) * o_s + dim[None, :]
     tl.store(dk_ptr + out, (dk * out_scale).to(dk_ptr.dtype.element_ty), mask=inside)
     tl.store(dv_ptr + out, dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
@@ -152,15 +159,15 @@ def sum_heads_kernel(part_ptr, out_ptr, width, per_group, BLOCK: tl.constexpr):
 
 @on_device_of_first
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, scale: float, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, scale: float, causal: bool, pack: Pack | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, contiguous, in the shapes of q, k, v. dout like out, unit stride in d."""
-    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    dq, dk, dv = (new(q, pack)(t.shape) for t in (q, k, v))
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
     delta = row_dots(out, dout)
-    fill_dkv(q, k, v, dout, lse, delta, dk, dv, scale, causal)
-    fill_dq(q, k, v, dout, lse, delta, dq, scale, causal)
+    fill_dkv(q, k, v, dout, lse, delta, dk, dv, scale, causal, pack)
+    fill_dq(q, k, v, dout, lse, delta, dq, scale, causal, pack)
     return dq, dk, dv
 
 
@@ -170,31 +177,31 @@ def row_dots(out: Tensor, dout: Tensor) -> Tensor:
     delta = out.new_empty(batch, heads, sq, dtype=torch.float32)
     padded = padded_width(width)
     rows = _ELEMENTS // padded
-    delta_kernel[(triton.cdiv(sq, rows), batch * heads)](
-        out, dout, delta, *strides(out, dout), sq, heads, DIM=width, WIDTH=padded, ROWS=rows, enable_fp_fusion=False
-    )
+    for grid, place_args in launches(out, out, None, rows):
+        delta_kernel[grid](out, dout, delta, *strides(out, dout), *place_args, DIM=width, WIDTH=padded, ROWS=rows, enable_fp_fusion=False)
     return delta
 
 
-def fill_dkv(q, k, v, dout, lse, delta, dk, dv, scale: float, causal: bool) -> None:
-    sq, batch, heads, width = q.shape
+def fill_dkv(q, k, v, dout, lse, delta, dk, dv, scale: float, causal: bool, pack: Pack | None) -> None:
+    batch, heads, width = q.shape[1:]
     sk, _, groups, _ = k.shape
     per_group, common = heads // groups, constants(q, causal)
     keys, rows, warps, stages = blocks(width, q.dtype)[2]
-    part_dk, part_dv = (dk, dv) if per_group == 1 else q.new_empty(2, sk, batch, heads, width, dtype=torch.float32)
-    dkv_kernel[(triton.cdiv(sk, keys), batch * heads)](
-        q, k, v, dout, lse, delta, part_dk, part_dv, *strides(q, k, v, dout, part_dk), sq, sk, heads, per_group, scale * LOG2E, scale,
-        ROWS=rows, KEYS=keys, num_warps=warps, num_stages=stages, **common,
-    )  # fmt: skip
+    part_dk, part_dv = (dk, dv) if per_group == 1 else new(q, pack)(2, sk, batch, heads, width, dtype=torch.float32)
+    for grid, place_args in launches(q, k, pack, keys, by_keys=True):
+        dkv_kernel[grid](
+            q, k, v, dout, lse, delta, part_dk, part_dv, *strides(q, k, v, dout, part_dk), *place_args, scale * LOG2E, scale,
+            ROWS=rows, KEYS=keys, num_warps=warps, num_stages=stages, **common,
+        )  # fmt: skip
     if per_group > 1:
         for part, whole in ((part_dk, dk), (part_dv, dv)):
             sum_heads_kernel[(sk * batch * groups,)](part, whole, width, per_group, BLOCK=common["WIDTH"], num_warps=1)
 
 
-def fill_dq(q, k, v, dout, lse, delta, dq, scale: float, causal: bool) -> None:
-    sq, batch, heads, width = q.shape
-    rows, keys, warps, stages = blocks(width, q.dtype)[1]
-    dq_kernel[(triton.cdiv(sq, rows), batch * heads)](
-        q, k, v, dout, lse, delta, dq, *strides(q, k, v, dout, dq), sq, len(k), heads, heads // k.shape[2], scale * LOG2E, scale,
-        ROWS=rows, KEYS=keys, num_warps=warps, num_stages=stages, **constants(q, causal),
-    )  # fmt: skip
+def fill_dq(q, k, v, dout, lse, delta, dq, scale: float, causal: bool, pack: Pack | None) -> None:
+    rows, keys, warps, stages = blocks(q.shape[3], q.dtype)[1]
+    for grid, place_args in launches(q, k, pack, rows):
+        dq_kernel[grid](
+            q, k, v, dout, lse, delta, dq, *strides(q, k, v, dout, dq), *place_args, scale * LOG2E, scale,
+            ROWS=rows, KEYS=keys, num_warps=warps, num_stages=stages, **constants(q, causal),
+        )  # fmt: skip
