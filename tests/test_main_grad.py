@@ -88,6 +88,23 @@ def test_a_weight_that_is_used_twice_in_one_backward_is_refused(linear):
 
 
 @pytest.mark.parametrize("linear", LINEARS)
+def test_autograd_grad_changes_no_buffer(linear):
+    weight, x = parameter(torch.bfloat16), hostile("normal", (30, 24), torch.bfloat16, 3).requires_grad_()
+    before = weight.main_grad.clone()
+
+    def loss(fused):
+        return linear(x, weight, tree=TREE, group=ALONE, gradient_accumulation_fusion=fused).sum()
+
+    for inputs in ([x], [weight], [x, weight]):
+        for found, expected in zip(torch.autograd.grad(loss(True), inputs), torch.autograd.grad(loss(False), inputs), strict=True):
+            assert_bitwise_equal(found, expected)
+    loss(True).backward(inputs=[x])
+    assert_bitwise_equal(weight.main_grad, before)
+    loss(True).backward(inputs=[weight])
+    assert compare(weight.main_grad, before) and weight.grad_added_to_main_grad
+
+
+@pytest.mark.parametrize("linear", LINEARS)
 @pytest.mark.parametrize("buffer", [None, torch.zeros(40, 24).bfloat16(), torch.zeros(24, 40)])
 def test_without_a_buffer_to_add_to(linear, buffer):
     weight = parameter(torch.bfloat16)

@@ -13,7 +13,7 @@ from tpinv.integrations.megatron import convert, convert_optimizer
 from tpinv.integrations.megatron.attention import TPInvariantDotProductAttention, _require_causal
 from tpinv.integrations.megatron.convert import _check_modules, _no_dynamic_batching
 from tpinv.integrations.megatron.guard import check_config
-from tpinv.integrations.megatron.layers import TPInvariantSwiGLU
+from tpinv.integrations.megatron.layers import TPInvariantSwiGLU, fuses_main_grad, mark_shared_weights
 from tpinv.integrations.megatron.verify import Run, build_config, build_model
 from tpinv.tree import ReductionTree
 
@@ -37,6 +37,33 @@ def test_a_setting_that_changes_bits_is_refused_by_name(name, value):
     setattr(config, name, value)
     with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: ") + f".*; set {name}="):
         check_config(config, TREE, 8)
+
+
+def test_gradient_accumulation_fusion_is_accepted():
+    check_config(SimpleNamespace(num_attention_heads=8, num_query_groups=8, gradient_accumulation_fusion=True), TREE, 8)
+
+
+def with_buffer(dtype=torch.float32, **marks) -> torch.nn.Linear:
+    linear = torch.nn.Linear(4, 4)
+    linear.config = SimpleNamespace()
+    linear.weight.main_grad, linear.weight.grad_added_to_main_grad = torch.zeros(4, 4, dtype=dtype), False
+    vars(linear.weight).update(marks)
+    return linear
+
+
+def test_which_weight_gradients_go_straight_into_main_grad():
+    linear, other = with_buffer(), with_buffer()
+    assert fuses_main_grad(linear, linear.weight)
+    assert not fuses_main_grad(linear, other.weight), "handed to forward by the module it belongs to"
+    for unfit in (with_buffer(torch.bfloat16), with_buffer(zero_out_wgrad=True), with_buffer(__fsdp_param__=True), torch.nn.Linear(4, 4)):
+        assert not fuses_main_grad(unfit, unfit.weight)
+    for graphs in ("local", "none"):
+        linear.config.cuda_graph_impl = graphs
+        assert fuses_main_grad(linear, linear.weight) == (graphs == "none")
+    tied = torch.nn.Embedding(4, 4)
+    tied.weight = other.weight
+    mark_shared_weights([linear, other, tied])
+    assert fuses_main_grad(linear, linear.weight) and not fuses_main_grad(other, other.weight)
 
 
 def optimizer(kind: str, inner: str, **attributes):

@@ -6,7 +6,11 @@ from tpinv.tree import ReductionTree
 
 
 def _rules(config, tp: int):
-    """(holds, rule and value, fix) for every setting that convert and the specs check. Unknown settings of other versions are None."""
+    """(holds, rule and value, fix) for every setting that convert and the specs check. Unknown settings of other versions are None.
+
+    gradient_accumulation_fusion is no rule: tpinv adds to main_grad inside backward with it and without it (layers.py), and only
+    Megatron's own layers, such as the output layer before its conversion, want Apex for it.
+    """
 
     def get(name, default=None):
         return getattr(config, name, default)

@@ -64,9 +64,9 @@ def refuse(module: torch.nn.Module, arguments: dict) -> None:
 def fuses_main_grad(linear: torch.nn.Module, weight: Tensor) -> bool:
     """Whether dW goes straight into ``weight.main_grad``, whatever config.gradient_accumulation_fusion says: no bit depends on it.
 
-    Not where autograd must have the real gradient: for a weight that other modules use too (tied embeddings hand it to forward;
+    Not where Megatron must have the real gradient: for a weight that other modules use too (tied embeddings hand it to forward;
     ``zero_out_wgrad`` is Megatron's mark for them), under Megatron-FSDP, which makes its own buffers, and under Megatron's
-    CUDA graphs, which warm up on the caller's.
+    CUDA graphs, which take gradients from ``torch.autograd.grad`` and go by what ``grad_added_to_main_grad`` was while capturing.
     """
     return (
         weight is linear.weight

@@ -136,7 +136,7 @@ def _tree_product(
 
 
 def _weight_grad(ctx, dy: Tensor, x: Tensor, tree: ReductionTree, ranks: Ranks, *, dim: int, stride: int = 1) -> Tensor:
-    if ctx.fused is not None:
+    if ctx.fused is not None and main_grad.accumulates(ctx.next_functions[1][0]):
         return main_grad.add(ctx.fused, dy, x, tree, ranks, dim=dim, stride=stride)
     return products.local_product(dy.t(), x, tree, ranks, dim=dim, dtype=x.dtype, stride=stride)
 

@@ -27,6 +27,15 @@ def check(weight: Tensor) -> None:
         )
 
 
+def accumulates(node) -> bool:
+    """Whether this backward pass is one that ends in .grad at ``node``, the weight's AccumulateGrad. ``torch.autograd.grad`` does
+    not: it wants the gradient itself, or none, and nobody expects it to change a buffer."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # how torch says that autograd.grad was asked for this leaf
+        return False
+
+
 def add(weight: Tensor, dy: Tensor, x: Tensor, tree: ReductionTree, ranks: Ranks, *, dim: int, stride: int = 1) -> Tensor:
     """Adds dW = dy^T x to ``weight.main_grad``; dimension ``dim`` of dW is the sharded one. Returns what autograd gets instead.
 
