@@ -3,6 +3,7 @@ them) and really wait for each other. Run by test_nvlink.py in a process of its 
 
 import os
 
+import fast_interpreter  # noqa: F401
 import pytest
 import torch
 import torch.distributed as dist

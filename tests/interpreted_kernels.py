@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import fast_interpreter  # noqa: F401
 import pytest
 import torch
 

@@ -6,6 +6,7 @@ exp and rsqrt are NumPy's here, so the references below use those; everything el
 import functools
 import itertools
 
+import fast_interpreter  # noqa: F401
 import numpy as np
 import pytest
 import torch
