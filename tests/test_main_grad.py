@@ -20,7 +20,7 @@ def parameter(dtype, layout: str = "dense", device: str = "cpu") -> torch.nn.Par
     """A weight [40, 24] with a main_grad that holds an earlier sum: all of a buffer, some of its columns, or transposed."""
     weight = torch.nn.Parameter(hostile("normal", (40, 24), dtype, 1).to(device))
     before = hostile("exponents", (40, 24), torch.float32, 2).to(device)
-    weight.main_grad = {"dense": before, "columns": before.repeat(1, 3)[:, 24:48], "transposed": before.t().clone().t()}[layout]
+    weight.main_grad = {"dense": before, "columns": before.repeat(1, 3)[:, 24:48], "transposed": before.t().contiguous().t()}[layout]
     weight.grad_added_to_main_grad = False
     return weight
 
