@@ -310,7 +310,7 @@ def other_refusals() -> None:
         TPInvariantNorm.bind(TREE)(config, 8)
     with pytest.raises(ValueError, match="mixture of experts is not covered; build a dense model"):
         TPInvariantSpecProvider(TREE).grouped_mlp_modules(True, True)
-    with pytest.raises(ValueError, match="packed sequences and attention bias are not covered"):
+    with pytest.raises(ValueError, match='must have qkv_format="thd"'):
         _first_layer(convert(good, tree=TREE)).self_attention.core_attention(
             *[torch.zeros(1, 1, 1, 8)] * 3, None, packed_seq_params=object()
         )

@@ -6,6 +6,8 @@ The stock module multiplies all (batch, head) pairs of a rank in one batched pro
 order by, changes with TP. Here each (batch, query group) pair is computed alone: its query heads stacked, [n s, d] times [d, s].
 Those shapes are the same at every TP size up to the number of query groups and for every batch around a sequence; the sums over a
 group's query heads in dK and dV lie inside one product. Mask, scaling, softmax and layout are the stock module's own.
+
+A packed sequence (PackedSeqParams, qkv_format="thd") has the bytes that it has alone, on both.
 """
 
 import weakref
@@ -18,9 +20,17 @@ from torch import Tensor
 from tpinv import functional
 from tpinv.integrations.megatron import layers
 
+# what a module of one kind may be told about a pack, whose sequences TransformerEngine calls padded
+PACKED_KINDS = {
+    AttnMaskType.causal: (None, AttnMaskType.causal, AttnMaskType.padding_causal),
+    AttnMaskType.no_mask: (None, AttnMaskType.no_mask, AttnMaskType.padding),
+}
+PACK = ("cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
+
 
 class TPInvariantDotProductAttention(DotProductAttention):
-    """DotProductAttention, one (batch, query group) pair at a time. Dropout is refused at conversion."""
+    """DotProductAttention, one (batch, query group) pair at a time, and for packed sequences, which the stock module refuses, one sequence
+    at a time. Dropout is refused at conversion."""
 
     def forward(
         self,
@@ -33,26 +43,56 @@ class TPInvariantDotProductAttention(DotProductAttention):
         packed_seq_params=None,
         **others,
     ) -> Tensor:
-        """query [sq, b, np, d], key and value [sk, b, ng, d], attention_mask bool [b or 1, 1, sq, sk] (True: masked) -> [sq, b, np d]."""
-        if packed_seq_params is not None or attention_bias is not None:
-            raise ValueError("packed sequences and attention bias are not covered by the local core attention; pass neither")
+        """query [sq, b, np, d], key and value [sk, b, ng, d], attention_mask bool [b or 1, 1, sq, sk] (True: masked) -> [sq, b, np d];
+        packed: [t, np, d] and [t, ng, d], no mask -> [t, np d], zeros in the padding between sequences."""
+        if attention_bias is not None:
+            raise ValueError("attention bias is not covered by the local core attention; pass None")
         layers.refuse(self, others)
+        if packed_seq_params is not None:
+            self._check_pack(packed_seq_params, attn_mask_type, attention_mask)
         if query.is_cuda:
-            return self._on_gpu(query, key, value, attention_mask)
+            return self._on_gpu(query, key, value, attention_mask, packed_seq_params)
+        if packed_seq_params is not None:
+            return self._by_sequence(query, key, value, packed_seq_params)
+        return self._by_group(query, key, value, attention_mask)
+
+    def _by_group(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Gradients come out of unbind and split, which put them together: sums with the other heads' zeros would lose the sign of -0.0."""
         sq, batch, heads, _ = query.shape
-        groups = key.shape[2]
-        per_group = heads // groups
+        per_group = heads // key.shape[2]
         context = []
-        for b in range(batch):
-            mask = attention_mask if attention_mask is None or attention_mask.shape[0] == 1 else attention_mask[b : b + 1]
-            for g in range(groups):
-                first = g * per_group
-                q = query[:, b, first : first + per_group].transpose(0, 1).reshape(per_group * sq, -1).contiguous()
-                context.append(self._one_group(q, key[:, b, g].contiguous(), value[:, b, g].contiguous(), mask, per_group))
-        joined = torch.stack(context).view(batch, groups * per_group, sq, -1).permute(2, 0, 1, 3)
+        for b, (q_b, k_b, v_b) in enumerate(zip(query.unbind(1), key.unbind(1), value.unbind(1), strict=True)):
+            mask_b = mask if mask is None or mask.shape[0] == 1 else mask[b : b + 1]
+            for q, k, v in zip(q_b.split(per_group, 1), k_b.unbind(1), v_b.unbind(1), strict=True):
+                q = q.transpose(0, 1).reshape(per_group * sq, -1).contiguous()
+                context.append(self._one_group(q, k.contiguous(), v.contiguous(), mask_b, per_group))
+        joined = torch.stack(context).view(batch, heads, sq, -1).permute(2, 0, 1, 3)
         return joined.reshape(sq, batch, -1)
 
-    def _on_gpu(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def _by_sequence(self, query: Tensor, key: Tensor, value: Tensor, pack) -> Tensor:
+        q_sizes = _sizes(pack.cu_seqlens_q, pack.cu_seqlens_q_padded, len(query))
+        k_sizes = _sizes(pack.cu_seqlens_kv, pack.cu_seqlens_kv_padded, len(key))
+        context = []
+        for at, (q, k, v) in enumerate(zip(query.split(q_sizes), key.split(k_sizes), value.split(k_sizes), strict=True)):
+            if at % 2 and len(q):
+                mask = _causal_mask(len(q), len(k), q.device) if self.attn_mask_type == AttnMaskType.causal else None
+                context.append(self._by_group(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), mask).squeeze(1))
+            else:
+                context.append(q.new_zeros(len(q), q.shape[1] * v.shape[2]))
+        return torch.cat(context)
+
+    def _check_pack(self, pack, attn_mask_type, mask: Tensor | None) -> None:
+        if getattr(pack, "qkv_format", None) != "thd" or pack.cu_seqlens_q is None or pack.cu_seqlens_kv is None:
+            raise ValueError('packed_seq_params must have qkv_format="thd", cu_seqlens_q and cu_seqlens_kv; set them, or pass None')
+        if mask is not None or attn_mask_type not in PACKED_KINDS.get(self.attn_mask_type, ()):
+            raise ValueError(
+                f"attn_mask_type={attn_mask_type} in a module of {self.attn_mask_type} is not covered, nor is a mask: the sequences of a pack "
+                "are the mask, causal or not; pass attention_mask=None"
+            )
+        if getattr(pack, "cp_group", None) is not None and pack.cp_group.size() > 1:
+            raise ValueError(f"packed sequences over {pack.cp_group.size()} context-parallel ranks are not covered; pass cp_group=None")
+
+    def _on_gpu(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pack) -> Tensor:
         causal = self.attn_mask_type == AttnMaskType.causal
         window = getattr(self.scale_mask_softmax, "window_size", None)
         if window is not None or not (causal or (self.attn_mask_type == AttnMaskType.no_mask and mask is None)):
@@ -60,7 +100,11 @@ class TPInvariantDotProductAttention(DotProductAttention):
         if causal and mask is not None:
             _require_causal(mask, query.shape[0], key.shape[0])
         scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1.0)  # layer scaling divides before the softmax and multiplies in it
-        return functional.core_attention(query, key, value, causal=causal, scale=scale).flatten(2)
+        if pack is None:
+            return functional.core_attention(query, key, value, causal=causal, scale=scale).flatten(2)
+        return functional.packed_attention(
+            query, key, value, **{name: getattr(pack, name) for name in PACK}, causal=causal, scale=scale
+        ).flatten(1)
 
     def _one_group(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, per_group: int) -> Tensor:
         """q [n sq, d], k and v [sk, d] -> [n, sq, d]"""
@@ -68,6 +112,25 @@ class TPInvariantDotProductAttention(DotProductAttention):
         scores = scores.view(1, per_group, -1, k.shape[0])
         probabilities = self.scale_mask_softmax(scores, mask)
         return (probabilities.reshape(-1, k.shape[0]) @ v).view(per_group, -1, v.shape[-1])
+
+
+def _causal_mask(sq: int, sk: int, device: torch.device) -> Tensor:
+    if sk < sq:
+        raise ValueError(f"causal attention of {sq} queries over {sk} keys leaves queries without keys; pass all keys")
+    return torch.ones(1, 1, sq, sk, dtype=torch.bool, device=device).triu(1 + sk - sq)
+
+
+def _sizes(cu_seqlens: Tensor, padded: Tensor | None, rows: int) -> list[int]:
+    """Sizes that split the rows: a gap, the first sequence, a gap, the second, ..., a gap. ValueError unless the sequences fit."""
+    cu, first = cu_seqlens.tolist(), (cu_seqlens if padded is None else padded).tolist()
+    sizes, end = [], 0
+    for start, before, after in zip(first, cu, cu[1:], strict=False):
+        sizes += [start - end, after - before]
+        end = start + after - before
+    sizes.append(rows - end)
+    if len(first) != len(cu) or min(sizes) < 0:
+        raise ValueError(f"sequences of cu_seqlens={cu} that start at {first} do not fit into {rows} rows one behind another; pass others")
+    return sizes
 
 
 _checked: list = [None, None]  # the last mask seen, weakly, and its version, sq and sk
@@ -80,8 +143,8 @@ def _require_causal(mask: Tensor, sq: int, sk: int) -> None:
     seen, checked = _checked
     if state is not None and state == checked and seen() is mask:
         return
-    causal = torch.ones(sq, sk, dtype=torch.bool, device=mask.device).triu(1 + sk - sq)
-    if mask.shape[-2:] != causal.shape or mask.dtype != torch.bool:
+    causal = _causal_mask(sq, sk, mask.device)
+    if mask.shape[-2:] != causal.shape[-2:] or mask.dtype != torch.bool:
         raise ValueError(f"attention_mask {tuple(mask.shape)} {mask.dtype} must be the causal one, bool [..., {sq}, {sk}]; or pass None")
     torch._assert_async((mask == causal).all(), "attention_mask is not the causal one, the only one that is covered on a GPU; pass None")
     _checked[:] = weakref.ref(mask), state
