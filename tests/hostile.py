@@ -6,7 +6,7 @@ twin's. The parent joins the parts and compares bytes with p = 1. Shapes divide 
 
 import contextlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -88,6 +88,16 @@ def sum_of(x: Tensor) -> Tensor:
     x = x.clone()
     dist.all_reduce(x)
     return x
+
+
+def one_call(function: Callable, x: Tensor, w: Tensor, b: Tensor, dy: Tensor, needs=(True, True, True)) -> dict[str, Tensor]:
+    """y and the gradients dx, dw, db of those inputs that need one; the others get none."""
+    leaves = [t.detach().requires_grad_(need) for t, need in zip((x, w, b), needs, strict=True)]
+    y = function(*leaves)
+    if any(needs):
+        y.backward(dy)
+    assert [t.grad is not None for t in leaves] == list(needs)
+    return {"y": y.detach(), **{f"d{n}": t.grad for n, t in zip("xwb", leaves, strict=True) if t.grad is not None}}
 
 
 def join(results: list[Mapping], case, name: str, dim: int | tuple[int, int] | None) -> list[Tensor]:

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from hostile import CASES, CASES_ON_RANKS, INEXACT, RANKS, Case, assert_as_alone, assert_twin_differs, join, poison, sum_of
+from hostile import CASES, CASES_ON_RANKS, INEXACT, RANKS, Case, assert_as_alone, assert_twin_differs, join, one_call, poison, sum_of
 
 from tpinv import ReductionTree, column_parallel_linear, reference
 from tpinv.collectives import resolve
@@ -112,13 +112,8 @@ def corners():
     whole_dy = case.make("dy", M, B, N)
     out = {}
 
-    def case_of(name, x, w, b, dy, needs=(True, True, True), **options):
-        leaves = [t.detach().requires_grad_(need) for t, need in zip((x, w, b), needs, strict=True)]
-        y = column_parallel_linear(*leaves, tree=tree, **options)
-        if any(needs):
-            y.backward(dy)
-        assert [t.grad is not None for t in leaves] == list(needs), name
-        out[name] = {"y": y.detach(), **{f"d{n}": t.grad for n, t in zip("xwb", leaves, strict=True) if t.grad is not None}}
+    def case_of(name, *tensors, needs=(True, True, True), **options):
+        out[name] = one_call(functools.partial(column_parallel_linear, tree=tree, **options), *tensors, needs=needs)
 
     with poison(ranks > 1):
         case_of("base", x, w, b, dy)

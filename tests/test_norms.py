@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from hostile import DTYPES, INEXACT, KINDS, RANKS, Case, assert_as_alone, assert_twin_differs, join, poison, sum_of
+from hostile import DTYPES, INEXACT, KINDS, RANKS, Case, assert_as_alone, assert_twin_differs, join, one_call, poison, sum_of
 
 from tpinv import ReductionTree, layer_norm, rms_norm
 from tpinv.collectives import resolve
@@ -121,12 +121,8 @@ def corners():
     x, dy = shard(x, 0, rank, ranks), shard(dy, 0, rank, ranks)
     out = {}
 
-    def case_of(name, x, w, b, dy, needs=(True, True, True)):
-        leaves = [t.detach().requires_grad_(need) for t, need in zip((x, w, b), needs, strict=True)]
-        y = layer_norm(*leaves, tree=tree, sequence_parallel=True)
-        y.backward(dy)
-        assert [t.grad is not None for t in leaves] == list(needs), name
-        out[name] = {"y": y.detach(), **{f"d{n}": t.grad for n, t in zip("xwb", leaves, strict=True) if t.grad is not None}}
+    def case_of(name, *tensors, needs=(True, True, True)):
+        out[name] = one_call(functools.partial(layer_norm, tree=tree, sequence_parallel=True), *tensors, needs=needs)
 
     with poison(ranks > 1):
         case_of("base", x, w, b, dy)

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from hostile import CASES, CASES_ON_RANKS, INEXACT, RANKS, Case, assert_as_alone, assert_twin_differs, poison, sum_of
+from hostile import CASES, CASES_ON_RANKS, INEXACT, RANKS, Case, assert_as_alone, assert_twin_differs, one_call, poison, sum_of
 
 from tpinv import ReductionTree, reference, row_parallel_linear
 from tpinv.collectives import resolve
@@ -92,13 +92,8 @@ def corners():
     x, w, b, dy = inputs(case, rank, ranks)
     out = {}
 
-    def case_of(name, x, w, b, dy, needs=(True, True, True), **options):
-        leaves = [t.detach().requires_grad_(need) for t, need in zip((x, w, b), needs, strict=True)]
-        y = row_parallel_linear(*leaves, tree=tree, **options)
-        if any(needs):
-            y.backward(dy)
-        assert [t.grad is not None for t in leaves] == list(needs), name
-        out[name] = {"y": y.detach(), **{f"d{n}": t.grad for n, t in zip("xwb", leaves, strict=True) if t.grad is not None}}
+    def case_of(name, *tensors, needs=(True, True, True), **options):
+        out[name] = one_call(functools.partial(row_parallel_linear, tree=tree, **options), *tensors, needs=needs)
 
     with poison(ranks > 1):
         case_of("base", x, w, b, dy)
