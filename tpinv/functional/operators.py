@@ -117,20 +117,14 @@ def _linear_gradient(operator):
 
 
 _SETTINGS = "int leaves, str node_dtype, str group, bool sequence_parallel"
-_operator(f"column_parallel_linear(Tensor x, Tensor weight, Tensor? bias, {_SETTINGS}, int stride) -> Tensor", _column, _column_shape)
-_operator(
-    f"column_parallel_linear_backward(Tensor dy, Tensor x, Tensor weight, bool[] needs, {_SETTINGS}, int stride) -> Tensor[]",
-    _column_backward,
-    _linear_gradient_shapes,
-)
-_gradient("column_parallel_linear", _linear_setup, _linear_gradient(torch.ops.tpinv.column_parallel_linear_backward))
-_operator(f"row_parallel_linear(Tensor x, Tensor weight, Tensor? bias, {_SETTINGS}) -> Tensor", _row, _row_shape)
-_operator(
-    f"row_parallel_linear_backward(Tensor dy, Tensor x, Tensor weight, bool[] needs, {_SETTINGS}) -> Tensor[]",
-    _row_backward,
-    _linear_gradient_shapes,
-)
-_gradient("row_parallel_linear", _linear_setup, _linear_gradient(torch.ops.tpinv.row_parallel_linear_backward))
+for _name, _more, *_functions, _backward in (
+    ("column_parallel_linear", ", int stride", _column, _column_shape, _column_backward),
+    ("row_parallel_linear", "", _row, _row_shape, _row_backward),
+):
+    _operator(f"{_name}(Tensor x, Tensor weight, Tensor? bias, {_SETTINGS}{_more}) -> Tensor", *_functions)
+    _backward_schema = f"{_name}_backward(Tensor dy, Tensor x, Tensor weight, bool[] needs, {_SETTINGS}{_more}) -> Tensor[]"
+    _operator(_backward_schema, _backward, _linear_gradient_shapes)
+    _gradient(_name, _linear_setup, _linear_gradient(getattr(torch.ops.tpinv, f"{_name}_backward")))
 
 
 # -- rms_norm ---------------------------------------------------------------------------------------------------------------
