@@ -1,6 +1,8 @@
 """A training step's functions on a GPU: the same bytes on 1, 2, 4, 8 ranks that share it, and those of plain torch where that is the
 oracle. Skipped without a GPU."""
 
+import itertools
+
 import gpu_step_jobs as jobs
 import pytest
 import torch
@@ -140,7 +142,17 @@ def every_function() -> dict:
         "embedding": (lambda t: functional.vocab_parallel_embedding(target.to(t.device), t), x[:, :64], jobs.make("table", 50, 64)),
         "attention": (functional.core_attention, heads, heads, heads[:, :, :2], heads[:, :, 2:4]),
         "operator": (lambda *t: torch.ops.tpinv.core_attention(*t, 0.1, True)[0], heads, heads, heads[:, :, :2], heads[:, :, 2:4]),
+        "pack": (
+            lambda *t: functional.packed_attention(*t, cu_seqlens_q=CU.to(t[0].device), cu_seqlens_kv=CU.to(t[0].device)),
+            heads[:, 0],
+            heads[:, 0],
+            heads[:, 0, :2],
+            heads[:, 0, 2:4],
+        ),
     }
+
+
+CU = torch.tensor([0, 7, 40], dtype=torch.int32)
 
 
 def test_any_strides():
@@ -233,6 +245,108 @@ def test_attention_heads_batches_and_reruns(s, heads, groups, d, dtype):
     for _ in range(20):
         for a, b in zip(attention(*inputs), whole, strict=True):
             assert_bitwise_equal(a, b, "a rerun")
+
+
+LENGTHS, GAP = (1000, 0, 1, 513, 64, 130), 5
+
+
+def packed(q, k, v, dout, causal=True, gap=0, **settings):
+    """Output and gradients of [t, h, d] whose sequences of LENGTHS are ``gap`` rows apart."""
+    cu, first = (
+        torch.tensor([0, *itertools.accumulate(length + apart for length in LENGTHS)], dtype=torch.int32, device="cuda")
+        for apart in (0, gap)
+    )
+    settings = {"max_seqlen_q": 1000, "max_seqlen_kv": 1000, "causal": causal, **settings}
+    if gap:
+        settings |= {"cu_seqlens_q_padded": first, "cu_seqlens_kv_padded": first}
+    return grads(lambda *t: functional.packed_attention(*t, cu_seqlens_q=cu, cu_seqlens_kv=cu, **settings), dout, q, k, v)
+
+
+def sequences(gap=0):
+    starts = itertools.accumulate((length + gap for length in LENGTHS), initial=0)
+    return [slice(start, start + length) for start, length in zip(starts, LENGTHS, strict=False)]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads, groups, d, dtype", [(32, 8, 128, torch.bfloat16), (8, 8, 64, torch.bfloat16), (8, 2, 80, torch.float16)])
+def test_packed_sequences_have_the_bytes_they_have_alone(heads, groups, d, dtype, causal):
+    """Wherever they lie, and whatever lies between them."""
+    inputs = [t[:, 0] for t in attention_inputs(sum(LENGTHS) + GAP * len(LENGTHS), 1, heads, groups, d, dtype)]
+    mine = torch.cat([torch.arange(rows.start, rows.stop) for rows in sequences(GAP)]).cuda()
+    between = torch.ones(len(inputs[0]), dtype=torch.bool, device="cuda").index_fill(0, mine, False)
+    apart = packed(*(t.masked_fill(between.view(-1, 1, 1), float("nan")) for t in inputs), causal, GAP)
+    whole = packed(*(t[mine] for t in inputs), causal)
+    longer = packed(*(t[mine] for t in inputs), causal, max_seqlen_q=None, max_seqlen_kv=5000)
+    for name, a, b, c in zip(("out", "dq", "dk", "dv"), whole, apart, longer, strict=True):
+        assert_bitwise_equal(b[mine], a, f"{name}, apart")
+        assert_bitwise_equal(c, a, f"{name}, with a larger launch")
+        assert not b[between].any(), f"{name} between sequences"
+    for rows in sequences():
+        by_itself = [t[mine][rows].unsqueeze(1) for t in inputs]
+        alone = (
+            grads(lambda q, k, v: functional.core_attention(q, k, v, causal=causal), by_itself[3], *by_itself[:3])
+            if len(by_itself[0])
+            else []
+        )
+        for name, a, b in zip(("out", "dq", "dk", "dv"), whole, alone, strict=False):
+            assert_bitwise_equal(a[rows], b[:, 0], f"{name} of {rows}")
+    for p in (2, groups):
+        part = packed(*(t[mine].chunk(p, 1)[-1] for t in inputs), causal)
+        for name, a, b in zip(("out", "dq", "dk", "dv"), part, whole, strict=True):
+            assert_bitwise_equal(a, b.chunk(p, 1)[-1], f"{name}, the last rank of {p}")
+    for _ in range(5):
+        for a, b in zip(packed(*(t[mine] for t in inputs), causal), whole, strict=True):
+            assert_bitwise_equal(a, b, "a rerun")
+
+
+def test_twin_masked_attention_of_a_pack_moves():
+    """The stock way without a kernel for packs: all rows at once under a mask of blocks."""
+    q, k, v, _ = (t[:, 0].transpose(0, 1) for t in attention_inputs(sum(LENGTHS), 1, 8, 8, 64, torch.float32))
+    number = torch.repeat_interleave(torch.tensor(LENGTHS)).cuda()
+    mask = (number[:, None] == number).tril()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        whole = sdpa(q, k, v, attn_mask=mask)
+        alone = [sdpa(*(t[:, rows] for t in (q, k, v)), is_causal=True) for rows in sequences() if rows.start < rows.stop]
+    assert compare(whole, torch.cat(alone, 1))
+
+
+def test_more_sequences_than_a_grid_has_places():
+    """70,000 of 3 rows, side by side and one behind another; also as one of the last alone."""
+    inputs = attention_inputs(3, 70_000, 2, 1, 64, torch.bfloat16)
+    cu = torch.arange(0, 3 * 70_000 + 1, 3, dtype=torch.int32, device="cuda")
+    beside = attention(*inputs)
+    behind = grads(
+        lambda *t: functional.packed_attention(*t, cu_seqlens_q=cu, cu_seqlens_kv=cu, max_seqlen_q=3, max_seqlen_kv=3),
+        inputs[3].transpose(0, 1).flatten(0, 1),
+        *(t.transpose(0, 1).flatten(0, 1) for t in inputs[:3]),
+    )
+    for name, a, b, c in zip(("out", "dq", "dk", "dv"), beside, behind, attention(*(t[:, 69_990:] for t in inputs)), strict=True):
+        assert_bitwise_equal(b.view(70_000, 3, *b.shape[1:]).transpose(0, 1), a, name)
+        assert_bitwise_equal(a[:, 69_990:], c, name)
+
+
+def test_the_operator_of_packs():
+    """In a full graph of a compiler, under checkpointing, and in a CUDA graph whose lengths change between replays."""
+    q, k, v, dout = (t[:, 0] for t in attention_inputs(300, 1, 8, 2, 64, torch.bfloat16))
+    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+    cu = torch.tensor([0, 100, 300], dtype=torch.int32, device="cuda")
+    function = lambda *t: functional.packed_attention(*t, cu_seqlens_q=cu, cu_seqlens_kv=cu, max_seqlen_q=300, max_seqlen_kv=300)  # noqa: E731
+    operator = lambda *t: torch.ops.tpinv.packed_attention(*t, cu, cu, cu, cu, 300, 300, 0.125, True)[0]  # noqa: E731
+    expected = grads(function, dout, q, k, v)
+    compiled = torch.compile(operator, backend="aot_eager", fullgraph=True)
+    again = lambda *t: torch.utils.checkpoint.checkpoint(operator, *t, use_reentrant=False)  # noqa: E731
+    for name, form in (("operator", operator), ("compiled", compiled), ("checkpointed", again)):
+        for a, b in zip(grads(form, dout, q, k, v), expected, strict=True):
+            assert_bitwise_equal(a, b, name)
+    torch.library.opcheck(torch.ops.tpinv.packed_attention.default, (*inputs, cu, cu, cu, cu, 300, 300, 0.125, True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured = function(q, k, v)
+    for lengths in ([0, 100, 300], [0, 0, 299], [0, 257, 300]):
+        cu.copy_(torch.tensor(lengths, dtype=torch.int32))
+        graph.replay()
+        assert_bitwise_equal(captured, function(q, k, v), str(lengths))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
