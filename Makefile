@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 MEGATRON_NEW := $(VENV)/megatron-core-0.19.2
 export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS ?= ignore
@@ -16,8 +17,8 @@ demo: $(VENV)/.ready  ## train a GPT with Megatron and with TorchTitan at TP = 1
 	$(BIN)/tpinv verify --framework torchtitan --tp 1,2,4 --sequence-parallel --dtype bf16 --json verify-torchtitan.json --plot verify-torchtitan.png
 
 test: $(VENV)/.ready $(MEGATRON_NEW)/.ready lint  ## lint, every test, and most Megatron tests again with megatron-core 0.19.2
-	$(BIN)/python -m pytest
-	PYTHONPATH=$(MEGATRON_NEW) $(BIN)/python -m pytest -m "megatron and not one_version"
+	$(PYTEST)
+	PYTHONPATH=$(MEGATRON_NEW) $(PYTEST) -m "megatron and not one_version"
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

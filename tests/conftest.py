@@ -13,16 +13,18 @@ hypothesis.settings.register_profile("shared cores", deadline=None, derandomize=
 hypothesis.settings.load_profile("shared cores")
 
 
+PRELOAD = {
+    "megatron": ["tpinv.integrations.megatron.verify"],
+    "torchtitan": ["tpinv.integrations.torchtitan.verify", "torchtitan.models.llama3", "torchtitan.models.qwen3"],
+}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def framework_pools(request):
     """Workers that have imported a framework, which takes seconds, once for all tests: made before any other pool has started one."""
     marks = {mark.name for item in request.session.items for mark in item.iter_markers()}
     with contextlib.ExitStack() as stack:
-        yield {
-            name: stack.enter_context(RankPool(preload=[f"tpinv.integrations.{name}.verify"]))
-            for name in ("megatron", "torchtitan")
-            if name in marks
-        }
+        yield {name: stack.enter_context(RankPool(preload)) for name, preload in PRELOAD.items() if name in marks}
 
 
 @pytest.fixture(scope="session")
