@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -19,12 +20,13 @@ from torchtitan.config.override import OverrideConfig, apply_overrides
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.distributed.parallel_dims import MeshAxisName
 from torchtitan.models import deepseek_v3, llama3, qwen3
+from torchtitan.models.common.attention import create_varlen_metadata_for_document
 from torchtitan.models.common.feed_forward import SigmoidGatedFeedForward
 from torchtitan.models.common.linear import Linear
 from torchtitan.protocols.module import Module
 
 from tpinv.functional.operators import ALONE
-from tpinv.integrations.torchtitan.layers import ScaledDotProductAttention
+from tpinv.integrations.torchtitan.layers import ScaledDotProductAttention, VarlenAttention
 from tpinv.integrations.torchtitan.loss import CrossEntropyLoss as InvariantLoss
 from tpinv.integrations.torchtitan.recipe import OVERRIDE, Run, build_model_config, build_trainer_config
 from tpinv.integrations.torchtitan.replace import FLEX
@@ -151,12 +153,18 @@ def flash():
     return model
 
 
+def window():
+    model = llama3.model_registry("debugmodel", attn_backend="varlen").model
+    model.layers[0].attention.inner_attention.window_size = (64, 0)
+    return model
+
+
 MODELS = {
     "mixture of experts": moe,
     "GQAttention.Config": lambda: deepseek_v3.model_registry("debugmodel", attn_backend="flex").model,
     "SigmoidGatedFeedForward.Config is not covered": gated,
     "Float8 is not covered": float8,
-    "variable-length attention": lambda: llama3.model_registry("debugmodel", attn_backend="varlen").model,
+    r"window_size=\(64, 0\) is not covered": window,
     "backend 'FLASH'": flash,
     "the attention .*Strange.Config is not covered": strange_attention,
     "AllGatherFused.* is not covered": lambda: llama3.model_registry("debugmodel", tp_gemm_backend="dist_gemm").model,
@@ -252,6 +260,26 @@ def test_parameters_that_were_replaced_are_clipped(monkeypatch):
         parameter.grad = torch.full_like(parameter, 2.0)
     norm = dist_utils.clip_grad_norm_(parameters, 1.0, group=ALONE)
     assert norm.item() == pytest.approx(2 * sum(parameter.numel() for parameter in parameters) ** 0.5)
+
+
+@pytest.mark.parametrize("window", [(-1, 0), (-1, -1)])
+def test_packed_documents_have_the_bytes_they_have_alone(window):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 20, heads, 16, generator=generator).requires_grad_() for heads in (6, 2, 2))
+    documents = create_varlen_metadata_for_document(torch.cat([torch.arange(size) for size in (9, 1, 10, 12, 8)]).view(2, 20))
+    assert documents.cu_seq_q.tolist() == [0, 9, 10, 20, 32, 40]
+    dout = torch.randn(2, 20, 6, 16, generator=generator)
+    out = VarlenAttention(VarlenAttention.Config(window_size=window))(q, k, v, attention_masks=documents, enable_gqa=True)
+    whole = [t.flatten(0, 1) for t in (out.detach(), *torch.autograd.grad(out, (q, k, v), dout))]
+    for start, end in itertools.pairwise(documents.cu_seq_q.tolist()):
+        mine = [t.detach().flatten(0, 1)[None, start:end].requires_grad_() for t in (q, k, v)]
+        alone = ScaledDotProductAttention(ScaledDotProductAttention.Config())(*mine, is_causal=window == (-1, 0), enable_gqa=True)
+        gradients = torch.autograd.grad(alone, mine, dout.flatten(0, 1)[None, start:end])
+        for found, expected in zip(whole, (alone.detach(), *gradients), strict=True):
+            assert_bitwise_equal(found[start:end], expected[0])
+    for masks, options, message in ((None, {}, "not NoneType"), (documents, {"out_transform": abs}, "no out_transform")):
+        with pytest.raises(ValueError, match=message):
+            VarlenAttention(VarlenAttention.Config())(q, k, v, attention_masks=masks, **options)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -89,6 +89,17 @@ def test_stock_modules_differ(case, torchtitan_pool):
     assert len(differing) > len(computed) / 2 and "step0/logits" in differing
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_packed_documents(dtype, torchtitan_pool):
+    """The stock module has no backward on a CPU; its twins are the stock linears above."""
+    run = Run("tpinv", 1, False, (1, 2, 4), num_layers=2, dtype=dtype, backend="partial_dtensor")
+    alone = torchtitan_pool.run(jobs.packed_documents, 1, run)[0]
+    assert len(alone) > 10 and all(tensor.any() for tensor in alone.values())
+    for tp, sp in ((2, False), (4, True)):
+        for found in torchtitan_pool.run(jobs.packed_documents, tp, replace(run, tp=tp, sequence_parallel=sp)):
+            assert not {name: str(d) for name in alone if (d := compare(found[name], alone[name]))}
+
+
 def test_two_replicas(torchtitan_pool):
     """FSDP over two data-parallel ranks, each of one or of two tensor-parallel ranks."""
     runs = [Run("tpinv", tp, tp > 1, (1, 2), steps=2, num_layers=1, dp=2, dtype="bf16", backend="partial_dtensor") for tp in (1, 2)]

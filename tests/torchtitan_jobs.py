@@ -11,7 +11,7 @@ from torchtitan.config.override import OverrideConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.models import llama3, qwen3
-from torchtitan.models.common.attention import ScaledDotProductAttention
+from torchtitan.models.common.attention import ScaledDotProductAttention, VarlenAttention
 from torchtitan.tools.utils import set_default_dtype
 
 from tpinv.functional import linear
@@ -32,6 +32,24 @@ def debug_model(name: str, layers: int = 2):
 
 def train_debug_model(run: Run, name: str):
     return verify.train(run, debug_model(name))
+
+
+def packed_documents(run: Run):
+    """Loss and gradients of a batch of short documents, through VarlenAttention."""
+    model = build_model_config(run)
+    for layer in model.layers:
+        layer.attention.inner_attention = VarlenAttention.Config()
+    with running(run, model) as trainer:
+        trainer.losses = []
+        batch, labels = next(iter(trainer.dataloader))
+        positions = torch.cat([torch.arange(size) for size in (31, 1, run.sequence - 32, 20, run.sequence - 20)]).view(2, -1)
+        trainer.forward_backward_step(
+            input_dict={**batch, "positions": positions}, labels=labels, global_valid_tokens=torch.tensor(labels.numel())
+        )
+        record = verify.Record(run.tp)
+        record.replicated("loss", trainer.losses[0])
+        record.parameters("grad", trainer.model_parts[0], gradients=True)
+    return record.tensors
 
 
 def tokens(run: Run) -> torch.Tensor:

@@ -15,4 +15,5 @@ class SelectiveAC(activation_checkpoint.SelectiveAC):
 
     def get_save_ops(self) -> set:
         ops = torch.ops.tpinv
-        return super().get_save_ops() | {op.default for op in (ops.column_parallel_linear, ops.row_parallel_linear, ops.core_attention)}
+        kept = ops.column_parallel_linear, ops.row_parallel_linear, ops.core_attention, ops.packed_attention
+        return super().get_save_ops() | {op.default for op in kept}

@@ -131,12 +131,14 @@ def _inner_attention(config):
             )
         return derive(config, type(config), sharding_config=None, kernel_options=FLEX | config.kernel_options)
     if type(config) is attention.VarlenAttention.Config:
-        if not is_in_batch_invariant_mode():
+        if is_in_batch_invariant_mode():  # what vLLM computes with, bit for bit
+            return derive(config, type(config), sharding_config=None)
+        if tuple(config.window_size) not in layers.WINDOWS:
             raise ValueError(
-                "variable-length attention splits keys by the number of heads; use attn_backend='flex', or batch-invariant mode"
+                f"window_size={config.window_size} is not covered; use (-1, 0) or (-1, -1), FlexAttention, or batch-invariant mode"
             )
-        return derive(config, type(config), sharding_config=None)
-    if type(config) is layers.ScaledDotProductAttention.Config or _name(config) == VLLM_ATTENTION:
+        return derive(config, layers.VarlenAttention.Config, sharding_config=None)
+    if type(config) in (layers.ScaledDotProductAttention.Config, layers.VarlenAttention.Config) or _name(config) == VLLM_ATTENTION:
         return config
     raise ValueError(f"the attention {_name(config)} is not covered; use ScaledDotProductAttention, or FlexAttention")
 
