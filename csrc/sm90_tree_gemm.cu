@@ -20,6 +20,8 @@
 // are merged with. Every value is private to a thread. While one warpgroup merges, the other one keeps the tensor cores busy
 // with the stages it is ahead.
 //
+// What a product is added to (ACCUMULATE, a chain alone) comes through the copy pipeline too, behind the last stage of its tile.
+//
 // One block: two consumer warpgroups (128 rows), one producer warp that drives the copy engine through STAGES stages of
 // 64 k. With CLUSTER = 2 two blocks share a column of tiles and each multicasts half of B. Persistent over units; a unit
 // is a tile, or, in the last partial wave, one of SPLIT subtrees of a tile, whose values the last arriver adds.
@@ -28,10 +30,11 @@
 //   BN 16 ... 256        columns of a tile           STAGES       depth of the copy pipeline
 //   CLUSTER 1 | 2        blocks that share B         DEPTH        positions of the stack, 7 at most (host: stack_depth)
 //   A_MAJOR, B_MAJOR     0: k contiguous, 1: rows of A (columns of B) contiguous
-//   IN_FP16              inputs fp16, else bf16      OUT          the root is rounded to: 0 fp32, 1 bf16, 2 fp16
+//   IN_FP16              inputs fp16, else bf16      OUT          0 fp32, 1 bf16, 2 fp16
 //   BIAS                 a bias follows the root     SWAP         rows of A are the output's columns: for few tokens, W is A
-//   ACCUMULATE           the rounded root is added to the output, which is fp32 (OUT 1 or 2, no BIAS)
+//   ACCUMULATE           1 bf16, 2 fp16: the root is rounded to it and added to the output, which is fp32. Else 0
 //   NODE_BF16            leaves and nodes are rounded to bf16      SHARED_SLOTS 0 | 1      SPLIT 1 | 2 | 4 | 8
+//   EVERY_LANE_ARRIVES   1 for compute-sanitizer, whose racecheck does not see that a warp's arrival follows all of its lanes' loads
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -48,8 +51,9 @@ constexpr int kBytesA = kBM * kBK * 2, kBytesB = BN * kBK * 2;
 constexpr int kSlotVecs = kRegs / 4;                              // a slot is float4[kSlotVecs][kConsumers]
 constexpr int kSlots = DEPTH - kHeld;                             // positions that are not in registers
 constexpr int kSharedSlots = kSlots > 0 && !kPiped ? SHARED_SLOTS : 0;
-constexpr int kAhead = !ACCUMULATE ? 1 : BN == 192 ? 2 : BN < 64 ? 1 : 4;  // pairs of columns' blocks whose sums are loaded at once
 constexpr int kVecBytes = kConsumers * 16;                        // one float4 of every thread
+constexpr int kBoxes = BN / 32;                                   // of the fp32 output of a tile: 128 rows of 32 columns,
+constexpr int kBoxesStage = 1 + kBytesB / kBytesA;                // as large as a stage's A part
 constexpr int kVecsA = kBytesA / kVecBytes, kPieceVecs = kVecsA + kBytesB / kVecBytes;  // of a stage's A part, of a stage
 
 struct alignas(64) TensorMap { char opaque[128]; };
@@ -98,13 +102,29 @@ __device__ __forceinline__ void barrier_arrive_parked(u32 bar, int lane) {
     if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 
+// A consumer warp is done with a stage, in every block that the stage's B went to.
+__device__ __forceinline__ void arrive_empty(u32 bar, int lane) {
+#if EVERY_LANE_ARRIVES
+    for (int cta = 0; cta < CLUSTER; cta++) barrier_arrive(bar, cta);
+#else
+    if (lane < CLUSTER) barrier_arrive(bar, lane);
+#endif
+}
+// The same after loads: without the fence some are still under way when the copy engine writes again.
+__device__ __forceinline__ void hand_back(u32 bar, int lane) {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncwarp();
+    arrive_empty(bar, lane);
+}
+
 __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 bar) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
 }
-// Brings memory into L2, aligned to 16 bytes. A hint: nobody waits for it.
-__device__ __forceinline__ void prefetch_bulk(const void* from, u32 bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+__device__ __forceinline__ float2 load_shared(u32 from) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");
+    return x;
 }
 __device__ __forceinline__ void copy(u32 to, const TensorMap* map, u32 bar, int c0, int c1, int c2, int c3) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
@@ -175,30 +195,21 @@ __device__ __forceinline__ void pin(float (&d)[kRegs]) {
 
 // -- roundings ----------------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ u32 pack(float low, float high) {  // two values in the output dtype
+__device__ __forceinline__ u32 pack(float low, float high) {  // two values in the output dtype, or the one to accumulate
     u32 r;
-#if OUT == 2
+#if OUT == 2 || ACCUMULATE == 2
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
 #else
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
 #endif
     return r;
 }
-__device__ __forceinline__ float2 unpack(u32 x) {  // and back
-#if OUT == 2
-    float2 r;
-    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}\n" : "=f"(r.x), "=f"(r.y) : "r"(x));
-    return r;
-#else
-    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
-#endif
-}
 __device__ __forceinline__ float round_out(float x) {
-#if OUT == 2
+#if OUT == 2 || ACCUMULATE == 2
     float r;
     asm("{\n.reg .f16 h;\ncvt.rn.f16.f32 h, %1;\ncvt.f32.f16 %0, h;\n}\n" : "=f"(r) : "f"(x));
     return r;
-#elif OUT == 1
+#elif OUT == 1 || ACCUMULATE == 1
     return __uint_as_float(pack(x, x) << 16);
 #else
     return x;
@@ -270,78 +281,55 @@ __device__ __forceinline__ Parking parking_after(const Params& p, int index, int
 __device__ __forceinline__ float4 four(const float (&x)[kRegs], int i) { return make_float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]); }
 __device__ __forceinline__ void set_four(float (&x)[kRegs], int i, float4 v) { x[4 * i] = v.x, x[4 * i + 1] = v.y, x[4 * i + 2] = v.z, x[4 * i + 3] = v.w; }
 
-// The root: rounded once to the output dtype, then the bias is added and rounded once more, or (ACCUMULATE) it is added to what
-// is there. value(j) gives a thread's four values of columns 8 j .. 8 j + 7: two neighbours in one row, two in the row 8 below.
+// The root: rounded once to the output dtype, then the bias is added and rounded once more. value(j) gives a thread's four
+// values of columns 8 j .. 8 j + 7: two neighbours in one row, two in the row 8 below.
 template <class Value>
 __device__ __forceinline__ void store_root(const Params& p, int row0, int col0, int lane, Value value) {
     const int q = lane & 3;
     const int row = row0 + lane / 4;
     const bool inside[2] = {row < p.rows, row + 8 < p.rows};
-    const int four_at = col0 + (q & 1 ? 8 : 0) + (q & 2) * 2;  // a lane's columns once neighbours have swapped halves
 #pragma unroll
-    for (int first = 0; first < BN / 8; first += 2 * kAhead) {
-#if ACCUMULATE && !SWAP
-        float4 sums[kAhead][2];  // one wait for all of them
+    for (int j = 0; j < BN / 8; j += 2) {
+        const float4 left = value(j), right = value(j + 1);
 #pragma unroll
-        for (int i = 0; i < 2 * kAhead; i++) {
-            const int c = four_at + (first + i / 2 * 2) * 8;
-            if (inside[i % 2] && c < p.cols) sums[i / 2][i % 2] = *(float4*)((float*)p.out + (row + 8 * (i % 2)) * p.out_stride + c);
-        }
-#endif
-#pragma unroll
-        for (int j = first; j < first + 2 * kAhead; j += 2) {
-            const float4 left = value(j), right = value(j + 1);
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float v[4] = {half ? left.z : left.x, half ? left.w : left.y, half ? right.z : right.x, half ? right.w : right.y};
-                const int col = col0 + j * 8 + q * 2;
+        for (int half = 0; half < 2; half++) {
+            float v[4] = {half ? left.z : left.x, half ? left.w : left.y, half ? right.z : right.x, half ? right.w : right.y};
+            const int col = col0 + j * 8 + q * 2;
 #if SWAP  // the tile lies transposed in the output: a column here is a token
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int token = col + (i & 1) + (i >> 1) * 8, feature = row + 8 * half;
-                    if (!inside[half] || token >= p.cols) continue;
-                    const float x = BIAS ? round_out(v[i]) + bias_at(p.bias, feature) : v[i];
-                    const long long at = (long long)token * p.out_stride + feature;
-#if ACCUMULATE
-                    ((float*)p.out)[at] = __fadd_rn(((float*)p.out)[at], round_out(x));
-#elif OUT == 0
-                    ((float*)p.out)[at] = x;
-#else
-                    ((unsigned short*)p.out)[at] = (unsigned short)pack(x, x);
-#endif
-                }
-                continue;
-#endif
-                const long long line = (row + 8 * half) * p.out_stride;
-#if BIAS && !SWAP
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int c = col + (i & 1) + (i >> 1) * 8;
-                    if (c < p.cols) v[i] = round_out(v[i]) + bias_at(p.bias, c);
-                }
-#endif
+            for (int i = 0; i < 4; i++) {
+                const int token = col + (i & 1) + (i >> 1) * 8, feature = row + 8 * half;
+                if (!inside[half] || token >= p.cols) continue;
+                const float x = BIAS ? round_out(v[i]) + bias_at(p.bias, feature) : v[i];
+                const long long at = (long long)token * p.out_stride + feature;
 #if OUT == 0
-                float* out = (float*)p.out + line;
-                if (inside[half] && col < p.cols) *(float2*)(out + col) = make_float2(v[0], v[1]);
-                if (inside[half] && col + 8 < p.cols) *(float2*)(out + col + 8) = make_float2(v[2], v[3]);
+                ((float*)p.out)[at] = x;
 #else
-                // Neighbours swap halves, so that four lanes write 32 consecutive bytes, or 64 of fp32.
-                const u32 mine = pack(v[0], v[1]), next = pack(v[2], v[3]);
-                const u32 got = __shfl_xor_sync(0xffffffffu, q & 1 ? mine : next, 1);
-                const uint2 rounded = q & 1 ? make_uint2(got, next) : make_uint2(mine, got);
-                const int c = four_at + j * 8;
-                if (inside[half] && c < p.cols) {
-#if ACCUMULATE && !SWAP
-                    const float4 sum = sums[(j - first) / 2][half];
-                    const float2 low = unpack(rounded.x), high = unpack(rounded.y);
-                    *(float4*)((float*)p.out + line + c) = make_float4(
-                        __fadd_rn(sum.x, low.x), __fadd_rn(sum.y, low.y), __fadd_rn(sum.z, high.x), __fadd_rn(sum.w, high.y));
-#else
-                    *(uint2*)((unsigned short*)p.out + line + c) = rounded;
-#endif
-                }
+                ((unsigned short*)p.out)[at] = (unsigned short)pack(x, x);
 #endif
             }
+            continue;
+#endif
+            const long long line = (long long)(row + 8 * half) * p.out_stride;
+#if BIAS && !SWAP
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int c = col + (i & 1) + (i >> 1) * 8;
+                if (c < p.cols) v[i] = round_out(v[i]) + bias_at(p.bias, c);
+            }
+#endif
+#if OUT == 0
+            float* out = (float*)p.out + line;
+            if (inside[half] && col < p.cols) *(float2*)(out + col) = make_float2(v[0], v[1]);
+            if (inside[half] && col + 8 < p.cols) *(float2*)(out + col + 8) = make_float2(v[2], v[3]);
+#else
+            // Neighbours swap halves, so that four lanes write 32 consecutive bytes.
+            const u32 mine = pack(v[0], v[1]), next = pack(v[2], v[3]);
+            const u32 got = __shfl_xor_sync(0xffffffffu, q & 1 ? mine : next, 1);
+            const int c = col0 + j * 8 + (q & 1 ? 8 : 0) + (q & 2) * 2;
+            if (inside[half] && c < p.cols)
+                *(uint2*)((unsigned short*)p.out + line + c) = q & 1 ? make_uint2(got, next) : make_uint2(mine, got);
+#endif
         }
     }
 }
@@ -453,7 +441,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #if CLUSTER > 1
     __cluster_dims__(CLUSTER, 1, 1)
 #endif
-    tree_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ Params p) {
+    tree_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_out,
+              const __grid_constant__ Params p) {  // map_out is for ACCUMULATE
     extern __shared__ char raw[];
     char* shared = (char*)(((u64)raw + 1023) & ~1023ull);  // the swizzle repeats every 1024 bytes
     char* stage_a = shared;
@@ -470,7 +459,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             barrier_init(full + 8 * s, 1);              // the producer's expect, then the bytes
-            barrier_init(empty + 8 * s, 8 * CLUSTER);   // every consumer warp of every block that the stage's B went to
+            barrier_init(empty + 8 * s, 8 * CLUSTER * (EVERY_LANE_ARRIVES ? 32 : 1));  // consumer warps of every block that B went to
         }
         for (int s = 0; s < DEPTH; s++) barrier_init(parked + 8 * s, 8);  // every consumer warp has parked a value in slot s
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -481,8 +470,26 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     int stage = 0;
     u32 phase = 0;
     if (warpgroup == 2) {  // ---- producer
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(ACCUMULATE ? 40 : 24));
         if (warp == 8 && lane == 0) {
+#if ACCUMULATE
+            int sum_row = -1, sum_col = 0;  // the tile whose output is due
+            auto bring = [&]() {
+                if (sum_row < 0) return;
+                for (int first = 0; first < kBoxes; first += kBoxesStage) {
+                    const u32 bar = full + 8 * stage;
+                    const int boxes = min(kBoxesStage, kBoxes - first);
+                    barrier_wait(empty + 8 * stage, phase ^ 1);
+                    barrier_expect(bar, boxes * kBytesA);
+                    for (int i = 0; i < boxes; i++) {
+                        const char* to = i == 0 ? stage_a + stage * kBytesA : stage_b + stage * kBytesB + (i - 1) * kBytesA;
+                        copy(smem_address(to), &map_out, bar, sum_col + 32 * (first + i), sum_row, 0, 0);
+                    }
+                    if (++stage == STAGES) stage = 0, phase ^= 1;
+                }
+                sum_row = -1;
+            };
+#else
             const char* scratch = (const char*)(p.scratch + (long long)blockIdx.x * DEPTH * kSlotVecs * kConsumers);
             int in_scratch = 0;   // parked values, and a bit per slot: the phase of its barrier
             u32 slot_phases = 0;
@@ -508,6 +515,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 in_scratch += due.park;
                 due.park = false;
             };
+#endif
             for (int index = first_unit; index < units; index += unit_step) {
                 const Unit u = unit_at(p, index);
                 const int row0 = (u.m * CLUSTER + cta) * kBM, col0 = u.n * BN;
@@ -519,10 +527,6 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                             barrier_expect(bar, kBytesA + kBytesB);
                             const u32 to_a = smem_address(stage_a) + stage * kBytesA, to_b = smem_address(stage_b) + stage * kBytesB;
                             const int k = step * kBK;
-#if ACCUMULATE && !SWAP  // what the root will be added to comes into L2 meanwhile
-                            for (int i = step * kBM / p.steps; i < (step + 1) * kBM / p.steps && row0 + i < p.rows; i++)
-                                prefetch_bulk((float*)p.out + (row0 + i) * p.out_stride + col0, min(BN, p.cols - col0) * 4);
-#endif
 #if A_MAJOR == 0
                             copy(to_a, &map_a, bar, k, leaf, piece, row0);
 #else
@@ -541,16 +545,21 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                             if (++stage == STAGES) stage = 0, phase ^= 1;
                             bring();  // up to 192 columns: consumers issue the next leaf's first step, then merge
                         }
+#if ACCUMULATE
+                    sum_row = row0, sum_col = col0;
+                    if (BN == 256) bring();
+#else
                     if (kPiped && DEPTH > 0) {
                         due = parking_after(p, index, leaf - u.first, leaf + 1 == u.last);
                         if (BN == 256) bring();
                     }
+#endif
                 }
             }
             bring();
         }
     } else {  // ---- consumers
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(ACCUMULATE ? 232 : 240));
         float acc[kRegs];
         Stack stack;
         stack.shared = shared_slot + threadIdx.x;
@@ -574,7 +583,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         };
         // All steps but the newest one are done: the stage of the one before is free in every block that shares B.
         auto release = [&]() {
-            if (before >= 0 && lane < CLUSTER) barrier_arrive(empty + 8 * before, lane);
+            if (before >= 0) arrive_empty(empty + 8 * before, lane);
             before = stage;
             if (++stage == STAGES) stage = 0, phase ^= 1;
         };
@@ -589,7 +598,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         auto drain = [&](float (&last)[kRegs]) {
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             pin(last);
-            if (before >= 0 && lane < CLUSTER) barrier_arrive(empty + 8 * before, lane);
+            if (before >= 0) arrive_empty(empty + 8 * before, lane);
             before = -1;
         };
 
@@ -604,8 +613,30 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #pragma unroll
                 for (int i = 0; i < kPieceVecs && first + i < kSlotVecs; i++)
                     set_four(x, first + i, add(i < kVecsA ? part_a[i * kConsumers] : part_b[(i - kVecsA) * kConsumers], four(x, first + i)));
-                __syncwarp();  // all lanes have read
-                if (lane < CLUSTER) barrier_arrive(empty + 8 * stage, lane);
+                hand_back(empty + 8 * stage, lane);
+                if (++stage == STAGES) stage = 0, phase ^= 1;
+                if (before >= 0) drain(acc);  // the producer cannot go round while that stage is kept
+            }
+        };
+        // x = what is in the output + the rounded root, one fp32 addition. In the swizzled boxes the 16 bytes c of line r lie at c ^ r % 8.
+        auto add_root = [&](float (&x)[kRegs]) {
+            const int line = warpgroup * 64 + warp % 4 * 16 + lane / 4;
+#pragma unroll
+            for (int first = 0; first < kBoxes; first += kBoxesStage) {
+                barrier_wait(full + 8 * stage, phase);
+#pragma unroll
+                for (int i = 0; i < kBoxesStage && first + i < kBoxes; i++) {
+                    const u32 box = smem_address(i == 0 ? stage_a + stage * kBytesA : stage_b + stage * kBytesB + (i - 1) * kBytesA);
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        const u32 at = box + line * 128 + ((2 * j + (lane & 3) / 2) ^ (lane / 4)) * 16 + (lane & 1) * 8;
+                        const float2 above = load_shared(at), below = load_shared(at + 8 * 128);
+                        float* to = x + 4 * (4 * (first + i) + j);
+                        to[0] = __fadd_rn(above.x, round_out(to[0])), to[1] = __fadd_rn(above.y, round_out(to[1]));
+                        to[2] = __fadd_rn(below.x, round_out(to[2])), to[3] = __fadd_rn(below.y, round_out(to[3]));
+                    }
+                }
+                hand_back(empty + 8 * stage, lane);
                 if (++stage == STAGES) stage = 0, phase ^= 1;
                 if (before >= 0) drain(acc);  // the producer cannot go round while that stage is kept
             }
@@ -631,6 +662,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #if BN == 256
             if (!done.last) return hold(stack, 0, x);
 #endif
+#endif
+#if ACCUMULATE
+            add_root(x);
 #endif
             finish(p, x, done, cta, warpgroup);
         };

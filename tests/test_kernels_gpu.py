@@ -217,6 +217,24 @@ def test_every_configuration_adds_the_bytes_of_the_unfused_way(tokens, rows, col
         assert buffer[:, :32].isnan().all() and buffer[:, 32 + cols :].isnan().all(), config.name
 
 
+def test_a_stage_is_not_refilled_while_it_is_read():
+    """Where registers are loaded from a stage: what is added to, and parked values. A missing fence was wrong in a third of such runs."""
+    from tpinv.kernels import gemm, sm90, tuner
+
+    dy, x, before = wild(4096, 4096), wild(4096, 6144, seed=1), wild(4096, 6144, dtype=FP32, seed=2)
+    parked = problem_of(dy, x, ReductionTree(8), BF16)[1][0]
+    for problem, start in ((adding(dy, x, before.clone()), before), (parked, torch.zeros_like(parked.out))):
+        problem.out.copy_(start)
+        gemm.run(problem, gemm.canonical(problem))
+        expected, wrong = problem.out.clone(), torch.zeros((), dtype=torch.int64, device="cuda")
+        for config in sm90.candidates(problem):
+            for _ in range(100):
+                problem.out.copy_(start)
+                tuner.launch(problem, config)
+                wrong += (problem.out.view(torch.int16) != expected.view(torch.int16)).any()
+            assert not wrong, config
+
+
 def test_adding_to_any_buffer_while_tuning(tmp_path, monkeypatch):
     """The caller's sums are added to once, whatever is verified and timed before."""
     from tpinv.kernels import tuner

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_TENSOR_DTYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
+_TENSOR_DTYPES = {torch.float32: 7, torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
 _SWIZZLE_128B, _L2_PROMOTION_256B = 3, 3
 
 
@@ -150,7 +150,7 @@ def tensor_map(pointer: int, dtype: torch.dtype, sizes: tuple[int, ...], strides
     descriptor = (ctypes.c_char * 128).from_buffer(buffer, shift)
     status = _driver().cuTensorMapEncodeTiled(
         ctypes.byref(descriptor), _TENSOR_DTYPES[dtype], rank, ctypes.c_void_p(pointer),
-        (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*(2 * s for s in strides)),
+        (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*(dtype.itemsize * s for s in strides)),
         (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*([1] * rank)), 0, _SWIZZLE_128B, _L2_PROMOTION_256B, 0,
     )  # fmt: skip
     _check(status, f"cuTensorMapEncodeTiled(sizes={sizes}, strides={strides}, box={box})")

@@ -19,6 +19,7 @@ _BM, _BK, _THREADS, _CONSUMERS = 128, 64, 384, 256
 _SHARED_LIMIT = 232448  # bytes a block may have on sm_90
 _OUT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_LEAVES = 64
+EVERY_LANE_ARRIVES = 0  # 1 to run under compute-sanitizer --tool racecheck, see the source
 
 
 def _room(cols: int) -> int:
@@ -132,8 +133,9 @@ def macros(problem: Problem, config: Sm90Config) -> dict[str, int]:
     return {
         "BN": config.cols, "STAGES": config.stages, "CLUSTER": config.cluster, "DEPTH": config.stack_depth(problem.merges),
         "A_MAJOR": major_a, "B_MAJOR": major_b, "IN_FP16": int(problem.a.dtype == torch.float16),
-        "OUT": _OUT[problem.a.dtype if problem.accumulate else problem.out.dtype], "ACCUMULATE": int(problem.accumulate), "NODE_BF16": int(problem.node_bf16), "BIAS": int(problem.bias is not None),
+        "OUT": _OUT[problem.out.dtype], "NODE_BF16": int(problem.node_bf16), "BIAS": int(problem.bias is not None),
         "SHARED_SLOTS": config.shared_slots, "SPLIT": config.parts, "SWAP": int(config.swap),
+        "ACCUMULATE": _OUT[problem.a.dtype] if problem.accumulate else 0, "EVERY_LANE_ARRIVES": EVERY_LANE_ARRIVES,
     }  # fmt: skip
 
 
@@ -212,8 +214,12 @@ def run(problem: Problem, config: Sm90Config, blocks: int | None = None) -> None
         params.arrivals = keep[-1].data_ptr()
     map_a = _operand_map(a, major_a, _BK if major_a else _BM, problem)
     map_b = _operand_map(b, major_b, (_BK if major_b else config.cols) // config.cluster, problem)
+    map_out = map_a  # nobody's
+    if problem.accumulate:
+        out = problem.out
+        map_out = cuda.tensor_map(out.data_ptr(), out.dtype, (out.shape[1], out.shape[0], 1, 1), (out.stride(0), 4, 4), (32, _BM, 1, 1))
     stream = torch.cuda.current_stream(device).cuda_stream
-    cuda.launch(plan.function, plan.grid, _THREADS, plan.shared, stream, map_a, map_b, params)
+    cuda.launch(plan.function, plan.grid, _THREADS, plan.shared, stream, map_a, map_b, map_out, params)
 
 
 _STAGES = (12, 10, 8, 6, 5, 4, 3)
@@ -232,6 +238,8 @@ def candidates(problem: Problem) -> list[Sm90Config]:
         if rows <= 512:
             wanted += [(64, 1, parts, False) for parts in problem.splits if parts <= 2]
     found = []
+    if problem.accumulate:  # what is added to comes in boxes of 128 rows
+        wanted = [(cols, cluster, parts, swap) for cols, cluster, parts, swap in wanted if cols >= 128 and parts == 1 and not swap]
     for cols, cluster, parts, swap in wanted:
         spills = Sm90Config(cols, 3, cluster, 0, parts, swap).spills(merges)
         slots = int(spills and cols <= 128)  # wider tiles get parked values back through the pipeline
