@@ -216,9 +216,9 @@ def attention_oracle(q, k, v, dout, causal):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("sq, sk, width", [(70, 70, 16), (33, 33, 40), (1, 45, 16), (20, 50, 8), (64, 64, 130)])
+@pytest.mark.parametrize("sq, sk, width", [(70, 70, 16), (33, 33, 40), (1, 45, 16), (20, 50, 8), (40, 40, 130)])
 def test_attention_is_right(sq, sk, width, causal):
-    inputs = attention_inputs(sq, sk, 2, 4, 2, width)
+    inputs = attention_inputs(sq, sk, 1, 4, 2, width)
     for name, got, expected in zip(
         ("out", "dq", "dk", "dv"), run_attention(*inputs, causal), attention_oracle(*inputs, causal), strict=True
     ):
@@ -227,9 +227,9 @@ def test_attention_is_right(sq, sk, width, causal):
 
 
 def test_attention_ignores_other_heads_batches_and_later_tokens():
-    inputs = attention_inputs(50, 50, 2, 6, 3, 16)
+    inputs = attention_inputs(50, 50, 2, 4, 2, 16)
     whole = run_attention(*inputs, True)
-    part = run_attention(*(t[:, 1:, -t.shape[2] // 3 :] for t in inputs), True)  # the last group of the second sequence, strided
+    part = run_attention(*(t[:, 1:, -t.shape[2] // 2 :] for t in inputs), True)  # the last group of the second sequence, strided
     for name, a, b in zip(("out", "dq", "dk", "dv"), part, whole, strict=True):
         assert_bitwise_equal(a, b[:, 1:, -a.shape[2] :], name)
     assert_bitwise_equal(run_attention(*(t[:41] for t in inputs), True)[0], whole[0][:41], "a shorter sequence")
