@@ -302,15 +302,15 @@ def test_packed_sequences_have_the_bytes_they_have_alone(heads, groups, d, dtype
 
 
 def test_twin_masked_attention_of_a_pack_moves():
-    """The stock way without a kernel for packs: all rows at once under a mask of blocks."""
-    q, k, v, _ = (t[:, 0].transpose(0, 1) for t in attention_inputs(sum(LENGTHS), 1, 8, 8, 64, torch.float32))
+    """The stock way without a kernel for packs: all rows at once under a mask of blocks, whose key blocks begin at the pack's first row."""
+    q, k, v, _ = (t.transpose(0, 1).transpose(1, 2) for t in attention_inputs(sum(LENGTHS), 1, 8, 8, 64, torch.bfloat16))
     number = torch.repeat_interleave(torch.tensor(LENGTHS)).cuda()
     mask = (number[:, None] == number).tril()
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION):
         sdpa = torch.nn.functional.scaled_dot_product_attention
         whole = sdpa(q, k, v, attn_mask=mask)
-        alone = [sdpa(*(t[:, rows] for t in (q, k, v)), is_causal=True) for rows in sequences() if rows.start < rows.stop]
-    assert compare(whole, torch.cat(alone, 1))
+        alone = [sdpa(*(t[:, :, rows] for t in (q, k, v)), is_causal=True) for rows in sequences() if rows.start < rows.stop]
+    assert compare(whole, torch.cat(alone, 2))
 
 
 def test_more_sequences_than_a_grid_has_places():
