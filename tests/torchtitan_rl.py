@@ -85,7 +85,6 @@ def main() -> None:
     config = rl.invariant_controller(stock(), **sizes)
     model = config.model_spec.model
     model.update_from_config(config=config.trainer)
-    assert "variable-length" in refused(lambda: apply_overrides(config.trainer.override, model))
     replace.is_in_batch_invariant_mode = lambda: True  # as the trainer sets it before it builds
     inner = [layer.attention.inner_attention for layer in model.layers]
     apply_overrides(config.trainer.override, model)
