@@ -1,5 +1,6 @@
 """What the Megatron tests run on ranks, and what they share. A module of its own, so that workers import it by name."""
 
+import queue
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
@@ -16,6 +18,9 @@ from tpinv.integrations.megatron import gpt_layer_spec, is_converted, layers, on
 from tpinv.integrations.megatron.specs import block_spec
 from tpinv.integrations.megatron.verify import DTYPES, Run, StockProvider, build_config, build_model, real_text, train_here
 from tpinv.layers import unshard
+
+# Checkpoints are written in this process. The queue that would reach another one comes with a server process, which imports torch.
+filesystem_async._results_queue = queue.Queue()
 
 
 def in_megatron(job: Callable, tp: int, *args):
