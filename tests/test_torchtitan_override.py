@@ -20,16 +20,17 @@ from torchtitan.config.override import OverrideConfig, apply_overrides
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.distributed.parallel_dims import MeshAxisName
 from torchtitan.models import deepseek_v3, llama3, qwen3
-from torchtitan.models.common.attention import create_varlen_metadata_for_document
+from torchtitan.models.common.attention import FlexAttention, VarlenMetadata, create_varlen_metadata_for_document
+from torchtitan.models.common.attention import VarlenAttention as StockVarlenAttention
 from torchtitan.models.common.feed_forward import SigmoidGatedFeedForward
 from torchtitan.models.common.linear import Linear
 from torchtitan.protocols.module import Module
 
 from tpinv.functional.operators import ALONE
+from tpinv.integrations.torchtitan import replace
 from tpinv.integrations.torchtitan.layers import ScaledDotProductAttention, VarlenAttention
 from tpinv.integrations.torchtitan.loss import CrossEntropyLoss as InvariantLoss
 from tpinv.integrations.torchtitan.recipe import OVERRIDE, Run, build_model_config, build_trainer_config
-from tpinv.integrations.torchtitan.replace import FLEX
 from tpinv.integrations.torchtitan.verify import train
 from tpinv.testing import RankError, assert_bitwise_equal
 
@@ -73,15 +74,25 @@ def test_every_module_with_parameters_is_replaced(run):
             assert placements[0] == placements[1] or placements == [spmd.I, spmd.R], (fqn, name, placements)
 
 
-def test_flex_attention_is_pinned():
-    """Blocks and warps that autotuning would choose are given; a user's own stay."""
+def test_flex_attention_is_computed_by_documents(monkeypatch):
+    """By default, as torchtitan's varlen configs do, without CUDA graphs. In batch-invariant mode it stays, and its gradients are not promised."""
     config = configured(LLAMA)
     config.model_spec.model = llama3.model_registry("debugmodel", attn_backend="flex").model
-    first, second = (layer.attention for layer in config.model_spec.model.layers[:2])
-    second.inner_attention = type(second.inner_attention)(kernel_options={"fwd_BLOCK_M": 64})
+    config.training.disable_cuda_graphs = False
     override(config)
-    layers = [layer.attention.inner_attention.kernel_options for layer in config.model_spec.model.layers]
-    assert layers[0] == FLEX and layers[1] == FLEX | {"fwd_BLOCK_M": 64} and not first.inner_attention.kernel_options
+    inner = [layer.attention.inner_attention for layer in config.model_spec.model.layers]
+    assert {(type(one), tuple(one.window_size)) for one in inner} == {(VarlenAttention.Config, (-1, 0))}
+    assert config.training.disable_cuda_graphs
+    masks = config.model_spec.model.build().get_attention_masks(positions=torch.arange(8).view(1, 8) % 5)
+    assert isinstance(masks, VarlenMetadata) and masks.cu_seq_q.tolist() == [0, 5, 8]
+    monkeypatch.setattr(replace, "is_in_batch_invariant_mode", lambda: True)
+    for backend, stock in (("flex", FlexAttention), ("varlen", StockVarlenAttention)):
+        config.model_spec.model = llama3.model_registry("debugmodel", attn_backend=backend).model
+        with pytest.raises(ValueError, match="gradients depend on the heads of a rank"):
+            override(config)
+        config.model_spec.model = llama3.model_registry("debugmodel", attn_backend=backend).model
+        override(config, forward_only=True)
+        assert {type(layer.attention.inner_attention) for layer in config.model_spec.model.layers} == {stock.Config}
 
 
 def test_a_second_time_changes_nothing():
@@ -109,8 +120,8 @@ def test_the_command_line_names_one_override():
     config = ConfigManager().parse_args([*arguments, OVERRIDE])
     config.model_spec.model.update_from_config(config=config)
     replaced = apply_overrides(config.override, config)
-    # 6 layers; embedding, norm, output layer, loss; checkpointing; 4 groups of settings
-    assert len(replaced) == 6 + 4 + 1 + 4
+    # 6 layers; embedding, norm, output layer, loss; checkpointing; 5 groups of settings
+    assert len(replaced) == 6 + 4 + 1 + 5
     config = ConfigManager().parse_args([*arguments, OVERRIDE + '={"leaves": 16}'])
     assert list(config.override.imports) == [(OVERRIDE, {"leaves": 16})]
 
@@ -147,12 +158,6 @@ def strange_attention():
     return model
 
 
-def flash():
-    model = llama3.model_registry("debugmodel", attn_backend="flex").model
-    model.layers[0].attention.inner_attention.kernel_options["BACKEND"] = "FLASH"
-    return model
-
-
 def window():
     model = llama3.model_registry("debugmodel", attn_backend="varlen").model
     model.layers[0].attention.inner_attention.window_size = (64, 0)
@@ -165,7 +170,6 @@ MODELS = {
     "SigmoidGatedFeedForward.Config is not covered": gated,
     "Float8 is not covered": float8,
     r"window_size=\(64, 0\) is not covered": window,
-    "backend 'FLASH'": flash,
     "the attention .*Strange.Config is not covered": strange_attention,
     "AllGatherFused.* is not covered": lambda: llama3.model_registry("debugmodel", tp_gemm_backend="dist_gemm").model,
 }

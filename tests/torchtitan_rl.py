@@ -95,7 +95,7 @@ def main() -> None:
 
     # A generator's attention is in its place before overrides are applied, and stays.
     vllm = VLLMAttentionWrapper.Config(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
-    assert replace._inner_attention(vllm) is vllm
+    assert replace._inner_attention(vllm, False) is vllm
     print("every check passed")
 
 

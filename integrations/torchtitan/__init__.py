@@ -11,7 +11,7 @@ from tpinv.integrations.torchtitan import compat  # isort: skip  # noqa: F401  b
 from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config import Configurable
-from torchtitan.config.configs import CompileConfig, DebugConfig, ParallelismConfig
+from torchtitan.config.configs import CompileConfig, DebugConfig, ParallelismConfig, TrainingConfig
 from torchtitan.config.override import override
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
 from torchtitan.protocols.model import BaseModel
@@ -22,7 +22,8 @@ from tpinv.integrations.torchtitan.module import TreeConfig
 from tpinv.integrations.torchtitan.replace import invariant_config
 from tpinv.tree import ReductionTree
 
-_CLAIMED = (Module.Config, BaseLoss.Config, SelectiveAC.Config, ParallelismConfig, CompileConfig, DebugConfig, OptimizersContainer.Config)
+_SETTINGS = (ParallelismConfig, TrainingConfig, CompileConfig, DebugConfig, OptimizersContainer.Config)
+_CLAIMED = (Module.Config, BaseLoss.Config, SelectiveAC.Config, *_SETTINGS)
 
 
 class _Claims(type):

@@ -4,10 +4,12 @@ The shardings of states stay the stock ones, except that norm weights are invari
 them replicated (R): their gradients leave backward complete, and FSDP must not add them up once more.
 """
 
+from functools import partial
+
 import spmd_types as spmd
 from torchtitan.components import loss as stock_loss
 from torchtitan.components.optimizer import OptimizersContainer
-from torchtitan.config.configs import CompileConfig, DebugConfig, ParallelismConfig
+from torchtitan.config.configs import CompileConfig, DebugConfig, ParallelismConfig, TrainingConfig
 from torchtitan.config.override import derive
 from torchtitan.distributed import activation_checkpoint
 from torchtitan.distributed.parallel_dims import MeshAxisName, SpmdLayout
@@ -16,6 +18,7 @@ from torchtitan.models.common import attention, embedding, feed_forward, linear,
 from torchtitan.models.common.decoder import TransformerBlock
 from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import ShardingConfig
+from torchtitan.tools.logging import logger
 
 from tpinv.integrations.torchtitan import layers
 from tpinv.integrations.torchtitan.checkpointing import SelectiveAC
@@ -29,11 +32,6 @@ CAST_LINEAR = "torchtitan.experiments.rl.models.cast_linear.CastLinear.Config"
 # A generator's own attention, by its name for the same reason.
 VLLM_ATTENTION = "torchtitan.experiments.rl.models.attention.VLLMAttentionWrapper.Config"
 ELEMENTWISE = ("Adam", "AdamW")  # optimizers that see a parameter's elements one by one
-# Else blocks, and the warps that add within one, are chosen by timing: on every rank, and at every size, anew.
-FLEX = {"BACKEND": "TRITON"} | {
-    "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3,
-    "bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64, "bwd_num_warps": 4, "bwd_num_stages": 2,
-}  # fmt: skip
 OURS = (layers.LMHead.Config, layers.FinalNorm.Config, layers.RMSNorm.Config, layers.Embedding.Config, CrossEntropyLoss.Config)
 
 
@@ -42,11 +40,17 @@ def invariant_config(config, tree: ReductionTree, *, forward_only: bool = False)
     if isinstance(config, (ParallelismConfig, CompileConfig, DebugConfig, OptimizersContainer.Config)):
         check_settings(config, tree, forward_only)
         return config
+    if isinstance(config, TrainingConfig):
+        if not config.disable_cuda_graphs:
+            logger.info(
+                "tpinv: CUDA graphs are off, since a batch's documents are as many as they are; so they are in torchtitan's varlen configs"
+            )
+        return derive(config, type(config), disable_cuda_graphs=True)
     if isinstance(config, activation_checkpoint.SelectiveAC.Config):
         stock = type(config) is activation_checkpoint.SelectiveAC.Config
         return derive(config, SelectiveAC.Config) if stock else config  # another policy is its author's
     if isinstance(config, TransformerBlock.Config):
-        return _block(config, tree)
+        return _block(config, tree, forward_only)
     if type(config) in OURS:
         return config
     known = {
@@ -85,17 +89,18 @@ def check_settings(config, tree: ReductionTree, forward_only: bool) -> None:
             raise ValueError(f"{', '.join(unknown)} may add up elements of a sharded parameter; use {' or '.join(ELEMENTWISE)}")
 
 
-def _block(config: TransformerBlock.Config, tree: ReductionTree) -> TransformerBlock.Config:
+def _block(config: TransformerBlock.Config, tree: ReductionTree, forward_only: bool) -> TransformerBlock.Config:
     parts = {name: getattr(config, name) for name in config.__dataclass_fields__ if isinstance(getattr(config, name), Module.Config)}
     if config.moe is not None:
         raise ValueError("mixture of experts is not covered; use a dense model")
-    known = {"attention": _attention, "feed_forward": _feed_forward, "attention_norm": _norm, "ffn_norm": _norm}
+    with_attention = partial(_attention, forward_only=forward_only)
+    known = {"attention": with_attention, "feed_forward": _feed_forward, "attention_norm": _norm, "ffn_norm": _norm}
     if unknown := parts.keys() - known.keys():
         raise ValueError(f"{_name(config)} has parts that are not covered: {sorted(unknown)}; use a dense decoder without them")
     return derive(config, type(config), **{name: known[name](part, tree) for name, part in parts.items()})
 
 
-def _attention(config, tree: ReductionTree):
+def _attention(config, tree: ReductionTree, forward_only: bool):
     _exactly(config, attention.GQAttention.Config)
     if isinstance(config.qkv_linear, (layers.FusedQKVLinear.Config, layers.QKVLinear.Config)):
         return config
@@ -114,33 +119,34 @@ def _attention(config, tree: ReductionTree):
         qkv_linear=derive(qkv, layers.FusedQKVLinear.Config if fused else layers.QKVLinear.Config, sharding_config=None, **linears),
         wo=_row(config.wo, tree),
         qk_norm=qk_norm,
-        inner_attention=_inner_attention(config.inner_attention),
+        inner_attention=_inner_attention(config.inner_attention, forward_only),
         rope=derive(config.rope, type(config.rope), sharding_config=None),
     )
 
 
-def _inner_attention(config):
+def _inner_attention(config, forward_only: bool):
     """Attention within a head adds nothing across ranks, but a kernel's schedule must not depend on how many heads a rank holds.
-    vLLM's is left alone: what it computes is vLLM's promise."""
+
+    FlexAttention's mask is the trainer's, causal within documents: what VarlenAttention computes from their lengths, and what its config
+    makes the trainer hand over. In batch-invariant mode the stock kernels stay, bit for bit what the generator uses; their gradients change
+    with the heads of a rank. vLLM's attention is left alone: what it computes is vLLM's promise.
+    """
     if type(config) is attention.ScaledDotProductAttention.Config:
         return derive(config, layers.ScaledDotProductAttention.Config, sharding_config=None)
-    if type(config) is attention.FlexAttention.Config:
-        if (backend := config.kernel_options.get("BACKEND", "TRITON")) != "TRITON":
-            raise ValueError(
-                f"FlexAttention's backend {backend!r} is not shown not to depend on the heads of a rank; use attn_backend='flex'"
-            )
-        return derive(config, type(config), sharding_config=None, kernel_options=FLEX | config.kernel_options)
-    if type(config) is attention.VarlenAttention.Config:
-        if is_in_batch_invariant_mode():  # what vLLM computes with, bit for bit
+    if type(config) in (attention.FlexAttention.Config, attention.VarlenAttention.Config):
+        if is_in_batch_invariant_mode():
+            if not forward_only:
+                raise ValueError(
+                    f"in batch-invariant mode {_name(config)} is stock's, whose gradients depend on the heads of a rank; pass "
+                    "forward_only=True to promise log-probabilities alone, or leave that mode"
+                )
             return derive(config, type(config), sharding_config=None)
-        if tuple(config.window_size) not in layers.WINDOWS:
-            raise ValueError(
-                f"window_size={config.window_size} is not covered; use (-1, 0) or (-1, -1), FlexAttention, or batch-invariant mode"
-            )
+        if (window := tuple(getattr(config, "window_size", (-1, 0)))) not in layers.WINDOWS:
+            raise ValueError(f"window_size={window} is not covered; use (-1, 0) or (-1, -1)")
         return derive(config, layers.VarlenAttention.Config, sharding_config=None)
     if type(config) in (layers.ScaledDotProductAttention.Config, layers.VarlenAttention.Config) or _name(config) == VLLM_ATTENTION:
         return config
-    raise ValueError(f"the attention {_name(config)} is not covered; use ScaledDotProductAttention, or FlexAttention")
+    raise ValueError(f"the attention {_name(config)} is not covered; use attn_backend='flex' or 'varlen'")
 
 
 def _feed_forward(config, tree: ReductionTree):
