@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
 
 def case(layouts: str, *, debug_model: str | None = None, leaves: int = 8, **settings) -> Case:
-    """``layouts`` such as "4 8sp"."""
+    """``layouts`` such as "8sp 4", the last of 4 ranks or more: there stock is compared too."""
     parsed = tuple((int(layout.removesuffix("sp")), layout.endswith("sp")) for layout in layouts.split())
     sizes = (1, 3, 6) if leaves == 24 else (1, 2, 4, 8) if "8" in layouts else (1, 2, 4)
     run = Run("tpinv", 1, False, sizes, leaves, **{"backend": "partial_dtensor", "num_layers": 1, "steps": 1} | settings)
@@ -42,8 +42,8 @@ def case(layouts: str, *, debug_model: str | None = None, leaves: int = 8, **set
 
 CASES = [
     case("2sp 4 4sp", steps=2),
-    case("2 8", dtype="bf16", tied=True, micro_batches=2),
-    case("4 8sp", dtype="bf16", qk_norm=True),
+    case("8 4", dtype="bf16", tied=True, micro_batches=2),
+    case("8sp 4", dtype="bf16", qk_norm=True),
     case("4sp", qk_norm=True, tied=True, fused_qkv=False),
     case("3sp 6", dtype="bf16", leaves=24),
     case("4sp", debug_model="llama3", num_layers=2),
@@ -77,7 +77,7 @@ def test_the_bytes_of_one_rank(case, torchtitan_pool):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_stock_modules_differ(case, torchtitan_pool):
-    """From the same initial weights, at the largest size above."""
+    """From the same initial weights, at the last size above."""
     alone = recording(torchtitan_pool, case, "stock", 1, False)
     found = recording(torchtitan_pool, case, "stock", *case.layouts[-1])
     ours = recording(torchtitan_pool, case, "tpinv", 1, False)
