@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+COMPILE := $(BIN)/python -m compileall -qq -j 0  # on all cores; pip would use one
 MEGATRON_NEW := $(VENV)/megatron-core-0.19.2
 export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS ?= ignore
@@ -29,8 +30,8 @@ verify-all: $(VENV)/.ready $(MEGATRON_NEW)/.ready  ## every combination that the
 
 $(VENV)/.ready: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[megatron,torchtitan,plot,test]"
+	$(BIN)/pip install --quiet --no-compile "$(TORCH)" --editable ".[megatron,torchtitan,plot,test]"
+	$(COMPILE) $(VENV)/lib || true  # some packages hold templates that are no Python
 	touch $@
 
 # The newest release asks for Python 3.12, but is pure Python but for a part that nothing here uses: its wheel runs unpacked.
@@ -38,6 +39,7 @@ $(MEGATRON_NEW)/.ready: $(VENV)/.ready
 	rm -rf $(MEGATRON_NEW)
 	$(BIN)/pip download --quiet --python-version 3.12 --only-binary=:all: --no-deps --dest $(MEGATRON_NEW) megatron-core==0.19.2
 	cd $(MEGATRON_NEW) && for wheel in *.whl; do ../bin/python -m zipfile -e "$$wheel" . && rm "$$wheel"; done
+	$(COMPILE) $(MEGATRON_NEW)
 	touch $@
 
 clean:
