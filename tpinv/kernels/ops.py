@@ -4,13 +4,12 @@ None of them has a gradient formula: the gradient of one product of a linear is 
 known to tpinv.functional alone.
 """
 
-import dataclasses
+import functools
 
 import torch
 from torch import Tensor
 
-from tpinv.kernels import sums, tuner
-from tpinv.kernels.problem import make_problems
+from tpinv.kernels import calls, sums
 from tpinv.tree import ReductionTree
 
 _library = torch.library.Library("tpinv", "FRAGMENT")
@@ -29,31 +28,30 @@ _library.define(
 )
 
 
+@functools.cache
+def _subtrees(leaves: int, rank: int, ranks: int) -> int:
+    return len(ReductionTree(leaves).subtrees(rank, ranks))
+
+
 def tree_gemm_cuda(a, b, bias, leaves, node_dtype, rank, ranks, stride, out_dtype, precision) -> Tensor:
-    tree = ReductionTree(leaves, node_dtype)
-    out = a.new_empty(len(tree.subtrees(rank, ranks)), a.shape[0], b.shape[1], dtype=out_dtype)
+    out = a.new_empty(_subtrees(leaves, rank, ranks), a.shape[0], b.shape[1], dtype=out_dtype)
     if out.numel() == 0:
         return out
     if a.shape[1] == 0:  # an empty sum
         return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
-    with torch.cuda.device(a.device):
-        for problem in make_problems(a, b.t(), out, bias, tree, rank, ranks, stride, precision):
-            tuner.run(problem)
+    calls.run(a, b, out, bias, leaves, node_dtype, rank, ranks, stride, precision)
     return out
 
 
 def tree_gemm_fake(a, b, bias, leaves, node_dtype, rank, ranks, stride, out_dtype, precision) -> Tensor:
-    subtrees = ReductionTree(leaves, node_dtype).subtrees(rank, ranks)
-    return a.new_empty(len(subtrees), a.shape[0], b.shape[1], dtype=out_dtype)
+    return a.new_empty(_subtrees(leaves, rank, ranks), a.shape[0], b.shape[1], dtype=out_dtype)
 
 
 def add_matmul_cuda(total, a, b, precision) -> None:
     if total.numel() == 0 or a.shape[1] == 0:
         total.add_(0.0)  # an empty sum is +0.0, and -0.0 + 0.0 another zero
         return
-    (problem,) = make_problems(a, b.t(), total.unsqueeze(0), None, ReductionTree(1), 0, 1, 1, precision)
-    with torch.cuda.device(a.device):
-        tuner.run(dataclasses.replace(problem, accumulate=True))
+    calls.run(a, b, total.unsqueeze(0), None, 1, "float32", 0, 1, 1, precision, accumulate=True)
 
 
 def add_matmul_fake(total, a, b, precision) -> None:
@@ -66,7 +64,7 @@ def column_sum_cuda(x, leaves, rank, ranks) -> Tensor:
 
 
 def column_sum_fake(x, leaves, rank, ranks) -> Tensor:
-    return x.new_empty(len(ReductionTree(leaves).subtrees(rank, ranks)), x.shape[1], dtype=torch.float32)
+    return x.new_empty(_subtrees(leaves, rank, ranks), x.shape[1], dtype=torch.float32)
 
 
 _library.impl("tree_gemm", tree_gemm_cuda, "CUDA")

@@ -6,6 +6,7 @@ moves work around and no bit; the tuner holds every configuration to that before
 
 import ctypes
 import functools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -108,8 +109,8 @@ def fits(problem: Problem, config: Sm90Config) -> bool:
     return (config.swap or _writes_vectors(problem)) and not narrow and config.parts in problem.splits and enough
 
 
-def _operand_map(t: torch.Tensor, major: int, rows: int, problem: Problem):
-    """``rows``: how many rows of ``t`` one copy brings (when k is contiguous), or how many k (when rows are)."""
+def _operand_box(t: torch.Tensor, major: int, rows: int, problem: Problem) -> tuple:
+    """What cuda.tensor_map takes after the address. ``rows``: how many rows of ``t`` one copy brings (when k is contiguous), or how many k (when rows are)."""
     leaf, piece = problem.length * t.stride(1), problem.piece_stride * t.stride(1)
     if major == 0:
         sizes = (problem.length, problem.leaves, problem.pieces, t.shape[0])
@@ -119,7 +120,7 @@ def _operand_map(t: torch.Tensor, major: int, rows: int, problem: Problem):
         strides, box = (t.stride(1), leaf, piece), (64, rows, 1, 1)
     # A dimension of size one is never stepped over, but its stride must still be a legal one.
     strides = tuple(8 if n == 1 else s for s, n in zip(strides, sizes[1:], strict=True))
-    return cuda.tensor_map(t.data_ptr(), t.dtype, sizes, strides, box)
+    return t.dtype, sizes, strides, box
 
 
 @functools.cache
@@ -193,33 +194,45 @@ def run(problem: Problem, config: Sm90Config, blocks: int | None = None) -> None
 
     ``blocks``: how many multiprocessors to use (default: all). It moves the boundary between whole and split tiles.
     """
-    device = problem.a.device
+    bias = None if problem.bias is None else problem.bias.data_ptr()
+    launcher(problem, config, blocks)(problem.a.data_ptr(), problem.b.data_ptr(), problem.out.data_ptr(), bias)
+
+
+def launcher(problem: Problem, config: Sm90Config, blocks: int | None = None) -> Callable[[int, int, int, int | None], None]:
+    """:func:`run` for the addresses of a, b, out and bias; of ``problem``'s own tensors only what is no address is used."""
+    device, out_dtype, out_stride, accumulate, swap = (
+        problem.a.device, problem.out.dtype, problem.out.stride(0), problem.accumulate, config.swap,
+    )  # fmt: skip
     sides = [(problem.a, problem.major[0]), (problem.b, problem.major[1])]
-    (a, major_a), (b, major_b) = reversed(sides) if config.swap else sides
+    (a, major_a), (b, major_b) = reversed(sides) if swap else sides
     plan = _plan(
         device.index, config, tuple(macros(problem, config).items()), a.shape[0], b.shape[0],
         -(-problem.length // _BK), problem.pieces, problem.merges, problem.splits[config.parts], blocks,
     )  # fmt: skip
-    params = _Params.from_buffer_copy(plan.params)
-    params.out, params.out_stride = problem.out.data_ptr(), problem.out.stride(0)
-    params.bias = problem.bias.data_ptr() if problem.bias is not None else None
-    keep = []  # freed to the allocator after the launch: later work on this stream comes after the kernel
-    if plan.scratch:
-        keep.append(torch.empty(plan.scratch, dtype=torch.float32, device=device))
-        params.scratch = keep[-1].data_ptr()
-    if plan.parts:
-        keep.append(torch.empty(plan.parts, dtype=torch.float32, device=device))
-        params.parts = keep[-1].data_ptr()
-        keep.append(arrivals(plan.counters, device))
-        params.arrivals = keep[-1].data_ptr()
-    map_a = _operand_map(a, major_a, _BK if major_a else _BM, problem)
-    map_b = _operand_map(b, major_b, (_BK if major_b else config.cols) // config.cluster, problem)
-    map_out = map_a  # nobody's
-    if problem.accumulate:
-        out = problem.out
-        map_out = cuda.tensor_map(out.data_ptr(), out.dtype, (out.shape[1], out.shape[0], 1, 1), (out.stride(0), 4, 4), (32, _BM, 1, 1))
-    stream = torch.cuda.current_stream(device).cuda_stream
-    cuda.launch(plan.function, plan.grid, _THREADS, plan.shared, stream, map_a, map_b, map_out, params)
+    box_a = _operand_box(a, major_a, _BK if major_a else _BM, problem)
+    box_b = _operand_box(b, major_b, (_BK if major_b else config.cols) // config.cluster, problem)
+    box_out = (out_dtype, (problem.cols, problem.rows, 1, 1), (out_stride, 4, 4), (32, _BM, 1, 1))
+
+    def launch(a: int, b: int, out: int, bias: int | None) -> None:
+        params = _Params.from_buffer_copy(plan.params)
+        params.out, params.out_stride, params.bias = out, out_stride, bias
+        keep = []  # freed to the allocator after the launch: later work on this stream comes after the kernel
+        if plan.scratch:
+            keep.append(torch.empty(plan.scratch, dtype=torch.float32, device=device))
+            params.scratch = keep[-1].data_ptr()
+        if plan.parts:
+            keep.append(torch.empty(plan.parts, dtype=torch.float32, device=device))
+            params.parts = keep[-1].data_ptr()
+            keep.append(arrivals(plan.counters, device))
+            params.arrivals = keep[-1].data_ptr()
+        if swap:
+            a, b = b, a
+        map_a, map_b = cuda.tensor_map(a, *box_a), cuda.tensor_map(b, *box_b)
+        map_out = cuda.tensor_map(out, *box_out) if accumulate else map_a  # else nobody's
+        stream = torch.cuda.current_stream(device).cuda_stream
+        cuda.launch(plan.function, plan.grid, _THREADS, plan.shared, stream, map_a, map_b, map_out, params)
+
+    return launch
 
 
 _STAGES = (12, 10, 8, 6, 5, 4, 3)

@@ -43,17 +43,36 @@ def launch(problem: Problem, config: Config, blocks: int | None = None) -> None:
 
 
 def run(problem: Problem) -> None:
-    """Fills ``problem.out``, or adds to it, with the fastest verified configuration. Choosing one works on other outputs."""
+    """Fills ``problem.out``, or adds to it, with the fastest verified configuration; in a capture that meets a new shape, which can
+    neither verify nor time, with the canonical one."""
+    config = choose(problem)
+    if config is None:
+        warnings.warn(
+            "tpinv meets a new shape while a CUDA graph is captured, where it can neither verify nor time; it uses the slow "
+            "canonical kernel. Run the model once before capturing.",
+            stacklevel=4,
+        )
+        config = gemm.canonical(problem)
+    launch(problem, config)
+
+
+def choose(problem: Problem) -> Config | None:
+    """The fastest verified configuration for ``problem``; None in a capture that meets a new shape. Works on outputs of its own."""
     key = _shape_class(problem)
     config = _chosen.get(key)
-    if config is None:
+    if config is None and not torch.cuda.is_current_stream_capturing():
         config = _choose(problem, key)
-    launch(problem, config)
+    return config
 
 
 def choice(problem: Problem) -> Config | None:
     """The configuration chosen for ``problem``, if one was."""
     return _chosen.get(_shape_class(problem))
+
+
+def choices() -> dict[tuple, Config]:
+    """All that were chosen in this process."""
+    return _chosen
 
 
 def _shape_class(problem: Problem) -> tuple:
@@ -79,13 +98,6 @@ def candidates(problem: Problem) -> list[Config]:
 
 
 def _choose(problem: Problem, key: tuple) -> Config:
-    if torch.cuda.is_current_stream_capturing():
-        warnings.warn(
-            "tpinv meets a new shape while a CUDA graph is captured, where it can neither verify nor time; it uses the slow "
-            "canonical kernel. Run the model once before capturing.",
-            stacklevel=4,
-        )
-        return gemm.canonical(problem)
     device = problem.a.device.index
     stored = _load(device)
     name = repr(key[1:])

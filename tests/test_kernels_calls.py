@@ -1,0 +1,120 @@
+"""What a repeated call launches is what a first one would: same kernels, same arguments, the new addresses. On pretended GPU functions."""
+
+import contextlib
+import dataclasses
+import types
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tpinv.kernels import calls, cuda, gemm, sm90, tuner
+from tpinv.kernels.problem import make_problems
+from tpinv.tree import ReductionTree
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """A list of all launches: kernel, sizes, tensor maps, parameters without the addresses of scratch memory."""
+    found = []
+
+    def launch(function, *sizes_maps_params):
+        *others, params = sizes_maps_params
+        copy = sm90._Params.from_buffer_copy(params)
+        copy.scratch = copy.parts = copy.arrivals = None
+        found.append((function, *others, bytes(copy)))
+
+    def run(p, config):
+        tensors = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (p.a, p.b, p.out)]
+        static = (p.leaves, p.length, p.pieces, p.piece_stride, p.merges, p.splits, p.node_bf16, p.precision, p.accumulate)
+        found.append((config, *tensors, p.bias is not None and p.bias.data_ptr(), static))
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: types.SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(cuda, "missing", lambda source: None)
+    monkeypatch.setattr(cuda, "load", lambda *arguments: arguments)
+    monkeypatch.setattr(cuda, "launch", launch)
+    monkeypatch.setattr(cuda, "tensor_map", lambda *arguments: arguments)
+    monkeypatch.setattr(sm90, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(sm90, "arrivals", lambda count, device: torch.zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(gemm, "run", run)
+    for name, value in (("verify", True), ("_equal", True), ("_load", {}), ("_store", None), ("compile_ahead", None)):
+        monkeypatch.setattr(tuner, name, lambda *arguments, value=value: value)
+    monkeypatch.setattr(tuner, "_chosen", {})
+    monkeypatch.setattr(calls, "_kept", {})
+    sm90._plan.cache_clear()
+    yield found
+    sm90._plan.cache_clear()
+
+
+CASES = {
+    "forward": (4096, 512, 1024, "row", BF16, (8, "float32", 0, 1, 1), {}),
+    "two values of a rank": (700, 192, 520, "row", FP32, (24, "float32", 1, 4, 1), {}),
+    "three, bf16 nodes": (700, 192, 520, "column", BF16, (24, "bfloat16", 1, 4, 1), {}),
+    "fused siblings": (300, 256, 264, "column", BF16, (8, "float32", 0, 1, 2), {}),
+    "with a bias": (40, 256, 328, "row", BF16, (8, "float32", 0, 1, 1), {"bias": True}),
+    "wgrad": (600, 520, 328, "both", FP32, (1, "float32", 0, 1, 1), {"accumulate": True}),
+    "wgrad of few features": (40, 520, 136, "both", FP32, (1, "float32", 0, 1, 1), {"accumulate": True}),
+}
+
+
+@pytest.mark.parametrize("pick", [0, -1], ids=["first", "last"])  # candidate: sm90, Triton for few rows
+@pytest.mark.parametrize("case", CASES)
+def test_a_repeated_call_launches_what_a_first_one_would(case, pick, launched, monkeypatch):
+    rows, k, cols, layout, out_dtype, tree, options = CASES[case]
+    monkeypatch.setattr(tuner, "_times", lambda problem, configs: {config: config != configs[pick] for config in configs})
+    planes = len(ReductionTree(*tree[:2]).subtrees(*tree[2:4]))
+
+    def operands():
+        a = torch.zeros(k, rows, dtype=BF16).t() if layout == "both" else torch.zeros(rows, k, dtype=BF16)
+        b = torch.zeros(k, cols, dtype=BF16) if layout != "row" else torch.zeros(cols, k, dtype=BF16).t()
+        bias = torch.zeros(cols, dtype=out_dtype) if options.get("bias") else None
+        return a, b, torch.zeros(planes, rows, cols, dtype=out_dtype), bias
+
+    kept = [operands() for _ in range(3)]  # all alive, so at other addresses
+    accumulate = options.get("accumulate", False)
+    for arguments in kept:
+        launched.clear()
+        calls.run(*arguments, *tree, "ieee", accumulate)
+    repeated = list(launched)
+    launched.clear()
+    a, b, out, bias = arguments
+    for problem in make_problems(a, b.t(), out, bias, ReductionTree(*tree[:2]), *tree[2:], "ieee"):
+        problem = dataclasses.replace(problem, accumulate=accumulate)
+        tuner.launch(problem, tuner.choice(problem))
+    assert repeated == launched and len(launched) == planes
+    assert len(calls._kept) == 1
+
+
+def test_a_call_is_kept_for_its_shapes_strides_and_alignments(launched, monkeypatch):
+    monkeypatch.setattr(tuner, "_times", lambda problem, configs: {config: 0.0 for config in configs})
+    storage, w = torch.zeros(65 * 520, dtype=BF16), torch.zeros(264, 512, dtype=BF16).t()
+    call = lambda x: calls.run(x, w, torch.zeros(1, len(x), 264, dtype=BF16), None, 8, "float32", 0, 1, 1, "ieee")  # noqa: E731
+    for x in (storage[: 64 * 512].view(64, 512), storage[4 : 4 + 64 * 512].view(64, 512), storage.view(65, 520)[:64, :512]):
+        call(x)
+    assert len(calls._kept) == 3
+    kinds = [isinstance(launches[0].config, sm90.Sm90Config) for _, launches in calls._kept.values()]
+    assert kinds == [True, False, True]  # copies need 16 bytes
+
+
+def test_forgotten_choices_and_captures(launched, monkeypatch):
+    """New choices are asked for; a capture that meets a new shape keeps nothing."""
+    monkeypatch.setattr(tuner, "_times", lambda problem, configs: {config: 0.0 for config in configs})
+    x, w = torch.zeros(64, 512, dtype=BF16), torch.zeros(264, 512, dtype=BF16).t()
+    call = lambda: calls.run(x, w, torch.zeros(1, 64, 264, dtype=BF16), None, 8, "float32", 0, 1, 1, "ieee")  # noqa: E731
+    call()
+    monkeypatch.setattr(tuner, "_chosen", {})
+    call()
+    assert len(tuner.choices()) == 1
+    monkeypatch.setattr(tuner, "_chosen", {})
+    monkeypatch.setattr(calls, "_kept", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.warns(UserWarning, match="meets a new shape while a CUDA graph is captured"):
+        call()
+    assert not calls._kept and isinstance(launched[-1][0], gemm.TritonConfig)

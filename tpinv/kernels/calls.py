@@ -1,0 +1,89 @@
+"""What a call costs the host the second time: a lookup, and its launches. A decode step and a sharded layer are too short to hide more.
+
+Everything that shapes, strides, alignments and the tree decide is found out by the first call and kept: the subtrees, the configuration
+of each (tuner.py), and for sm90 kernels all of the launch but its pointers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from tpinv.kernels import gemm, sm90, tuner
+from tpinv.kernels.problem import Problem, make_problems
+from tpinv.tree import ReductionTree
+
+_LIMIT = 8192  # calls kept, with shapes that come and go
+_STATIC = [field.name for field in fields(Problem) if field.name not in ("a", "b", "out", "bias")]
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """One subtree of a call: where it begins, and how it is computed."""
+
+    start: int  # along k
+    plane: int  # of the output
+    config: tuner.Config
+    static: dict  # the fields of its Problem that are no tensors
+    sm90: Callable | None  # takes the addresses of a, b, out and bias
+
+    def __call__(self, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None) -> None:
+        if self.sm90 is None:
+            gemm.run(Problem(a[:, self.start :], b.t()[:, self.start :], out[self.plane], bias, **self.static), self.config)
+            return
+        self.sm90(
+            a.data_ptr() + self.start * a.stride(1) * a.element_size(),
+            b.data_ptr() + self.start * b.stride(0) * b.element_size(),
+            out.data_ptr() + self.plane * out.stride(0) * out.element_size(),
+            None if bias is None else bias.data_ptr(),
+        )
+
+
+_kept: dict[tuple, tuple[dict, list[_Launch]]] = {}
+
+
+def run(
+    a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, leaves: int, node_dtype: str, rank: int, ranks: int, pieces: int,
+    precision: str, accumulate: bool = False,
+) -> None:  # fmt: skip
+    """``out`` [S, R, C] = (or, ``accumulate``, +=) the values of rank's subtrees of a [R, k] @ b [k, C]. Nothing in it is empty."""
+    key = (
+        a.shape, a.stride(), a.data_ptr() % 16, b.shape, b.stride(), b.data_ptr() % 16, out.stride(), out.data_ptr() % 16,
+        a.dtype, out.dtype, bias is None, leaves, node_dtype, rank, ranks, pieces, precision, accumulate, a.device.index,
+    )  # fmt: skip
+    chosen, launches = _kept.get(key, (None, ()))
+    if chosen is not tuner.choices():  # never called, or the choices were forgotten
+        launches = _first(
+            key, make_problems(a, b.t(), out, bias, ReductionTree(leaves, node_dtype), rank, ranks, pieces, precision), accumulate
+        )
+        if launches is None:
+            return
+    if a.device.index == torch.cuda.current_device():
+        for launch in launches:
+            launch(a, b, out, bias)
+        return
+    with torch.cuda.device(a.device):
+        for launch in launches:
+            launch(a, b, out, bias)
+
+
+def _first(key: tuple, problems: list[Problem], accumulate: bool) -> list[_Launch] | None:
+    """Chooses and keeps the launches of a call. Where the tuner cannot choose, as in the capture of a graph, it computes: None."""
+    problems = [replace(problem, accumulate=accumulate) for problem in problems]
+    with torch.cuda.device(problems[0].a.device):
+        configs = [tuner.choose(problem) for problem in problems]
+        if None in configs:
+            for problem in problems:
+                tuner.run(problem)
+            return None
+        if len(_kept) >= _LIMIT:
+            _kept.clear()
+        launches, start = [], 0
+        for plane, (problem, config) in enumerate(zip(problems, configs, strict=True)):
+            static = {name: getattr(problem, name) for name in _STATIC}
+            fast = sm90.launcher(problem, config) if isinstance(config, sm90.Sm90Config) else None
+            launches.append(_Launch(start, plane, config, static, fast))
+            start += problem.leaves * problem.length
+    _kept[key] = tuner.choices(), launches
+    return launches
