@@ -23,7 +23,7 @@ setup(
         "megatron": ["megatron-core>=0.16.1", "psutil", "triton; platform_system == 'Linux'"],
         "torchtitan": ["torchtitan==0.3.0; python_version >= '3.11'", "triton; platform_system == 'Linux'"],
         "plot": ["matplotlib>=3.8"],
-        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis>=6", "ruff==0.17.6", "triton; platform_system == 'Linux'"],
+        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.7", "hypothesis>=6", "ruff==0.17.6", "triton; platform_system == 'Linux'"],
     },
     entry_points={"console_scripts": ["tpinv = tpinv.cli:main"]},
 )
