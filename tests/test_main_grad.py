@@ -88,6 +88,30 @@ def test_a_weight_that_is_used_twice_in_one_backward_is_refused(linear):
 
 
 @pytest.mark.parametrize("linear", LINEARS)
+def test_a_gradient_from_elsewhere_is_not_lost(linear):
+    """A penalty in the loss, or a hook of the user's: an error in the same pass, left to Megatron's hook in one of its own."""
+    weight, x = parameter(torch.bfloat16), hostile("normal", (30, 24), torch.bfloat16, 3)
+
+    def use():
+        return linear(x, weight, tree=TREE, group=ALONE, gradient_accumulation_fusion=True).sum()
+
+    use().backward()
+    for loss in (lambda: use() + weight.square().sum(), lambda: weight.square().sum() + use()):
+        weight.grad = None
+        with pytest.raises(ValueError, match=r"gets a gradient from elsewhere.*zero_out_wgrad"):
+            loss().backward()
+    weight.grad = None
+    weight.square().sum().backward()
+    assert not weight.grad_added_to_main_grad and weight.grad.equal(2 * weight.detach())
+    use().backward()
+    assert weight.grad_added_to_main_grad
+    masked = parameter(torch.bfloat16)
+    masked.register_hook(lambda grad: grad * 0.5)
+    with pytest.raises(ValueError, match="or through a hook"):
+        linear(x, masked, tree=TREE, group=ALONE, gradient_accumulation_fusion=True).sum().backward()
+
+
+@pytest.mark.parametrize("linear", LINEARS)
 def test_autograd_grad_changes_no_buffer(linear):
     weight, x = parameter(torch.bfloat16), hostile("normal", (30, 24), torch.bfloat16, 3).requires_grad_()
     before = weight.main_grad.clone()

@@ -62,7 +62,8 @@ def refuse(module: torch.nn.Module, arguments: dict) -> None:
 
 
 def fuses_main_grad(linear: torch.nn.Module, weight: Tensor) -> bool:
-    """Whether dW goes straight into ``weight.main_grad``, whatever config.gradient_accumulation_fusion says: no bit depends on it.
+    """Whether dW goes straight into ``weight.main_grad``, whatever config.gradient_accumulation_fusion says: no bit depends on it,
+    and where one would (a second use, a gradient from elsewhere) it is an error.
 
     Not where Megatron must have the real gradient: for a weight that other modules use too (tied embeddings hand it to forward;
     ``zero_out_wgrad`` is Megatron's mark for them), under Megatron-FSDP, which makes its own buffers, and under Megatron's

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 -m tpinv.integrations.torchtitan.bench --layers 4 --tokens 4096
 
 One sequence, bf16 parameters, sequence parallelism, AdamW, backend spmd_types without FSDP (so torch 2.11 will do). Eager, with forward
-and backward captured in a CUDA graph as the Trainer captures them (its default), and with every block compiled under selective
+and backward in a CUDA graph, by the Trainer's own wrapper, and with every block compiled under selective
 checkpointing. Stock attention is torch's fastest SDPA, or FlexAttention, in whose place tpinv computes packed documents. Rank 0 alone
 computes TP = 1. Exit status 1 when tpinv's bytes differ. Parts beyond ``--seconds`` are left out, and stock parts that torch cannot run.
 """

@@ -195,7 +195,7 @@ class ScaledDotProductAttention(attention.ScaledDotProductAttention):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, is_causal: bool = True, **options) -> Tensor:
         if unknown := sorted(name for name, value in options.items() if value is not None and name != "enable_gqa"):
-            raise ValueError(f"ScaledDotProductAttention takes no {', '.join(unknown)}; use FlexAttention")
+            raise ValueError(f"ScaledDotProductAttention takes no {', '.join(unknown)}; leave them out")
         if is_causal and q.shape[1] != k.shape[1]:  # torch's mask would begin at the first key, tpinv's ends at the last
             raise ValueError(f"causal attention of {q.shape[1]} queries over {k.shape[1]} keys is not covered; pass as many of both")
         if not q.is_cuda:
@@ -236,7 +236,7 @@ class VarlenAttention(attention.VarlenAttention):
         unknown = sorted(name for name, value in options.items() if value is not None and name != "enable_gqa")
         if unknown or not isinstance(attention_masks, attention.VarlenMetadata):
             raise ValueError(
-                f"VarlenAttention takes VarlenMetadata, not {type(attention_masks).__name__}, and no {', '.join(unknown) or 'other options'}"
+                f"attention over packed documents takes VarlenMetadata, got {type(attention_masks).__name__}, and no options, got {unknown}"
             )
         packed = [t.flatten(0, 1) for t in (q, k, v)]
         cu_q, cu_k, longest_q, longest_k, *_ = attention_masks

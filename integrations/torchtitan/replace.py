@@ -128,8 +128,8 @@ def _inner_attention(config, forward_only: bool):
     """Attention within a head adds nothing across ranks, but a kernel's schedule must not depend on how many heads a rank holds.
 
     FlexAttention's mask is the trainer's, causal within documents: what VarlenAttention computes from their lengths, and what its config
-    makes the trainer hand over. In batch-invariant mode the stock kernels stay, bit for bit what the generator uses; their gradients change
-    with the heads of a rank. vLLM's attention is left alone: what it computes is vLLM's promise.
+    makes the trainer hand over. In batch-invariant mode the stock kernels stay, as the generator uses them; their gradients change with the
+    heads of a rank. vLLM's attention is left alone: what it computes is vLLM's promise.
     """
     if type(config) is attention.ScaledDotProductAttention.Config:
         return derive(config, layers.ScaledDotProductAttention.Config, sharding_config=None)
@@ -139,6 +139,12 @@ def _inner_attention(config, forward_only: bool):
                 raise ValueError(
                     f"in batch-invariant mode {_name(config)} is stock's, whose gradients depend on the heads of a rank; pass "
                     "forward_only=True to promise log-probabilities alone, or leave that mode"
+                )
+            options = getattr(config, "kernel_options", {"BACKEND": "TRITON", "BLOCK_M": 0, "BLOCK_N": 0})
+            if options.get("BACKEND") != "TRITON" or not {"BLOCK_M", "BLOCK_N"} <= options.keys():
+                raise ValueError(
+                    f"kernel_options={options} leave the blocks of FlexAttention to timing, on every rank anew; use the RL experiment's "
+                    "BatchInvariantFlexConverter, which pins them"
                 )
             return derive(config, type(config), sharding_config=None)
         if (window := tuple(getattr(config, "window_size", (-1, 0)))) not in layers.WINDOWS:

@@ -135,9 +135,12 @@ _asserted: list = [(), None]  # the last pack: its tensors, weakly, and what was
 
 
 def _assert_lengths(pack, q_rows: int, k_rows: int, causal: bool) -> None:
-    """Asserted on the GPU, once for a pack that every layer gets. Tensors of inference mode count no changes and are looked at every time."""
+    """Asserted on the GPU, once for a pack that every layer gets; whenever a graph is captured, whose replays ask again; and every time
+    of tensors of inference mode, which count no changes."""
     tensors = pack[:4]
-    state = None if any(t.is_inference() for t in tensors) else ([t._version for t in tensors], pack[4:], q_rows, k_rows, causal)
+    capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()  # then it belongs into the graph
+    unseen = capturing or any(t.is_inference() for t in tensors)
+    state = None if unseen else ([t._version for t in tensors], pack[4:], q_rows, k_rows, causal)
     seen, asserted = _asserted
     if state is not None and state == asserted and all(ref() is t for ref, t in zip(seen, tensors, strict=True)):
         return
@@ -150,7 +153,8 @@ def _assert_lengths(pack, q_rows: int, k_rows: int, causal: bool) -> None:
     seen_by_all = keys >= queries if causal else (keys > 0) | (queries == 0)
     fits = inside(pack.cu_q, pack.first_q, q_rows, pack.longest_q) & inside(pack.cu_k, pack.first_k, k_rows, pack.longest_k) & seen_by_all
     torch._assert_async(fits.all(), "cu_seqlens overlap, leave the tensors, pass max_seqlen, or leave queries without keys")
-    _asserted[:] = [weakref.ref(t) for t in tensors], state
+    if state is not None:
+        _asserted[:] = [weakref.ref(t) for t in tensors], state
 
 
 class _Attention(torch.autograd.Function):

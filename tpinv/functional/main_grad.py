@@ -3,10 +3,13 @@
     main_grad[n, k] += float32(dW[n, k] rounded to the weight's dtype)          one fp32 addition
 
 That is what ``main_grad.add_(weight.grad)`` makes of it after backward, so fused and unfused are the same bytes; fused, a third less
-memory is read and written. The agreement with whoever owns the buffer is Megatron's (gradient_accumulation_fusion): autograd gets an
-uninitialised tensor in the place of dW, since its hooks are to run as ever, and ``weight.grad_added_to_main_grad`` tells them
-that there is nothing left to add.
+memory is read and written. The agreement with whoever owns the buffer is Megatron's (gradient_accumulation_fusion): its hooks are to run as
+ever, so they find a tensor without meaning in the place of the gradient, and ``weight.grad_added_to_main_grad`` tells them that there is
+nothing left to add. A gradient that the weight gets from elsewhere in the same backward pass would be lost with it: that is an error.
 """
+
+import functools
+import weakref
 
 import torch
 from torch import Tensor
@@ -49,6 +52,34 @@ def add(weight: Tensor, dy: Tensor, x: Tensor, tree: ReductionTree, ranks: Ranks
             "pass gradient_accumulation_fusion=False (with Megatron-Core, set weight.zero_out_wgrad = True)"
         )
     weight.tpinv_fused_in = backward
+    if not hasattr(weight, "tpinv_stand_in"):
+        weight.register_hook(_only_the_stand_in(weakref.ref(weight)))
     products.add_local_product(weight.main_grad, dy.t(), x, tree, ranks, dim=dim, stride=stride)
     weight.grad_added_to_main_grad = True
-    return torch.empty_like(weight)
+    weight.tpinv_stand_in = _zero(weight.dtype, weight.device).expand_as(weight)  # autograd never adds to one in place
+    return weight.tpinv_stand_in
+
+
+@functools.cache
+def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=device)
+
+
+def _only_the_stand_in(reference: weakref.ref):
+    """A hook of a weight: sees the sum of all that autograd has for it, before it is accumulated."""
+
+    @torch.utils.hooks.unserializable_hook
+    def hook(grad: Tensor) -> Tensor | None:
+        weight = reference()
+        stand_in, weight.tpinv_stand_in = weight.tpinv_stand_in, None
+        if stand_in is None:  # this pass has added nothing: what comes is left to the hooks
+            weight.grad_added_to_main_grad = False
+            return None
+        if grad.data_ptr() != stand_in.data_ptr():
+            raise ValueError(
+                f"weight {tuple(weight.shape)} gets a gradient from elsewhere too, or through a hook, where gradient_accumulation_fusion has "
+                "added its linear's already; pass gradient_accumulation_fusion=False (with Megatron-Core, set weight.zero_out_wgrad = True)"
+            )
+        return torch.empty_like(weight)
+
+    return hook
