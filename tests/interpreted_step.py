@@ -186,6 +186,9 @@ def test_squares_of_infinity_and_nan():
         bins = squares.counters(torch.device("cpu"))
         squares.add_squares(bins, torch.tensor(values))
         assert check(squares.total(bins))
+    bins = squares.counters(torch.device("cpu"))
+    bins[27] = 1 << 50  # 2^26 elements next to float32's largest would be as much
+    assert torch.isinf(squares.total(bins))
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def total_kernel(bins_ptr, out_ptr, BINS: tl.constexpr):
         digit = value - (carry << _BITS)
         total += digit.to(tl.float64) * _power(unit)
         unit += _BITS
-    tl.store(out_ptr, total)
+    tl.store(out_ptr, tl.where(carry > 0, float("inf"), total))  # above 2^282: more than any float32 norm
 
 
 def counters(device: torch.device) -> Tensor:
