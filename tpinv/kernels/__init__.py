@@ -11,7 +11,8 @@ Operands are ``a [R, k]`` and ``b [k, C]``, any strides, nothing is copied: a li
 the shard's width, or on which kernel and tile ran. kernels/ knows no process group.
 
 Layers: problem.py describes one product; gemm.py (Triton) and sm90.py (csrc/sm90_tree_gemm.cu) compute it; tuner.py picks
-among configurations whose bits it has verified; calls.py keeps what a repeated call needs; ops.py makes torch operators of it. Nothing is compiled or probed at import.
+among configurations whose bits it has verified; calls.py keeps what a repeated call needs; ops.py makes torch operators of it.
+Nothing is compiled or probed at import.
 """
 
 import importlib.util
