@@ -51,13 +51,12 @@ def add(weight: Tensor, dy: Tensor, x: Tensor, tree: ReductionTree, ranks: Ranks
             f"weight {tuple(weight.shape)} is used twice in one backward pass, where gradient_accumulation_fusion would round other sums; "
             "pass gradient_accumulation_fusion=False (with Megatron-Core, set weight.zero_out_wgrad = True)"
         )
-    weight.tpinv_fused_in = backward
-    if not hasattr(weight, "tpinv_stand_in"):
+    if not hasattr(weight, "tpinv_fused_in"):
         weight.register_hook(_only_the_stand_in(weakref.ref(weight)))
+    weight.tpinv_fused_in = backward
     products.add_local_product(weight.main_grad, dy.t(), x, tree, ranks, dim=dim, stride=stride)
     weight.grad_added_to_main_grad = True
-    weight.tpinv_stand_in = _zero(weight.dtype, weight.device).expand_as(weight)  # autograd never adds to one in place
-    return weight.tpinv_stand_in
+    return _zero(weight.dtype, weight.device).expand_as(weight)  # autograd never adds to an expanded tensor in place
 
 
 @functools.cache
@@ -71,11 +70,10 @@ def _only_the_stand_in(reference: weakref.ref):
     @torch.utils.hooks.unserializable_hook
     def hook(grad: Tensor) -> Tensor | None:
         weight = reference()
-        stand_in, weight.tpinv_stand_in = weight.tpinv_stand_in, None
-        if stand_in is None:  # this pass has added nothing: what comes is left to the hooks
+        if weight.tpinv_fused_in != torch._C._current_graph_task_id():  # this pass has added nothing: what comes is left to the hooks
             weight.grad_added_to_main_grad = False
             return None
-        if grad.data_ptr() != stand_in.data_ptr():
+        if grad.data_ptr() != _zero(weight.dtype, weight.device).data_ptr():
             raise ValueError(
                 f"weight {tuple(weight.shape)} gets a gradient from elsewhere too, or through a hook, where gradient_accumulation_fusion has "
                 "added its linear's already; pass gradient_accumulation_fusion=False (with Megatron-Core, set weight.zero_out_wgrad = True)"
