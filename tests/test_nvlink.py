@@ -104,7 +104,7 @@ def test_the_ranks_decide_alike():
         ({"reachable": ("gpu1",)}, f"the GPU of rank 1 cannot map the memory of rank 0's, or does not see it: {symmetric._SEE_ALL}"),
         (
             {"no_cuda": "no NVRTC"},
-            "rank 1: no NVRTC; Triton's kernels, not run on a GPU in their present form, are there with TPINV_CUDA=0",
+            "rank 1: no NVRTC; Triton's kernels, not timed, are there with TPINV_CUDA=0",
         ),
     ):
         assert symmetric.decide(pair(**change)) == symmetric.Decision(None, reason)

@@ -88,7 +88,7 @@ def decide(facts: Sequence[Facts]) -> Decision:
     if wanted == {"1"} and missing:
         raise ValueError(f"TPINV_CUDA=1 asks for csrc/{SOURCE}, but {missing}; TPINV_CUDA=auto uses the ProcessGroup, 0 Triton")
     if missing and wanted == {"auto"}:
-        return Decision(None, f"{missing}; Triton's kernels, not run on a GPU in their present form, are there with TPINV_CUDA=0")
+        return Decision(None, f"{missing}; Triton's kernels, not timed, are there with TPINV_CUDA=0")
     sharing = max(devices.count(device) for device in devices)
     blocks = max(1, min(MAX_BLOCKS, BLOCKS_PER_MULTIPROCESSOR * min(fact.multiprocessors for fact in facts) // sharing))
     if wanted == {"0"}:
