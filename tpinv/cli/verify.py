@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import os
+import time
 import warnings
 from dataclasses import asdict, dataclass, field
 
@@ -146,8 +147,12 @@ def _compare_all(arguments: argparse.Namespace, sizes: tuple[int, ...], console:
                 bar.update(task, description=f"{layers}  TP={size}{'  SP' if sp else ''}")
                 settings = _settings(framework, arguments, sizes, layers, size, sp)
                 job = (_train_and_compare, size, framework.train, settings)
-                rows.append(pool.run(*job, timeout=arguments.timeout, device=arguments.device)[0])
+                started = time.monotonic()
+                rows.append(row := pool.run(*job, timeout=arguments.timeout, device=arguments.device)[0])
                 bar.advance(task)
+                if not console.is_terminal:  # which shows no bar, and the table comes last
+                    found = "trained" if size == 1 else f"{row.differing} of {row.tensors} differ"
+                    console.print(f"{layers} TP={size}{' SP' if sp else ''}: {found}, {time.monotonic() - started:.0f} s")
     return rows
 
 
