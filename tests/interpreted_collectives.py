@@ -35,7 +35,7 @@ class Mapped(Workspace):
         self.slots = self._new(3 << 20)
         self.epochs = torch.ones(MAX_BLOCKS + 1, dtype=torch.int64)
         self.report = torch.zeros(8, dtype=torch.int64)
-        self.tables = {}
+        self.tables, self.calls = {}, {}
 
     def _new(self, size: int) -> tuple[int, ...]:
         names = [os.path.join(self._folder, f"{len(self._maps)}-{rank}") for rank in range(self.size)]

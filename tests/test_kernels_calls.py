@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import types
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from tpinv.kernels import calls, cuda, gemm, sm90, tuner
+from tpinv.kernels.launch import entry
 from tpinv.kernels.problem import make_problems
 from tpinv.tree import ReductionTree
 
@@ -33,7 +33,7 @@ def launched(monkeypatch):
         found.append((config, *tensors, p.bias is not None and p.bias.data_ptr(), static))
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: types.SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
@@ -118,3 +118,74 @@ def test_forgotten_choices_and_captures(launched, monkeypatch):
     with pytest.warns(UserWarning, match="meets a new shape while a CUDA graph is captured"):
         call()
     assert not calls._kept and isinstance(launched[-1][0], gemm.TritonConfig)
+
+
+class Jit:
+    """What Triton's decorator returns: compiles at the first launch with arguments of a kind, and knows its signature."""
+
+    arg_names = ["x_ptr", "y_ptr", "rows", "eps", "BLOCK", "CENTER"]
+
+    def __init__(self):
+        self.compiled, self.launched = [], []
+
+    def __getitem__(self, grid):
+        def run(*arguments, **constants):
+            self.compiled.append((grid, arguments, constants))
+            return Compiled()
+
+        class Compiled:
+            def __getitem__(_, grid):
+                return lambda *arguments, stream: self.launched.append((grid, arguments, stream))
+
+        return run
+
+
+@pytest.fixture
+def device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: (device, "stream"), raising=False)
+
+
+def test_a_triton_kernel_is_bound_once(device):
+    jit = Jit()
+    kernel, x, y = entry(jit), torch.zeros(64), torch.zeros(64)
+    for eps in (0.1, 0.2):
+        kernel[7, 2](x, y, 5, eps, BLOCK=64, CENTER=False, num_warps=4)
+    assert jit.compiled == [((7, 2), (x, y, 5, 0.1), {"BLOCK": 64, "CENTER": False, "num_warps": 4})]
+    assert jit.launched == [((7, 2, 1, 1), (x.data_ptr(), y.data_ptr(), 5, 0.2, 64, False), (3, "stream"))]
+    assert kernel.arg_names is jit.arg_names
+
+
+def test_a_triton_kernel_is_bound_for_each_kind_of_arguments(device, monkeypatch):
+    """Whatever Triton might specialize on: a number, an alignment, a dtype, a constant, an option, a device."""
+    jit, x = Jit(), torch.zeros(64)
+    kernel = entry(jit)
+
+    def launch(x=x, rows=5, eps=0.1, **constants):
+        kernel[(1,)](x, x, rows, eps, **{"BLOCK": 64, "CENTER": False, "num_warps": 4} | constants)
+
+    kinds = [{}, {"rows": 1}, {"rows": 16}, {"x": x[1:]}, {"x": x.bfloat16()}, {"x": None}, {"eps": 1}]
+    kinds += [{"CENTER": True}, {"BLOCK": 32}, {"num_warps": 8}]
+    for _ in range(2):
+        for kind in kinds:
+            launch(**kind)
+    assert len(jit.compiled) == len(jit.launched) == len(kinds)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 4)
+    launch()
+    assert len(jit.compiled) == len(kinds) + 1
+
+
+def test_a_triton_kernel_whose_constants_have_no_names_is_refused(device):
+    with pytest.raises(TypeError, match=r"wants \['BLOCK', 'CENTER'\] by name, got \['CENTER'\]"):
+        jit = Jit()
+        jit.fn = test_a_triton_kernel_is_bound_once
+        entry(jit)[(1,)](torch.zeros(1), torch.zeros(1), 1, 1.0, CENTER=False)
+
+
+def test_nothing_is_kept_where_nothing_is_compiled():
+    """Triton's interpreter, on a CPU."""
+    jit = Jit()
+    for _ in range(2):
+        entry(jit)[(1,)](torch.zeros(1), torch.zeros(1), 1, 1.0, BLOCK=1, CENTER=False)
+    assert len(jit.compiled) == 2 and not jit.launched

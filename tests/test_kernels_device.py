@@ -36,9 +36,12 @@ def test_the_device_of_the_first_tensor_is_the_current_one(monkeypatch):
         yield
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with FakeTensorMode():
-        x = torch.empty(2, device="cuda:1")
-    assert on_device_of_first(lambda x, y: (list(entered), y))(x, y=3) == ([torch.device("cuda:1")], 3)
+        x, here = torch.empty(2, device="cuda:1"), torch.empty(2, device="cuda:0")
+    host = on_device_of_first(lambda x, y: (list(entered), y))
+    assert host(here, y=2) == ([], 2)  # the one that is the current one already
+    assert host(x, y=3) == ([torch.device("cuda:1")], 3)
 
 
 def test_a_cpu_tensor_needs_no_cuda():

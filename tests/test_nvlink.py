@@ -252,6 +252,56 @@ def test_the_host_fills_the_struct_that_the_kernel_reads():
         assert getattr(nvlink._params_type(4), name).offset % 8 == 0
 
 
+class Pretended(symmetric.Workspace):
+    """A workspace of rank 1 of 2 whose bulk memory lies at 1000, then at 2000 ..."""
+
+    def __init__(self):
+        self.rank, self.size, self.device, self.backend, self.blocks = 1, 2, torch.device("cuda", 0), "cuda", 264
+        self.timeout, self.bulk_bytes, self.calls = 9.0, schedule.BULK_BYTES, {}
+        self.flags, self.inbox, self._bulk, self._kept = (100, 200), (300, 400), (0, 0, (0, 0)), []
+        self.epochs, self.report = torch.ones(1, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)
+
+    def _new(self, size):
+        self._kept.append(size)
+        return 1000 * len(self._kept), 1000 * len(self._kept) + 1
+
+    def enter(self):
+        return 7
+
+
+def test_a_repeated_collective_launches_what_a_first_one_would(monkeypatch):
+    """Addresses are new every time, and those of the workspace when it has grown."""
+    launched = []
+    monkeypatch.setattr(nvlink, "_function", lambda *names: names[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(cuda, "launch", lambda *a: launched.append((*a[:5], {n: getattr(a[5], n) for n, _ in a[5]._fields_})))
+    tree, workspace = ReductionTree(24), Pretended()
+    cases = [((2, 6, 100), torch.bfloat16, True), ((2, 8 << 20), torch.float32, False), ((2, 3, 5), torch.bfloat16, False)]
+
+    def call(workspace, values, out_dtype, scatter, algorithm="two_shot"):
+        launched.clear()
+        out = nvlink.tree_reduce(workspace, values, tree, out_dtype, scatter, algorithm)
+        found = [(*sizes, {n: list(v) if hasattr(v, "__len__") else v for n, v in params.items()}) for *sizes, params in launched]
+        for *_, params in found:
+            assert params["out"] == out.data_ptr() and (params["values"] == values.data_ptr()) == (values[0].numel() * 4 % 16 == 0)
+            params["out"] = params["values"] = params["epochs"] = params["claim"] = params["report"] = None
+        return out.shape, found
+
+    for shape, out_dtype, scatter in cases:
+        first = call(workspace, torch.zeros(shape), out_dtype, scatter)
+        assert first[0] == ((shape[1] // 2, *shape[2:]) if scatter else shape[1:]) and all(f[4] == 7 for f in first[1])
+        assert call(workspace, torch.zeros(shape), out_dtype, scatter) == first
+    assert len(workspace.calls) == len(cases) and len(workspace._kept) == 2
+    grown = call(workspace, torch.zeros(cases[0][0]), *cases[0][1:])
+    assert [params["slots"] for *_, params in grown[1]] == [[2000, 2001]]
+    fresh = Pretended()
+    fresh._bulk = workspace._bulk
+    assert call(fresh, torch.zeros(cases[0][0]), *cases[0][1:]) == grown
+    assert call(workspace, torch.zeros(cases[0][0]), *cases[0][1:], "one_shot")[1][0][5]["slots"] == [300, 400]
+    workspace.timeout = 2.0
+    assert call(workspace, torch.zeros(cases[0][0]), *cases[0][1:])[1][0][5]["timeout_ns"] == 2_000_000_000
+
+
 MACROS = [(ReductionTree(8, "bfloat16"), 4, 1), (ReductionTree(24), 3, 2), (ReductionTree(2), 2, 0)]
 
 

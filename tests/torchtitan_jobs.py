@@ -111,17 +111,17 @@ def clipped(run: Run):
 
 def products(run: Run) -> int:
     """How often the forward of a linear is computed in one forward and backward pass."""
-    calls, stock = [], (linear.column_parallel_linear, linear.row_parallel_linear)
+    calls, stock = [], (linear.column_forward, linear.row_forward)
 
     def counted(function):
         return lambda *args, **kwargs: (calls.append(function), function(*args, **kwargs))[1]
 
-    linear.column_parallel_linear, linear.row_parallel_linear = map(counted, stock)
+    linear.column_forward, linear.row_forward = map(counted, stock)
     try:
         with running(run) as trainer:
             trainer.losses = []
             batch, labels = next(iter(trainer.dataloader))
             trainer.forward_backward_step(input_dict=batch, labels=labels, global_valid_tokens=torch.tensor(labels.numel()))
     finally:
-        linear.column_parallel_linear, linear.row_parallel_linear = stock
+        linear.column_forward, linear.row_forward = stock
     return len(calls)

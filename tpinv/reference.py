@@ -26,6 +26,7 @@ ROWS = 64  # rows of one step: a multiple of every micro-tile seen, so that a ro
 STEP = 128  # k of one step: short enough that no BLAS splits it further
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SUPPORTED = frozenset(SUPPORTED_DTYPES)
 
 
 def torch_node_dtype(tree: ReductionTree) -> torch.dtype:
@@ -40,6 +41,9 @@ def node_add(tree: ReductionTree) -> Callable[[Tensor, Tensor], Tensor]:
 
 def check_dtypes(**tensors: Tensor | None) -> None:
     """ValueError unless all given tensors share one dtype of float32, bfloat16, float16."""
+    found = {t.dtype for t in tensors.values() if t is not None}
+    if len(found) < 2 and found <= _SUPPORTED:
+        return
     dtypes = {name: t.dtype for name, t in tensors.items() if t is not None}
     if len(set(dtypes.values())) > 1:
         raise ValueError(f"dtypes must agree, got {dtypes}; cast before the call (autocast does not reach tpinv)")

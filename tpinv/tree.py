@@ -128,6 +128,7 @@ class ReductionTree:
 
     # -- which leaves, and which elements, belong to whom ------------------------------------------------------------
 
+    @functools.cache
     def owned(self, rank: int, ranks: int) -> range:
         """Leaves of ``rank`` of ``ranks``: [rank L/ranks, (rank+1) L/ranks). ValueError unless ranks divides L."""
         if ranks < 1 or self.leaves % ranks:

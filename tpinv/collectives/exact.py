@@ -11,10 +11,11 @@ def all_gather(x: Tensor, ranks: Ranks, *, dim: int = 0) -> Tensor:
     """Concatenates every rank's ``x`` along ``dim``, in rank order. [.., n, ..] -> [.., p n, ..]; all ranks pass one shape."""
     if ranks.size == 1:
         return x
-    x = x.movedim(dim, 0).contiguous()
+    if dim:
+        return all_gather(x.movedim(dim, 0), ranks).movedim(0, dim)
     out = x.new_empty((ranks.size * x.shape[0], *x.shape[1:]))
-    all_gather_single(out, x, group=ranks.group)
-    return out.movedim(0, dim)
+    all_gather_single(out, x.contiguous(), group=ranks.group)
+    return out
 
 
 def all_max(x: Tensor, ranks: Ranks) -> Tensor:

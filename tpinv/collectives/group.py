@@ -1,5 +1,6 @@
 """Who takes part: a process group, this process's rank in it, and its size."""
 
+import weakref
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -39,10 +40,16 @@ def resolve(group=None) -> Ranks:
             raise ValueError(f"a mesh of dimensions {group.mesh_dim_names or group.ndim} is not one group; pass mesh['tp']")
         group = group.get_group()
     group = group if group is not None else dist.group.WORLD
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    if rank < 0:
-        raise ValueError("this process is not a member of the given group; pass the group it belongs to")
-    return Ranks(group if size > 1 else None, rank, size)
+    known = _known.get(group) if isinstance(group, dist.ProcessGroup) else None
+    if known is None:
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        if rank < 0:  # then it is no ProcessGroup either
+            raise ValueError("this process is not a member of the given group; pass the group it belongs to")
+        known = _known[group] = rank, size
+    return Ranks(group if known[1] > 1 else None, *known)
+
+
+_known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # group -> rank, size: torch asks several tables for each
 
 
 # torch 2.13 renamed them (same arguments) and warns at each use of the old names; older versions know only those.

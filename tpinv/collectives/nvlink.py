@@ -15,6 +15,7 @@ from tpinv.tree import ReductionTree
 _OUT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _THREADS = 256
 _NORM_THREADS = 512
+_LIMIT = 4096  # calls kept, with shapes that come and go
 _CHUNKS, _SHORTEST = 3, 4  # of a block in two_shot: how many at least where each has this many packs a thread
 
 
@@ -33,33 +34,83 @@ def tree_reduce(
 ) -> Tensor:
     """values [S, ...] -> their sum over all ranks, [...], or with ``scatter`` this rank's part of its dimension 0. Their device is the
     current one."""
-    shape, size = values.shape[1:], workspace.size
-    count = shape.numel()
-    if scatter:
-        shape = (shape[0] // size, *shape[1:])
-    if count == 0:
-        return values.new_empty(shape, dtype=out_dtype)
-    elements = schedule.PACK // values.element_size()
-    flat = values.reshape(values.shape[0], size if scatter else 1, -1)
-    part = flat.shape[2]
-    if part % elements or not flat.is_contiguous() or flat.data_ptr() % schedule.PACK:  # packs must not straddle values or slices
-        flat = torch.nn.functional.pad(flat, (0, -part % elements)).contiguous()
-        flat = flat.clone() if flat.data_ptr() % schedule.PACK else flat
-    padded = flat.shape[1] * flat.shape[2]
-    out = values.new_empty(padded // size if scatter else padded, dtype=out_dtype)
-    plan = schedule.plan(
-        padded // elements,
-        size,
-        schedule.first_values(tree, size)[-1],
-        elements * out.element_size(),
-        scatter,
-        algorithm,
-        workspace.bulk_bytes,
-    )
-    launch = _launch_cuda if workspace.backend == "cuda" else _launch_triton
-    for start, packs in plan.launches:
-        launch(workspace, flat, out, tree, plan, start, packs, scatter)
-    return out[: part if scatter else count].view(shape)
+    key = values.shape, values.dtype, tree, out_dtype, scatter, algorithm, workspace.bulk_bytes, workspace.timeout
+    call = workspace.calls.get(key)
+    if call is None:
+        if len(workspace.calls) >= _LIMIT:
+            workspace.calls.clear()
+        call = workspace.calls[key] = _Call(workspace, values, tree, out_dtype, scatter, algorithm)
+    return call(workspace, values)
+
+
+class _Call:
+    """A collective of one shape: all that addresses do not decide, found out at its first call and kept in the workspace."""
+
+    def __init__(
+        self, workspace: Workspace, values: Tensor, tree: ReductionTree, out_dtype: torch.dtype, scatter: bool, algorithm: str | None
+    ):
+        shape, size = values.shape[1:], workspace.size
+        self.tree, self.out_dtype, self.scatter = tree, out_dtype, scatter
+        self.elements = schedule.PACK // values.element_size()
+        self.slices = size if scatter else 1
+        self.part = shape.numel() // self.slices  # elements of a slice, and how many are added to it to fill packs
+        self.padding = -self.part % self.elements
+        self.shape = (shape[0] // size, *shape[1:]) if scatter else shape
+        self.packs = self.slices * (self.part + self.padding) // self.elements
+        self.plan = schedule.plan(
+            self.packs,
+            size,
+            schedule.first_values(tree, size)[-1],
+            self.elements * out_dtype.itemsize,
+            scatter,
+            algorithm,
+            workspace.bulk_bytes,
+        )
+        self.areas, self.launches = None, ()
+
+    def __call__(self, workspace: Workspace, values: Tensor) -> Tensor:
+        if self.packs == 0:
+            return values.new_empty(self.shape, dtype=self.out_dtype)
+        if self.padding or not values.is_contiguous() or values.data_ptr() % schedule.PACK:
+            values = self._in_packs(values)
+        out = values.new_empty(self.part + self.padding if self.padding else self.shape, dtype=self.out_dtype)
+        if workspace.backend == "cuda":
+            self._launch_cuda(workspace, values.data_ptr(), out.data_ptr())
+        else:
+            for start, packs in self.plan.launches:
+                _launch_triton(workspace, values.view(len(values), -1), out, self.tree, self.plan, start, packs, self.scatter)
+        return out[: self.part].view(self.shape) if self.padding else out
+
+    def _in_packs(self, values: Tensor) -> Tensor:
+        """Contiguous and aligned; packs must not straddle values or slices."""
+        flat = torch.nn.functional.pad(values.reshape(len(values), self.slices, -1), (0, self.padding)).contiguous()
+        return flat.clone() if flat.data_ptr() % schedule.PACK else flat
+
+    def _launch_cuda(self, workspace: Workspace, values: int, out: int) -> None:
+        areas = _areas(workspace, self.plan)
+        if areas != self.areas:  # the first call, or the workspace has grown
+            self.areas = areas
+            self.launches = [self._prepared(workspace, start, packs) for start, packs in self.plan.launches]
+        stream = workspace.enter()
+        for function, blocks, threads, prepared in self.launches:
+            params = type(prepared).from_buffer_copy(prepared)
+            params.values, params.out = values, out
+            cuda.launch(function, blocks, threads, 0, stream, params)
+
+    def _prepared(self, workspace: Workspace, start: int, packs: int) -> tuple:
+        one_shot = self.plan.algorithm == "one_shot"
+        name = "one_shot" if one_shot else "two_shot_scatter" if self.scatter else "two_shot"
+        params = _params(workspace, self.packs, self.tree, self.plan, self.areas, start, packs)
+        blocks, threads, params.chunk = grid(packs, workspace.blocks, one_shot)
+        macros = _macros(self.tree, workspace.size, self.out_dtype)
+        return _function(name, macros, workspace.device.index), blocks, threads, params
+
+
+def _areas(workspace: Workspace, plan: schedule.Plan) -> tuple:
+    """Bytes of a slot, and every rank's slots and place for finished slices."""
+    if plan.algorithm == "one_shot":
+        return schedule.INBOX_BYTES, workspace.inbox, workspace.inbox
+    return workspace.bulk(plan.slot_bytes, plan.gathered_bytes)
 
 
 def add_norm(
@@ -88,7 +139,8 @@ def add_norm(
     threads = max(32, 1 << (-(-row_packs // per_thread) - 1).bit_length())
     hidden, normed = torch.empty_like(residual), torch.empty_like(residual)
     plan = schedule.Plan("one_shot", 0, ((0, rows * row_packs),), schedule.INBOX_BYTES, 0)
-    params = _params(workspace, values, hidden, tree, plan, 0, rows * row_packs)
+    params = _params(workspace, rows * row_packs, tree, plan, _areas(workspace, plan), 0, rows * row_packs)
+    params.values, params.out = values.data_ptr(), hidden.data_ptr()
     params.residual, params.normed, params.weight = residual.data_ptr(), normed.data_ptr(), weight.data_ptr()
     # torch divides a CUDA tensor by a number by multiplying with the number's rounded inverse.
     params.eps, params.inverse_width = eps, _inverse(width)
@@ -128,18 +180,14 @@ def _params_type(ranks: int) -> type[ctypes.Structure]:
     return Params
 
 
-def _params(workspace: Workspace, values: Tensor, out: Tensor, tree: ReductionTree, plan: schedule.Plan, start: int, packs: int):
+def _params(workspace: Workspace, value_packs: int, tree: ReductionTree, plan: schedule.Plan, areas: tuple, start: int, packs: int):
+    """All but the addresses of tensors. ``value_packs``: of one value."""
     params = _params_type(workspace.size)()
-    if plan.algorithm == "one_shot":
-        params.slot_bytes, slots, gathered = schedule.INBOX_BYTES, workspace.inbox, workspace.inbox
-    else:
-        params.slot_bytes, slots, gathered = workspace.bulk(plan.slot_bytes, plan.gathered_bytes)
-    params.flags[:], params.slots[:], params.gathered[:] = workspace.flags, slots, gathered
-    params.values, params.out = values.data_ptr(), out.data_ptr()
+    params.flags[:] = workspace.flags
+    params.slot_bytes, params.slots[:], params.gathered[:] = areas
     params.epochs, params.claim = workspace.epochs.data_ptr(), workspace.epochs.data_ptr() + 8 * MAX_BLOCKS
     params.report, params.timeout_ns = workspace.report.data_ptr(), int(workspace.timeout * 1e9)
-    params.packs = values[0].numel() * values.element_size() // schedule.PACK
-    params.slice, params.start, params.count = plan.slice, start, packs
+    params.packs, params.slice, params.start, params.count = value_packs, plan.slice, start, packs
     params.rank, params.first[:] = workspace.rank, schedule.first_values(tree, workspace.size)
     return params
 
@@ -173,15 +221,6 @@ def grid(packs: int, blocks: int, one_shot: bool) -> tuple[int, int, int]:
     return grid, threads, min(turns, max(_SHORTEST, -(-turns // _CHUNKS)))
 
 
-def _launch_cuda(workspace, values, out, tree, plan, start, packs, scatter) -> None:
-    params = _params(workspace, values, out, tree, plan, start, packs)
-    one_shot = plan.algorithm == "one_shot"
-    macros = _macros(tree, workspace.size, out.dtype)
-    name = "one_shot" if one_shot else "two_shot_scatter" if scatter else "two_shot"
-    blocks, threads, params.chunk = grid(packs, workspace.blocks, one_shot)
-    cuda.launch(_function(name, macros, workspace.device.index), blocks, threads, 0, workspace.enter(), params)
-
-
 # -- Triton ------------------------------------------------------------------------------------------------------------------
 
 
@@ -195,15 +234,10 @@ def _table(workspace: Workspace, entries: tuple[int, ...], dtype: torch.dtype) -
 
 
 def _launch_triton(workspace, values, out, tree, plan, start, packs, scatter) -> None:
-    import triton
-
     from tpinv.collectives import triton_kernels
 
     one_shot = plan.algorithm == "one_shot"
-    if one_shot:
-        slot_bytes, slots, gathered = schedule.INBOX_BYTES, workspace.inbox, workspace.inbox
-    else:
-        slot_bytes, slots, gathered = workspace.bulk(plan.slot_bytes, plan.gathered_bytes)
+    slot_bytes, slots, gathered = _areas(workspace, plan)
     merges = schedule.finish_merges(tree, workspace.size)
     left, right = schedule.children(merges)
     words = schedule.PACK // 4
@@ -217,7 +251,7 @@ def _launch_triton(workspace, values, out, tree, plan, start, packs, scatter) ->
     )  # fmt: skip
     block = 512 if one_shot else 2048
     # One program a multiprocessor: ranks that share a GPU must fit on it together, and nothing bounds the registers here.
-    blocks = max(1, min(workspace.blocks // BLOCKS_PER_MULTIPROCESSOR, triton.cdiv(packs * words, block)))
+    blocks = max(1, min(workspace.blocks // BLOCKS_PER_MULTIPROCESSOR, -(-packs * words // block)))
     workspace.enter()
     if one_shot:
         triton_kernels.one_shot_kernel[(blocks,)](**arguments, BLOCK=block, num_warps=4)

@@ -193,6 +193,7 @@ class Workspace:
         self.epochs = torch.ones(MAX_BLOCKS + 2, dtype=torch.int64, device=device)
         self.epochs[MAX_BLOCKS:] = 0  # claimed by the block that reports a failure; busy while a call runs
         self.tables: dict[tuple, torch.Tensor] = {}  # of the Triton kernels
+        self.calls: dict = {}  # what nvlink.py keeps
         self.report = torch.zeros(8, dtype=torch.int64, pin_memory=True)
         self._report = self.report.numpy()
         self._turns = turns

@@ -5,6 +5,8 @@ over the ProcessGroup (process_group.py). The order of additions comes from the 
 boundary changes a bit. Both are one torch operator, opaque to torch.compile and with a shape that it can trace.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
@@ -12,6 +14,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from tpinv import reference
 from tpinv.collectives import nvlink, process_group, symmetric
 from tpinv.collectives.group import Ranks, resolve
+from tpinv.kernels.device import on_device_of_first
 from tpinv.tree import ReductionTree
 
 _library = torch.library.Library("tpinv", "FRAGMENT")
@@ -19,6 +22,9 @@ _library.define(
     "tree_reduce(Tensor values, int leaves, str node_dtype, str group, ScalarType out_dtype, bool scatter) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
+
+
+_tree = functools.cache(ReductionTree)
 
 
 def tree_all_reduce(values: Tensor, *, tree: ReductionTree, group=None, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -97,13 +103,17 @@ def _reduce(values: Tensor, tree: ReductionTree, ranks: Ranks, out_dtype: torch.
 
 
 def _tree_reduce(values: Tensor, leaves: int, node_dtype: str, group: str, out_dtype: torch.dtype, scatter: bool) -> Tensor:
-    tree, ranks = ReductionTree(leaves, node_dtype), resolve(_resolve_process_group(group))
+    tree, ranks = _tree(leaves, node_dtype), resolve(_resolve_process_group(group))
     if values.is_cuda and not nvlink.refuses(tree, ranks.size, out_dtype):
         if workspace := symmetric.workspace(ranks, values.device):
-            with torch.cuda.device(values.device):
-                return nvlink.tree_reduce(workspace, values, tree, out_dtype, scatter)
+            return _over_shared_memory(values, workspace, tree, out_dtype, scatter)
     path = process_group.reduce_scatter if scatter else process_group.all_reduce
     return path(values, tree, ranks, out_dtype)
+
+
+@on_device_of_first
+def _over_shared_memory(values: Tensor, workspace, tree: ReductionTree, out_dtype: torch.dtype, scatter: bool) -> Tensor:
+    return nvlink.tree_reduce(workspace, values, tree, out_dtype, scatter)
 
 
 def _tree_reduce_fake(values: Tensor, leaves: int, node_dtype: str, group: str, out_dtype: torch.dtype, scatter: bool) -> Tensor:

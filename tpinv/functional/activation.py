@@ -27,13 +27,18 @@ def silu(x: Tensor) -> Tensor:
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up of x = [gate, up] side by side in the last dimension: [..., 2 F] -> [..., F]. silu is rounded to x's dtype before
     it is multiplied, as in the two steps, whose bits these are. ValueError for an odd last dimension or another dtype than silu takes."""
-    reference.check_dtypes(x=x)
-    if x.dim() < 1 or x.shape[-1] % 2:
-        raise ValueError(f"x {tuple(x.shape)} must hold gate and up side by side: an even last dimension")
+    check_swiglu(x)
     if products.on_gpu(x):
         return _Swiglu.apply(x)
     gate, up = x.chunk(2, dim=-1)
     return silu(gate) * up
+
+
+def check_swiglu(x: Tensor) -> None:
+    """The errors of :func:`swiglu`."""
+    reference.check_dtypes(x=x)
+    if x.dim() < 1 or x.shape[-1] % 2:
+        raise ValueError(f"x {tuple(x.shape)} must hold gate and up side by side: an even last dimension")
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -75,19 +80,27 @@ class _Swiglu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        from tpinv.kernels import activation
-
         ctx.save_for_backward(x)
-        y = activation.swiglu(rows(x).contiguous())
-        return output(y, (*x.shape[:-1], y.shape[-1]))
+        return swiglu_forward(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        from tpinv.kernels import activation
+        return swiglu_backward(dy, *ctx.saved_tensors)
 
-        (x,) = ctx.saved_tensors
-        return activation.swiglu_backward(rows(x).contiguous(), rows(dy).contiguous()).view(x.shape)
+
+def swiglu_forward(x: Tensor) -> Tensor:
+    """What autograd and the torch operator (operators.py) share, on a GPU, as :func:`swiglu_backward`."""
+    from tpinv.kernels import activation
+
+    y = activation.swiglu(rows(x).contiguous())
+    return output(y, (*x.shape[:-1], y.shape[-1]))
+
+
+def swiglu_backward(dy: Tensor, x: Tensor) -> Tensor:
+    from tpinv.kernels import activation
+
+    return activation.swiglu_backward(rows(x).contiguous(), rows(dy).contiguous()).view(x.shape)
 
 
 class _Gelu(torch.autograd.Function):

@@ -8,6 +8,8 @@ Under sequence parallelism dimension 0 of the activations is sharded over the sa
 before its forward and scatters dx, a row-parallel one scatters y and gathers dy. Tokens are whole wherever they are summed.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -50,20 +52,12 @@ def column_parallel_linear(
         ValueError: shapes or dtypes that do not fit, p not dividing the leaves, no equal leaves, no main_grad to add to.
     """
     ranks = resolve(group)
-    _check(x, weight, bias, ranks, tree)
-    count = len(tree.owned(ranks.rank, ranks.size))
-    if stride < 1 or weight.shape[0] % (stride * count):
-        tree.leaf_length(weight.shape[0] * ranks.size // max(stride, 1), f"out_features / stride {stride}")
-        raise ValueError(f"stride={stride} must be at least 1 and cut {weight.shape[0]} local out-features into {count} leaves each")
-    if sequence_parallel and x.dim() < 2:
-        raise ValueError(
-            f"sequence_parallel gathers dimension 0 of x {tuple(x.shape)}, which must be tokens: pass [tokens, ..., in-features]"
-        )
+    check_column(x, weight, bias, tree, ranks, sequence_parallel, stride)
     if gather_output and stride > 1:
         raise ValueError(f"gather_output with stride={stride} would interleave the blocks; gather after the activation, or use stride=1")
     if gradient_accumulation_fusion:
         main_grad.check(weight)
-    y = _ColumnParallelLinear.apply(x, weight, bias, tree, ranks, sequence_parallel, stride, gradient_accumulation_fusion)
+    y = _ColumnParallelLinear.apply(x, weight, bias, gradient_accumulation_fusion, tree, ranks, sequence_parallel, stride)
     return gather_last_dim(y, ranks) if gather_output else y
 
 
@@ -95,20 +89,38 @@ def row_parallel_linear(
         ValueError: shapes or dtypes that do not fit, p not dividing the leaves, no equal leaves, no main_grad to add to.
     """
     ranks = resolve(group)
+    check_row(x, weight, bias, tree, ranks, sequence_parallel)
+    if gradient_accumulation_fusion:
+        main_grad.check(weight)
+    return _RowParallelLinear.apply(x, weight, bias, gradient_accumulation_fusion, tree, ranks, sequence_parallel)
+
+
+def gather_last_dim(x: Tensor, group=None) -> Tensor:
+    """Gathers the last dimension, [..., n/p] -> [..., n]. The gradient is this rank's slice of dy, which is the same on every rank."""
+    return _GatherLastDim.apply(x, resolve(group))
+
+
+def check_column(x: Tensor, weight: Tensor, bias: Tensor | None, tree: ReductionTree, ranks: Ranks, sequence_parallel: bool, stride: int):
+    """The errors of :func:`column_parallel_linear`."""
+    _check(x, weight, bias, ranks, tree)
+    count = len(tree.owned(ranks.rank, ranks.size))
+    if stride < 1 or weight.shape[0] % (stride * count):
+        tree.leaf_length(weight.shape[0] * ranks.size // max(stride, 1), f"out_features / stride {stride}")
+        raise ValueError(f"stride={stride} must be at least 1 and cut {weight.shape[0]} local out-features into {count} leaves each")
+    if sequence_parallel and x.dim() < 2:
+        raise ValueError(
+            f"sequence_parallel gathers dimension 0 of x {tuple(x.shape)}, which must be tokens: pass [tokens, ..., in-features]"
+        )
+
+
+def check_row(x: Tensor, weight: Tensor, bias: Tensor | None, tree: ReductionTree, ranks: Ranks, sequence_parallel: bool):
+    """The errors of :func:`row_parallel_linear`."""
     _check(x, weight, bias, ranks, tree)
     tree.leaf_length(weight.shape[1] * ranks.size, "in_features")
     if sequence_parallel and (x.dim() < 2 or x.shape[0] % ranks.size):
         raise ValueError(
             f"sequence_parallel scatters dimension 0 of {tuple(x.shape)}, which {ranks.size} ranks must divide; pad the sequence"
         )
-    if gradient_accumulation_fusion:
-        main_grad.check(weight)
-    return _RowParallelLinear.apply(x, weight, bias, tree, ranks, sequence_parallel, gradient_accumulation_fusion)
-
-
-def gather_last_dim(x: Tensor, group=None) -> Tensor:
-    """Gathers the last dimension, [..., n/p] -> [..., n]. The gradient is this rank's slice of dy, which is the same on every rank."""
-    return _GatherLastDim.apply(x, resolve(group))
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, ranks: Ranks, tree: ReductionTree) -> None:
@@ -135,62 +147,99 @@ def _tree_product(
     return output(result, result.shape)
 
 
-def _weight_grad(ctx, dy: Tensor, x: Tensor, tree: ReductionTree, ranks: Ranks, *, dim: int, stride: int = 1) -> Tensor:
-    if ctx.fused is not None and main_grad.accumulates(ctx.next_functions[1][0]):
-        return main_grad.add(ctx.fused, dy, x, tree, ranks, dim=dim, stride=stride)
+# -- the arithmetic, which autograd functions (below) and torch operators (operators.py) share ---------------------------------------
+
+
+def column_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tree: ReductionTree, ranks: Ranks, sequence_parallel: bool, stride: int
+) -> Tensor:
+    whole = all_gather(x, ranks) if sequence_parallel else x
+    y = products.local_product(rows(whole), weight.t(), tree, ranks, dim=1, dtype=x.dtype, stride=stride, bias=bias)
+    return output(y, (*whole.shape[:-1], weight.shape[0]))
+
+
+def column_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool], tree: ReductionTree, ranks: Ranks, sequence_parallel: bool, stride: int,
+    add_to: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """dx, dweight and dbias, those that ``needs`` names. dweight is added to the main_grad of the parameter ``add_to``."""
+    lead, dy = dy.shape[:-1], rows(dy)
+    dx = dw = db = None
+    if needs[0]:
+        dx = _tree_product(dy, weight, lead, tree, ranks, sequence_parallel, x.dtype, stride)
+    if needs[1]:
+        whole = all_gather(x, ranks) if sequence_parallel else x
+        dw = _weight_grad(add_to, dy, rows(whole), tree, ranks, dim=0, stride=stride)
+    if needs[2]:
+        db = products.bias_grad(dy, tree)
+    return dx, dw, db
+
+
+def row_forward(x: Tensor, weight: Tensor, bias: Tensor | None, tree: ReductionTree, ranks: Ranks, sequence_parallel: bool) -> Tensor:
+    y = _tree_product(rows(x), weight.t(), x.shape[:-1], tree, ranks, sequence_parallel, x.dtype)
+    return y if bias is None else y + bias
+
+
+def row_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool], tree: ReductionTree, ranks: Ranks, sequence_parallel: bool,
+    add_to: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """As :func:`column_backward`."""
+    dy = rows(all_gather(dy, ranks) if sequence_parallel else dy)
+    dx = dw = db = None
+    if needs[0]:
+        dx = products.local_product(dy, weight, tree, ranks, dim=1, dtype=x.dtype).view(x.shape)
+    if needs[1]:
+        dw = _weight_grad(add_to, dy, rows(x), tree, ranks, dim=1)
+    if needs[2]:
+        db = products.bias_grad(dy, tree)
+    return dx, dw, db
+
+
+def _weight_grad(add_to: Tensor | None, dy: Tensor, x: Tensor, tree: ReductionTree, ranks: Ranks, *, dim: int, stride: int = 1) -> Tensor:
+    if add_to is not None:
+        return main_grad.add(add_to, dy, x, tree, ranks, dim=dim, stride=stride)
     return products.local_product(dy.t(), x, tree, ranks, dim=dim, dtype=x.dtype, stride=stride)
 
 
 class _ColumnParallelLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, tree, ranks, sequence_parallel, stride, fuse):
-        ctx.save_for_backward(x, weight)
-        ctx.args, ctx.has_bias = (tree, ranks, sequence_parallel, stride), bias is not None
-        ctx.fused = weight if fuse else None  # the parameter itself: a saved tensor may come back as another one
-        whole = all_gather(x, ranks) if sequence_parallel else x
-        y = products.local_product(rows(whole), weight.t(), tree, ranks, dim=1, dtype=x.dtype, stride=stride, bias=bias)
-        return output(y, (*whole.shape[:-1], weight.shape[0]))
+    def forward(ctx, x, weight, bias, fuse, *settings):
+        _keep(ctx, x, weight, bias, fuse, settings)
+        return column_forward(x, weight, bias, *settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        tree, ranks, sequence_parallel, stride = ctx.args
-        lead, dy = dy.shape[:-1], rows(dy)
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx = _tree_product(dy, weight, lead, tree, ranks, sequence_parallel, x.dtype, stride)
-        if ctx.needs_input_grad[1]:
-            whole = all_gather(x, ranks) if sequence_parallel else x
-            dw = _weight_grad(ctx, dy, rows(whole), tree, ranks, dim=0, stride=stride)
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            db = products.bias_grad(dy, tree)
-        return dx, dw, db, None, None, None, None, None
+        gradients = column_backward(dy, *ctx.saved_tensors, _needs(ctx), *ctx.settings, add_to=_add_to(ctx))
+        return *gradients, None, *([None] * len(ctx.settings))
 
 
 class _RowParallelLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, tree, ranks, sequence_parallel, fuse):
-        ctx.save_for_backward(x, weight)
-        ctx.args, ctx.has_bias = (tree, ranks, sequence_parallel), bias is not None
-        ctx.fused = weight if fuse else None
-        y = _tree_product(rows(x), weight.t(), x.shape[:-1], tree, ranks, sequence_parallel, x.dtype)
-        return y if bias is None else y + bias
+    def forward(ctx, x, weight, bias, fuse, *settings):
+        _keep(ctx, x, weight, bias, fuse, settings)
+        return row_forward(x, weight, bias, *settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        tree, ranks, sequence_parallel = ctx.args
-        dy = rows(all_gather(dy, ranks) if sequence_parallel else dy)
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx = products.local_product(dy, weight, tree, ranks, dim=1, dtype=x.dtype).view(x.shape)
-        if ctx.needs_input_grad[1]:
-            dw = _weight_grad(ctx, dy, rows(x), tree, ranks, dim=1)
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            db = products.bias_grad(dy, tree)
-        return dx, dw, db, None, None, None, None
+        gradients = row_backward(dy, *ctx.saved_tensors, _needs(ctx), *ctx.settings, add_to=_add_to(ctx))
+        return *gradients, None, *([None] * len(ctx.settings))
+
+
+def _keep(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, fuse: bool, settings: tuple) -> None:
+    ctx.save_for_backward(x, weight)
+    ctx.settings, ctx.has_bias = settings, bias is not None
+    ctx.fused = weight if fuse else None  # the parameter itself: a saved tensor may come back as another one
+
+
+def _needs(ctx) -> tuple[bool, bool, bool]:
+    return *ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]
+
+
+def _add_to(ctx) -> Tensor | None:
+    return ctx.fused if ctx.fused is not None and main_grad.accumulates(ctx.next_functions[1][0]) else None
 
 
 class _GatherLastDim(torch.autograd.Function):

@@ -8,6 +8,8 @@ It is finished inside backward, once per micro-batch: adding micro-batches up fi
 frameworks do, is another order. Everything is computed in fp32 and each result is rounded once.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -62,6 +64,13 @@ def layer_norm(
 
 
 def _norm(x, weight, bias, eps, center, tree, group, sequence_parallel, heads_parallel) -> Tensor:
+    ranks = resolve(group if sequence_parallel or heads_parallel else _ALONE)
+    check(x, weight, bias, tree, ranks, sequence_parallel, heads_parallel)
+    return _Norm.apply(x, weight, bias, eps, center, tree.with_float32_nodes(), ranks, heads_parallel)
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, tree: ReductionTree, ranks: Ranks, sequence_parallel: bool, heads_parallel: bool):
+    """The errors of :func:`rms_norm`."""
     if weight.dim() != 1 or x.dim() < 1 or x.shape[-1] != weight.shape[0] or (bias is not None and bias.shape != weight.shape):
         raise ValueError(f"x {tuple(x.shape)} must end in the length of weight {tuple(weight.shape)} and of the bias, if any")
     if sequence_parallel and heads_parallel:
@@ -72,9 +81,7 @@ def _norm(x, weight, bias, eps, center, tree, group, sequence_parallel, heads_pa
         raise ValueError(f"heads_parallel needs x [..., heads, {weight.shape[0]}], got {tuple(x.shape)}")
     reference.check_dtypes(x=x)
     reference.check_dtypes(weight=weight, bias=bias)
-    ranks = resolve(group if sequence_parallel or heads_parallel else _ALONE)
     tree.owned(ranks.rank, ranks.size)
-    return _Norm.apply(x, weight, bias, eps, center, tree.with_float32_nodes(), ranks, heads_parallel)
 
 
 _ALONE = Ranks(None, 0, 1)
@@ -88,52 +95,62 @@ def _statistics(x: Tensor, eps: float, center: bool) -> tuple[Tensor, Tensor]:
     return x * scale, scale
 
 
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: bool) -> Tensor:
+    """y in x's shape and dtype; what autograd and the torch operator (operators.py) share, as :func:`backward`."""
+    if products.on_gpu(x):
+        from tpinv.kernels import norm
+
+        bias = None if bias is None else bias.contiguous()
+        return output(norm.norm(rows(x).contiguous(), weight.contiguous(), bias, eps, center), x.shape)
+    normalised, _ = _statistics(rows(x).float(), eps, center)
+    y = normalised * weight.float()
+    y = y if bias is None else y + bias.float()
+    return output(y.to(x.dtype), x.shape)
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool], eps: float, center: bool, tree: ReductionTree, ranks: Ranks,
+    heads_parallel: bool, bias_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """dx, dweight and dbias, at least those that ``needs`` names."""
+    needs_parameters = needs[1] or needs[2]
+    if products.on_gpu(x):
+        from tpinv.kernels import norm
+
+        heads = x.shape[-2] if heads_parallel else 1
+        dx, values = norm.norm_backward(
+            rows(x).contiguous(), weight.contiguous(), rows(dy).contiguous(), eps, center, tree, ranks.rank, ranks.size,
+            heads=heads, bias=bias_dtype is not None, terms=needs_parameters,
+        )  # fmt: skip
+        return dx.view(x.shape), *_parameter_grads(values, weight, bias_dtype, tree, ranks)
+    normalised, scale = _statistics(rows(x).float(), eps, center)
+    dy = rows(dy).float()
+    dx = values = None
+    if needs[0]:
+        g = dy * weight.float()
+        dx = g - normalised * (reference.row_sum(g * normalised) / g.shape[-1]).unsqueeze(-1)
+        if center:
+            dx = dx - (reference.row_sum(g) / g.shape[-1]).unsqueeze(-1)
+        dx = (dx * scale).to(x.dtype).view(x.shape)
+    if needs_parameters:
+        terms = dy * normalised if bias_dtype is None else torch.cat([dy * normalised, dy], dim=-1)
+        if heads_parallel:  # rows in the order (head, token), so that a rank's rows are consecutive
+            terms = rows(terms.view(*x.shape[:-1], terms.shape[-1]).movedim(-2, 0))
+        values = products.column_sum(terms, tree, ranks)
+    return dx, *_parameter_grads(values, weight, bias_dtype, tree, ranks)
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, center, tree, ranks, heads_parallel):
         ctx.save_for_backward(x, weight)
-        ctx.args = (eps, center, tree, ranks, heads_parallel)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        if products.on_gpu(x):
-            from tpinv.kernels import norm
-
-            bias = None if bias is None else bias.contiguous()
-            return output(norm.norm(rows(x).contiguous(), weight.contiguous(), bias, eps, center), x.shape)
-        normalised, _ = _statistics(rows(x).float(), eps, center)
-        y = normalised * weight.float()
-        y = y if bias is None else y + bias.float()
-        return output(y.to(x.dtype), x.shape)
+        ctx.settings = eps, center, tree, ranks, heads_parallel, None if bias is None else bias.dtype
+        return forward(x, weight, bias, eps, center)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        eps, center, tree, ranks, heads_parallel = ctx.args
-        needs_parameters = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        if products.on_gpu(x):
-            from tpinv.kernels import norm
-
-            heads = x.shape[-2] if heads_parallel else 1
-            dx, values = norm.norm_backward(
-                rows(x).contiguous(), weight.contiguous(), rows(dy).contiguous(), eps, center, tree, ranks.rank, ranks.size,
-                heads=heads, bias=ctx.bias_dtype is not None, terms=needs_parameters,
-            )  # fmt: skip
-            return dx.view(x.shape), *_parameter_grads(values, weight, ctx.bias_dtype, tree, ranks), *([None] * 5)
-        normalised, scale = _statistics(rows(x).float(), eps, center)
-        dy = rows(dy).float()
-        dx = values = None
-        if ctx.needs_input_grad[0]:
-            g = dy * weight.float()
-            dx = g - normalised * (reference.row_sum(g * normalised) / g.shape[-1]).unsqueeze(-1)
-            if center:
-                dx = dx - (reference.row_sum(g) / g.shape[-1]).unsqueeze(-1)
-            dx = (dx * scale).to(x.dtype).view(x.shape)
-        if needs_parameters:
-            terms = dy * normalised if ctx.bias_dtype is None else torch.cat([dy * normalised, dy], dim=-1)
-            if heads_parallel:  # rows in the order (head, token), so that a rank's rows are consecutive
-                terms = rows(terms.view(*x.shape[:-1], terms.shape[-1]).movedim(-2, 0))
-            values = products.column_sum(terms, tree, ranks)
-        return dx, *_parameter_grads(values, weight, ctx.bias_dtype, tree, ranks), *([None] * 5)
+        return *backward(dy, *ctx.saved_tensors, ctx.needs_input_grad, *ctx.settings), *([None] * 5)
 
 
 def _parameter_grads(values: Tensor | None, weight: Tensor, bias_dtype: torch.dtype | None, tree: ReductionTree, ranks: Ranks):

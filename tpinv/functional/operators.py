@@ -6,7 +6,7 @@ of selective activation checkpointing. The bits are those of the functions, whic
 An operator takes what a graph can hold: tensors, numbers, and the tree and the group by their names ("" is a single rank).
 """
 
-from types import SimpleNamespace
+import functools
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from tpinv.tree import ReductionTree
 
 ALONE = Ranks(None, 0, 1)
 _library = torch.library.Library("tpinv", "FRAGMENT")
+
+
+_tree = functools.cache(ReductionTree)
 
 
 def group_name(ranks: Ranks) -> str:
@@ -38,17 +41,33 @@ def _operator(signature: str, compute, shape) -> None:
 
 
 def _gradient(name: str, setup, backward) -> None:
-    torch.library.register_autograd(f"tpinv::{name}", backward, setup_context=setup, lib=_library)
+    """Gives an operator its gradient, as torch.library.register_autograd does; that takes a reader of schemas and other generality
+    along, which cost the host more than a small product does."""
+    operator = getattr(torch.ops.tpinv, name).default
+
+    def below_autograd(*arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    def forward(ctx, *arguments):
+        result = below_autograd(*arguments)
+        setup(ctx, arguments, result)
+        return result
+
+    differentiable = type(
+        f"tpinv_{name}", (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    )
+
+    def dispatched(*arguments):
+        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+        return differentiable.apply(*arguments) if wanted else below_autograd(*arguments)
+
+    _library.impl(f"tpinv::{name}", dispatched, "Autograd")
 
 
 def _like(dy, *inputs_and_needs) -> list[Tensor]:
     *inputs, needs = inputs_and_needs
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, need in zip(inputs, needs, strict=True) if need]
-
-
-def _context(saved: tuple[Tensor, ...], needs: list[bool], **attributes) -> SimpleNamespace:
-    """What the functions' backward reads."""
-    return SimpleNamespace(saved_tensors=saved, needs_input_grad=tuple(needs), **attributes)
 
 
 def _needed(gradients, needs: list[bool]) -> list[Tensor]:
@@ -64,10 +83,9 @@ def _spread(gradients: list[Tensor], needs: list[bool], arguments: int) -> tuple
 
 
 def _column(x, weight, bias, leaves, node_dtype, group, sequence_parallel, stride):
-    tree = ReductionTree(leaves, node_dtype)
-    return linear.column_parallel_linear(
-        x, weight, bias, tree=tree, group=_ranks(group), sequence_parallel=sequence_parallel, stride=stride
-    )
+    settings = _tree(leaves, node_dtype), _ranks(group), sequence_parallel, stride
+    linear.check_column(x, weight, bias, *settings)
+    return linear.column_forward(x, weight, bias, *settings)
 
 
 def _column_shape(x, weight, bias, leaves, node_dtype, group, sequence_parallel, stride):
@@ -76,14 +94,14 @@ def _column_shape(x, weight, bias, leaves, node_dtype, group, sequence_parallel,
 
 
 def _column_backward(dy, x, weight, needs, leaves, node_dtype, group, sequence_parallel, stride):
-    args = (ReductionTree(leaves, node_dtype), _ranks(group), sequence_parallel, stride)
-    context = _context((x, weight), needs, args=args, has_bias=needs[2], fused=None)
-    return _needed(linear._ColumnParallelLinear.backward(context, dy), needs)
+    settings = _tree(leaves, node_dtype), _ranks(group), sequence_parallel, stride
+    return _needed(linear.column_backward(dy, x, weight, needs, *settings), needs)
 
 
 def _row(x, weight, bias, leaves, node_dtype, group, sequence_parallel):
-    tree = ReductionTree(leaves, node_dtype)
-    return linear.row_parallel_linear(x, weight, bias, tree=tree, group=_ranks(group), sequence_parallel=sequence_parallel)
+    settings = _tree(leaves, node_dtype), _ranks(group), sequence_parallel
+    linear.check_row(x, weight, bias, *settings)
+    return linear.row_forward(x, weight, bias, *settings)
 
 
 def _row_shape(x, weight, bias, leaves, node_dtype, group, sequence_parallel):
@@ -92,9 +110,8 @@ def _row_shape(x, weight, bias, leaves, node_dtype, group, sequence_parallel):
 
 
 def _row_backward(dy, x, weight, needs, leaves, node_dtype, group, sequence_parallel):
-    args = (ReductionTree(leaves, node_dtype), _ranks(group), sequence_parallel)
-    context = _context((x, weight), needs, args=args, has_bias=needs[2], fused=None)
-    return _needed(linear._RowParallelLinear.backward(context, dy), needs)
+    settings = _tree(leaves, node_dtype), _ranks(group), sequence_parallel
+    return _needed(linear.row_backward(dy, x, weight, needs, *settings), needs)
 
 
 def _linear_gradient_shapes(dy, x, weight, needs, *_):
@@ -131,16 +148,14 @@ for _name, _more, *_functions, _backward in (
 
 
 def _rms_norm(x, weight, eps, leaves, group, sequence_parallel, heads_parallel):
-    return norm.rms_norm(
-        x, weight, eps, tree=ReductionTree(leaves), group=_ranks(group),
-        sequence_parallel=sequence_parallel, heads_parallel=heads_parallel,
-    )  # fmt: skip
+    ranks = _ranks(group) if sequence_parallel or heads_parallel else ALONE
+    norm.check(x, weight, None, _tree(leaves), ranks, sequence_parallel, heads_parallel)
+    return norm.forward(x, weight, None, eps, False)
 
 
 def _rms_norm_backward(dy, x, weight, needs, eps, leaves, group, sequence_parallel, heads_parallel):
     ranks = _ranks(group) if sequence_parallel or heads_parallel else ALONE
-    args = (eps, False, ReductionTree(leaves), ranks, heads_parallel)
-    return _needed(norm._Norm.backward(_context((x, weight), [*needs, False], args=args, bias_dtype=None), dy), needs)
+    return _needed(norm.backward(dy, x, weight, (*needs, False), eps, False, _tree(leaves), ranks, heads_parallel, None), needs)
 
 
 def _rms_norm_setup(ctx, inputs, output):
@@ -170,15 +185,22 @@ _gradient("rms_norm", _rms_norm_setup, _rms_norm_gradient)
 # -- swiglu -----------------------------------------------------------------------------------------------------------------
 
 
+def _swiglu(x):
+    if products.on_gpu(x):
+        activation.check_swiglu(x)
+        return activation.swiglu_forward(x)
+    return activation.swiglu(x).contiguous()
+
+
 def _swiglu_backward(dy, x):
     if products.on_gpu(x):
-        return activation._Swiglu.backward(_context((x,), [True]), dy)
+        return activation.swiglu_backward(dy, x)
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         return torch.autograd.grad(activation.swiglu(leaf), leaf, dy)[0]
 
 
-_operator("swiglu(Tensor x) -> Tensor", lambda x: activation.swiglu(x).contiguous(), lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
+_operator("swiglu(Tensor x) -> Tensor", _swiglu, lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
 _operator("swiglu_backward(Tensor dy, Tensor x) -> Tensor", _swiglu_backward, lambda dy, x: x.new_empty(x.shape))
 _gradient(
     "swiglu",

@@ -15,6 +15,7 @@ among configurations whose bits it has verified; calls.py keeps what a repeated 
 Nothing is compiled or probed at import.
 """
 
+import functools
 import importlib.util
 
 import torch
@@ -27,11 +28,16 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def unavailable(tensor: Tensor) -> str | None:
     """Why these kernels cannot take ``tensor``; None when they can. Then the reference has the same contract, slower."""
-    if not tensor.is_cuda or torch.version.cuda is None:
-        return f"tensor is on {tensor.device}, the kernels need an NVIDIA GPU"
+    return _unavailable_on(tensor.device)
+
+
+@functools.cache
+def _unavailable_on(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"tensor is on {device}, the kernels need an NVIDIA GPU"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if torch.cuda.get_device_capability(tensor.device) < (8, 0):
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     return None
 

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpinv.kernels.device import on_device_of_first
+from tpinv.kernels.device import ceil_div, on_device_of_first
+from tpinv.kernels.launch import entry
 from tpinv.kernels.libm import exp
 
 _BLOCK = 1024
@@ -25,6 +26,7 @@ def _silu_grad(x):
     return sigmoid * (1.0 + x * (1.0 - sigmoid))
 
 
+@entry
 @triton.jit
 def silu_kernel(x_ptr, y_ptr, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -32,6 +34,7 @@ def silu_kernel(x_ptr, y_ptr, count, BLOCK: tl.constexpr):
     tl.store(y_ptr + at, _silu(x).to(y_ptr.dtype.element_ty), mask=at < count)
 
 
+@entry
 @triton.jit
 def silu_grad_kernel(x_ptr, dy_ptr, dx_ptr, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -40,6 +43,7 @@ def silu_grad_kernel(x_ptr, dy_ptr, dx_ptr, count, BLOCK: tl.constexpr):
     tl.store(dx_ptr + at, (dy * _silu_grad(x)).to(dx_ptr.dtype.element_ty), mask=at < count)
 
 
+@entry
 @triton.jit
 def swiglu_kernel(x_ptr, y_ptr, width, BLOCK: tl.constexpr):
     """x [M, 2 width]: gate, then up. Grid: M, blocks of width."""
@@ -51,6 +55,7 @@ def swiglu_kernel(x_ptr, y_ptr, width, BLOCK: tl.constexpr):
     tl.store(y_ptr + row * width + at, (active * up).to(y_ptr.dtype.element_ty), mask=at < width)
 
 
+@entry
 @triton.jit
 def swiglu_grad_kernel(x_ptr, dy_ptr, dx_ptr, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -70,7 +75,7 @@ def silu(x: Tensor) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     if x.numel():
-        silu_kernel[(triton.cdiv(x.numel(), _BLOCK),)](x, y, x.numel(), BLOCK=_BLOCK, **_FLAGS)
+        silu_kernel[(ceil_div(x.numel(), _BLOCK),)](x, y, x.numel(), BLOCK=_BLOCK, **_FLAGS)
     return y
 
 
@@ -79,7 +84,7 @@ def silu_backward(x: Tensor, dy: Tensor) -> Tensor:
     x, dy = x.contiguous(), dy.contiguous()
     dx = torch.empty_like(x)
     if x.numel():
-        silu_grad_kernel[(triton.cdiv(x.numel(), _BLOCK),)](x, dy, dx, x.numel(), BLOCK=_BLOCK, **_FLAGS)
+        silu_grad_kernel[(ceil_div(x.numel(), _BLOCK),)](x, dy, dx, x.numel(), BLOCK=_BLOCK, **_FLAGS)
     return dx
 
 
@@ -88,7 +93,7 @@ def swiglu(x: Tensor) -> Tensor:
     """[M, 2 F] contiguous, gate then up -> [M, F]."""
     y = x.new_empty(x.shape[0], x.shape[1] // 2)
     if y.numel():
-        swiglu_kernel[(len(x), triton.cdiv(y.shape[1], _BLOCK))](x, y, y.shape[1], BLOCK=_BLOCK, **_FLAGS)
+        swiglu_kernel[(len(x), ceil_div(y.shape[1], _BLOCK))](x, y, y.shape[1], BLOCK=_BLOCK, **_FLAGS)
     return y
 
 
@@ -97,5 +102,5 @@ def swiglu_backward(x: Tensor, dy: Tensor) -> Tensor:
     """x [M, 2 F], dy [M, F], contiguous -> dx [M, 2 F]."""
     dx = torch.empty_like(x)
     if dy.numel():
-        swiglu_grad_kernel[(len(x), triton.cdiv(dy.shape[1], _BLOCK))](x, dy, dx, dy.shape[1], BLOCK=_BLOCK, **_FLAGS)
+        swiglu_grad_kernel[(len(x), ceil_div(dy.shape[1], _BLOCK))](x, dy, dx, dy.shape[1], BLOCK=_BLOCK, **_FLAGS)
     return dx

@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpinv.kernels.device import on_device_of_first
+from tpinv.kernels.device import ceil_div, on_device_of_first
+from tpinv.kernels.launch import entry
 
 # head width up to -> (query rows, keys, warps, stages): forward, dq; (keys, query rows, warps, stages): dk and dv. fp32 is for tests.
 BLOCKS = {
@@ -103,6 +104,7 @@ def _forward_step(
     return acc, total, new_top
 
 
+@entry
 @triton.jit(do_not_specialize=DYNAMIC)
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, o_s, o_b, o_h,
@@ -181,7 +183,7 @@ def launches(q: Tensor, k: Tensor, pack: Pack | None, block: int, by_keys: bool 
         longest, sequences, where = pack.longest_k if by_keys else pack.longest_q, len(pack.cu_q) - 1, pack[:4]
     if longest and q.shape[2]:
         for batch in range(0, sequences, GRID_LIMIT):
-            grid = triton.cdiv(longest, block), q.shape[2], min(GRID_LIMIT, sequences - batch)
+            grid = ceil_div(longest, block), q.shape[2], min(GRID_LIMIT, sequences - batch)
             yield grid, (*where, len(q), len(k), batch, q.shape[2] // k.shape[2])
 
 

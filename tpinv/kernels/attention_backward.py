@@ -7,11 +7,13 @@ from torch import Tensor
 
 from tpinv.kernels.attention import DYNAMIC, LOG2E, Pack, blocks, constants, launches, new, padded_width, place, strides, tile
 from tpinv.kernels.device import on_device_of_first
+from tpinv.kernels.launch import entry
 from tpinv.kernels.pairwise import row_tree
 
 _ELEMENTS = 4096  # of a program that sums rows
 
 
+@entry
 @triton.jit(do_not_specialize=DYNAMIC)
 def delta_kernel(
     out_ptr, dout_ptr, delta_ptr, o_s, o_b, o_h, d_s, d_b, d_h, cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch, per_group,
@@ -46,6 +48,7 @@ def _dq_step(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
+@entry
 @triton.jit(do_not_specialize=DYNAMIC)
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, d_s, d_b, d_h, o_s, o_b, o_h,
@@ -103,6 +106,7 @@ def _dkv_step(
     return tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee"), dv
 
 
+@entry
 @triton.jit(do_not_specialize=DYNAMIC)
 def dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
@@ -146,6 +150,7 @@ def dkv_kernel(
     tl.store(dv_ptr + out, dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
 
+@entry
 @triton.jit
 def sum_heads_kernel(part_ptr, out_ptr, width, per_group, BLOCK: tl.constexpr):
     """part [rows, per_group, width] fp32 -> out [rows, width]: a chain over the heads of a group, rounded once."""

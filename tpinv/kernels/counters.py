@@ -7,6 +7,8 @@ zeroed before, so that no fill kernel enters the graph.
 
 import torch
 
+from tpinv.kernels.device import current_stream
+
 _POOL = 1 << 20  # counters a device's captured launches share, 4 MB
 _buffers: dict[tuple[int, int], torch.Tensor] = {}
 _pools: dict[int, torch.Tensor] = {}
@@ -24,7 +26,7 @@ def arrivals(count: int, device: torch.device) -> torch.Tensor:
         return _pools[index][start : start + count]
     if index not in _pools:
         _pools[index] = torch.zeros(_POOL, dtype=torch.int32, device=device)
-    key = (index, torch.cuda.current_stream(device).cuda_stream)
+    key = (index, current_stream(index))
     if key not in _buffers or _buffers[key].numel() < count:
         _buffers[key] = torch.zeros(max(count, 1 << 14), dtype=torch.int32, device=device)
     return _buffers[key]

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpinv.kernels.device import on_device_of_first, table
+from tpinv.kernels.device import ceil_div, on_device_of_first, table
+from tpinv.kernels.launch import entry
 from tpinv.kernels.libm import exp
 from tpinv.kernels.pairwise import absent, row_tree
 from tpinv.kernels.sums import require_left_complete
@@ -22,6 +23,7 @@ _BLOCK = 4096
 _FLAGS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
+@entry
 @triton.jit
 def row_max_kernel(x_ptr, out_ptr, x_row, cols, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -40,6 +42,7 @@ def _keep(cells, value, at, CELLS: tl.constexpr):
     return tl.where(tl.arange(0, CELLS)[None, :] == at, value[:, None], cells)
 
 
+@entry
 @triton.jit
 def vocab_sums_kernel(
     x_ptr, top_ptr, out_ptr, spans_ptr, first_leaf_ptr, x_row, rows, blocks,
@@ -80,6 +83,7 @@ def vocab_sums_kernel(
     tl.store(out_ptr, row_tree(cells, 1, LEAVES * BLOCKS))
 
 
+@entry
 @triton.jit
 def vocab_grad_kernel(
     x_ptr, dx_ptr, top_ptr, total_ptr, index_ptr, dloss_ptr, x_row, cols, hit, smooth, SMOOTH: tl.constexpr, BLOCK: tl.constexpr
@@ -128,7 +132,7 @@ def vocab_sums(x: Tensor, top: Tensor, tree: ReductionTree, rank: int, ranks: in
     spans, starts, longest, leaves = _tables(x.device, tree, rank, ranks, x.shape[1])
     out = x.new_empty(1 + shifted, len(starts) - 1, len(x), dtype=torch.float32)
     block = min(_BLOCK, triton.next_power_of_2(max(longest, 2)))
-    blocks = max(1, triton.cdiv(longest, block))
+    blocks = max(1, ceil_div(longest, block))
     if len(x):
         vocab_sums_kernel[(len(x), len(starts) - 1)](
             x, top, out, spans, starts, x.stride(0), len(x), blocks, SHIFTED=shifted,
@@ -142,7 +146,7 @@ def vocab_grad(x: Tensor, top: Tensor, total: Tensor, index: Tensor, dloss: Tens
     """[M, V/p] in x's dtype. index int64 [M]: the target's column here, -1 where it is on another rank, -2 where it is ignored."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
-        grid = (len(x), triton.cdiv(x.shape[1], _BLOCK))
+        grid = (len(x), ceil_div(x.shape[1], _BLOCK))
         vocab_grad_kernel[grid](
             x, dx, top, total, index, dloss, x.stride(0), x.shape[1], hit, smooth, SMOOTH=smooth != 0.0, BLOCK=_BLOCK, **_FLAGS
         )

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpinv.kernels.device import on_device_of_first
+from tpinv.kernels.device import ceil_div, on_device_of_first
+from tpinv.kernels.launch import entry
 from tpinv.kernels.pairwise import absent
 
 _AHEAD = 8  # tokens of an id that are loaded before they are added
@@ -29,6 +30,7 @@ def _chain(acc, dy_ptr, ids_ptr, order_ptr, at, tokens, row, col, cols, START: t
         return _chain(acc, dy_ptr, ids_ptr, order_ptr, at, tokens, row, col, cols, START + 1, COUNT)
 
 
+@entry
 @triton.jit
 def sum_by_id_kernel(dy_ptr, ids_ptr, order_ptr, out_ptr, tokens, rows, cols, AHEAD: tl.constexpr, COLUMNS: tl.constexpr):
     """ids, order int64 [tokens]: sorted ids and the tokens they come from. out [rows, cols], zero where no token writes."""
@@ -53,6 +55,6 @@ def sum_by_id(ids: Tensor, dy: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     out = torch.zeros(rows, dy.shape[1], dtype=dtype, device=dy.device)
     by_id, order = torch.sort(ids, stable=True)
     if dy.numel() and rows:
-        grid = (len(ids), triton.cdiv(dy.shape[1], _COLUMNS))
+        grid = (len(ids), ceil_div(dy.shape[1], _COLUMNS))
         sum_by_id_kernel[grid](dy, by_id, order, out, len(ids), rows, dy.shape[1], AHEAD=_AHEAD, COLUMNS=_COLUMNS)
     return out

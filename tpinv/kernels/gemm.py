@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 
 from tpinv.kernels.counters import arrivals
-from tpinv.kernels.device import table
+from tpinv.kernels.device import ceil_div, table
+from tpinv.kernels.launch import entry
 from tpinv.kernels.problem import Problem, most_pending
 
 
@@ -68,6 +69,7 @@ def _store_root(
     tl.store(at, value, mask=mask)
 
 
+@entry
 @triton.jit(do_not_specialize=["rows", "cols", "steps", "part_leaves"])
 def tree_gemm_kernel(
     a_ptr, b_ptr, out_ptr, bias_ptr, parts_ptr, arrivals_ptr, merges_ptr,
@@ -225,14 +227,14 @@ def run(problem: Problem, config: TritonConfig) -> None:
     merges = problem.splits[config.parts]
     if most_pending(merges) > MAX_DEPTH:
         raise ValueError(f"a subtree of {problem.leaves} leaves keeps more than {MAX_DEPTH} values pending; use at most 64 leaves a rank")
-    tiles = triton.cdiv(problem.rows, config.rows) * triton.cdiv(problem.cols, config.cols)
+    tiles = ceil_div(problem.rows, config.rows) * ceil_div(problem.cols, config.cols)
     parts = arrived = out
     if config.parts > 1:
         parts = torch.empty(tiles * config.parts * config.rows * config.cols, dtype=torch.float32, device=out.device)
         arrived = arrivals(tiles, out.device) if out.is_cuda else torch.zeros(tiles, dtype=torch.int32)
     tree_gemm_kernel[(tiles * config.parts,)](
         a, b, out, out if problem.bias is None else problem.bias, parts, arrived, _merges_on(merges, out.device),
-        problem.rows, problem.cols, problem.length, triton.cdiv(problem.length, config.k), problem.pieces, len(merges),
+        problem.rows, problem.cols, problem.length, ceil_div(problem.length, config.k), problem.pieces, len(merges),
         a.stride(0), a.stride(1), problem.piece_stride * a.stride(1),
         b.stride(0), b.stride(1), problem.piece_stride * b.stride(1), out.stride(0),
         DEPTH=most_pending(merges), SPLIT=config.parts,

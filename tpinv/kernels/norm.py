@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tpinv.kernels import sums
-from tpinv.kernels.device import on_device_of_first
+from tpinv.kernels.device import ceil_div, on_device_of_first
+from tpinv.kernels.launch import entry
 from tpinv.kernels.pairwise import absent, row_tree
 from tpinv.tree import ReductionTree
 
@@ -40,6 +41,7 @@ def _normalise(x, present, inverse, eps, CENTER: tl.constexpr, ROWS: tl.constexp
     return x * scale[:, None], scale, mean
 
 
+@entry
 @triton.jit
 def norm_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr, rows, cols, inverse, eps,
@@ -56,6 +58,7 @@ def norm_kernel(
     tl.store(y_ptr + row * cols + col, y.to(y_ptr.dtype.element_ty), mask=present)
 
 
+@entry
 @triton.jit
 def norm_dx_kernel(
     x_ptr, w_ptr, dy_ptr, dx_ptr, scale_ptr, mean_ptr, rows, cols, inverse, eps,
@@ -97,6 +100,7 @@ def _terms(x_ptr, dy_ptr, scale_ptr, mean_ptr, first, col, cols, present, tokens
         return tl.where(present > START + COUNT // 2, left + right, left)
 
 
+@entry
 @triton.jit
 def norm_terms_kernel(
     x_ptr, dy_ptr, scale_ptr, mean_ptr, out_ptr, spans_ptr, cols, tokens, heads, out_group, FAN: tl.constexpr, COLUMNS: tl.constexpr
@@ -131,7 +135,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: boo
     rows, cols = x.shape
     if x.numel():
         tile = _tile(cols)
-        norm_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+        norm_kernel[(ceil_div(rows, tile["ROWS"]),)](
             x, weight, weight if bias is None else bias, y, rows, cols, _inverse(cols), eps, CENTER=center, BIAS=bias is not None, **tile
         )
     return y
@@ -152,14 +156,14 @@ def norm_backward(
     scale, mean = x.new_empty(2, rows, dtype=torch.float32)
     if x.numel():
         tile = _tile(cols)
-        norm_dx_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+        norm_dx_kernel[(ceil_div(rows, tile["ROWS"]),)](
             x, weight, dy, dx, scale, mean, rows, cols, _inverse(cols), eps, CENTER=center, **tile
         )
     if not terms:
         return dx, None
 
     def first_level(partial: Tensor, spans: Tensor, grid: tuple[int, int]) -> None:
-        norm_terms_kernel[(*grid, triton.cdiv(cols, _TERM_COLUMNS))](
+        norm_terms_kernel[(*grid, ceil_div(cols, _TERM_COLUMNS))](
             x, dy, scale, mean, partial, spans, cols, rows // heads, heads, partial.stride(0), FAN=sums.FAN, COLUMNS=_TERM_COLUMNS, **_FLAGS
         )
 

@@ -13,6 +13,7 @@ import torch
 
 from tpinv.kernels import cuda
 from tpinv.kernels.counters import arrivals
+from tpinv.kernels.device import current_stream
 from tpinv.kernels.problem import Problem, most_pending, most_pending_pairs
 
 SOURCE = "sm90_tree_gemm.cu"
@@ -229,7 +230,7 @@ def launcher(problem: Problem, config: Sm90Config, blocks: int | None = None) ->
             a, b = b, a
         map_a, map_b = cuda.tensor_map(a, *box_a), cuda.tensor_map(b, *box_b)
         map_out = cuda.tensor_map(out, *box_out) if accumulate else map_a  # else nobody's
-        stream = torch.cuda.current_stream(device).cuda_stream
+        stream = current_stream(device.index)
         cuda.launch(plan.function, plan.grid, _THREADS, plan.shared, stream, map_a, map_b, map_out, params)
 
     return launch

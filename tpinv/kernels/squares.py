@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpinv.kernels.device import on_device_of_first
+from tpinv.kernels.device import ceil_div, on_device_of_first
+from tpinv.kernels.launch import entry
 
 BINS = 28
 _LOWEST = tl.constexpr(-298)
@@ -44,6 +45,7 @@ def _pass(rest, sums, slots, bin):
     return rest - multiple, sums, bin - 2
 
 
+@entry
 @triton.jit
 def squares_kernel(x_ptr, bins_ptr, count, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCK * BLOCKS
@@ -72,6 +74,7 @@ def squares_kernel(x_ptr, bins_ptr, count, BLOCK: tl.constexpr, BLOCKS: tl.const
     tl.atomic_add(bins_ptr + slots, sums, mask=sums != 0, sem="relaxed")
 
 
+@entry
 @triton.jit
 def total_kernel(bins_ptr, out_ptr, BINS: tl.constexpr):
     """One program: the counters as one float64."""
@@ -97,7 +100,7 @@ def add_squares(bins: Tensor, x: Tensor) -> None:
     """Adds the squares of all elements of ``x`` (float32, bfloat16 or float16) to ``bins``."""
     x = x.contiguous()
     if x.numel():
-        squares_kernel[(triton.cdiv(x.numel(), _BLOCK * _BLOCKS),)](
+        squares_kernel[(ceil_div(x.numel(), _BLOCK * _BLOCKS),)](
             x, bins, x.numel(), BLOCK=_BLOCK, BLOCKS=_BLOCKS, SIZE=_SIZE, num_warps=2, enable_fp_fusion=False
         )
 

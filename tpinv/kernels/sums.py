@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpinv.kernels.device import table
+from tpinv.kernels.device import ceil_div, table
+from tpinv.kernels.launch import entry
 from tpinv.tree import Node, ReductionTree
 
 FAN = 32  # rows of a block
@@ -36,6 +37,7 @@ def _block(ptr, row_stride, present, START: tl.constexpr, COUNT: tl.constexpr):
         return tl.where(present > START + COUNT // 2, left + right, left)
 
 
+@entry
 @triton.jit
 def column_sum_kernel(x_ptr, out_ptr, spans_ptr, cols, x_row, out_group, FAN: tl.constexpr, COLUMNS: tl.constexpr):
     """out [groups, blocks, cols] fp32: the tree over rows block * FAN ... of each group. spans_ptr: int32 [groups, 2], first row
@@ -60,7 +62,7 @@ def _sum_rows(x: Tensor) -> Launch:
     cols = x.shape[1]
 
     def launch(partial: Tensor, spans: Tensor, grid: tuple[int, int]) -> None:
-        column_sum_kernel[(*grid, triton.cdiv(cols, COLUMNS))](
+        column_sum_kernel[(*grid, ceil_div(cols, COLUMNS))](
             x, partial, spans, cols, x.stride(0), partial.stride(0), FAN=FAN, COLUMNS=COLUMNS
         )
 

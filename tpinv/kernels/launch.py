@@ -1,0 +1,63 @@
+"""What a launch of a Triton kernel costs the host the second time: a lookup.
+
+Triton binds, specializes and looks up the arguments of every launch anew, for longer than a small kernel runs. What it found out for a
+launch holds for the next one with the same numbers, dtypes, alignments and constants, whatever the addresses.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpinv.kernels.device import current_stream
+
+_LIMIT = 4096  # launches kept of one kernel, with numbers that come and go
+
+
+class Kernel:
+    """``@entry`` over ``@triton.jit``: used as what it wraps, ``kernel[grid](*arguments, **constants)``, constants last in its signature."""
+
+    def __init__(self, jit: Any):
+        self.jit = jit
+        self._kept: dict[tuple, tuple] = {}  # -> what Triton compiled, and its last arguments
+        functools.update_wrapper(self, jit, updated=())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.jit, name)
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return functools.partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *arguments, **constants) -> None:
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        key: list = [device, *constants.items()]
+        values: list = []
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                address = argument.data_ptr()
+                key += argument.dtype, address % 16
+                values.append(address)
+            else:  # Triton specializes whole numbers by what divides them and by their size; these are few enough to tell all apart
+                key.append(argument if type(argument) is int else type(argument))
+                values.append(argument)
+        compiled, last = self._kept.get(tuple(key), (None, ()))
+        if compiled is None:
+            compiled = self.jit[grid](*arguments, **constants)
+            if compiled is not None and device is not None:  # Triton's interpreter compiles nothing
+                self._keep(tuple(key), compiled, len(arguments), constants)
+            return
+        compiled[(*grid, 1, 1)](*values, *last, stream=current_stream(device))
+
+    def _keep(self, key: tuple, compiled: Any, given: int, constants: dict) -> None:
+        last = self.jit.arg_names[given:]
+        if not all(name in constants for name in last):
+            raise TypeError(f"{self.jit.fn.__name__} wants {last} by name, got {sorted(constants)}")
+        if len(self._kept) >= _LIMIT:
+            self._kept.clear()
+        self._kept[key] = compiled, tuple(constants[name] for name in last)
+
+
+def entry(jit: Any) -> Kernel:
+    """Marks a Triton kernel that the host launches."""
+    return Kernel(jit)
