@@ -52,6 +52,13 @@ def packed_documents(run: Run):
     return record.tensors
 
 
+def first_logits(run: Run) -> torch.Tensor:
+    with running(run) as trainer:
+        record = verify.Record(run.tp)
+        record.sharded("logits", trainer.logits(next(iter(trainer.dataloader))[0]["input"]), -1)
+    return record.tensors["logits"]
+
+
 def tokens(run: Run) -> torch.Tensor:
     return real_text()[: 2 * run.sequence].view(2, -1)
 

@@ -36,8 +36,8 @@ from tpinv.testing.text import real_text
 from tpinv.tree import ReductionTree
 
 OVERRIDE = "tpinv.integrations.torchtitan.invariant"
-# Below torch 2.14 FSDP cannot shard the plain tensors of the default backend at TP > 1.
-SPMD_FSDP = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+SPMD_FSDP = TORCH >= (2, 14)  # below, FSDP cannot shard the plain tensors of the default backend at TP > 1
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,17 @@ class Run:
     compile: str = ""  # torch.compile's backend for every block; none if empty
     seed: int = 1234
     backend: str = "spmd_types" if SPMD_FSDP else "partial_dtensor"
+    device: str = "cpu"  # or "cuda", the current GPU; there forward and backward run in a CUDA graph, if no two ranks share one
+    hidden: int = 0  # about, with heads of 128; 0: as small as can be
 
     def __post_init__(self):
         if self.variant != "llama":
             raise ValueError(f"variant {self.variant!r} is no model of TorchTitan; use llama (with qk-norm: Qwen3)")
+        if self.backend == "partial_dtensor" and TORCH < (2, 12):
+            raise ValueError(
+                f"TorchTitan's DTensor backend with FSDP crashes in the backward pass of torch 2.11, stock or not; torch is {torch.__version__}, "
+                "use 2.13 or newer"
+            )
 
     @property
     def tree(self) -> ReductionTree:
@@ -74,14 +81,20 @@ class Run:
     @property
     def sequence(self) -> int:
         fits = math.lcm(2, *self.sizes)  # 2 chunks of the loss
-        return -(-48 // fits) * fits
+        return -(-(128 if self.hidden else 48) // fits) * fits
+
+    @property
+    def cuda_graph(self) -> bool:
+        return self.device == "cuda" and self.tp * self.dp <= torch.cuda.device_count()  # gloo's collectives cannot be captured
 
 
 def build_model_config(run: Run) -> Llama3Model.Config | Qwen3Model.Config:
     """The smallest decoder in which every sharded dimension has ``leaves`` equal leaves and every size divides the key-value heads."""
     groups = math.lcm(*run.sizes)
-    heads = 2 * groups
-    dim = math.lcm(heads * (16 if heads <= 16 else 8), run.leaves)
+    heads, width = 2 * groups, 16 if groups <= 8 else 8
+    if run.hidden:
+        heads, width = groups * max(1, run.hidden // (128 * groups)), 128
+    dim = math.lcm(heads * width, run.leaves)
     head_dim, vocab = dim // heads, -(-256 // run.leaves) * run.leaves
     weight = {"weight": partial(nn.init.trunc_normal_, std=0.05)}
     table = {"weight": partial(nn.init.normal_, std=1.0)}
@@ -106,7 +119,8 @@ def build_model_config(run: Run) -> Llama3Model.Config | Qwen3Model.Config:
             ),
             feed_forward=make_ffn_config(
                 dim=dim,
-                hidden_dim=2 * dim + run.leaves,  # on purpose no multiple of a vector: see tpinv/functional/activation.py
+                # on purpose no multiple of a vector (see tpinv/functional/activation.py), but where speed counts
+                hidden_dim=2 * dim + (0 if run.hidden else run.leaves),
                 w1_param_init=weight,
                 w2w3_param_init=weight,
             ),
@@ -149,7 +163,7 @@ def build_trainer_config(run: Run, model, folder: str) -> Trainer.Config:
             global_batch_size=2 * run.micro_batches * run.dp,
             seq_len=run.sequence,
             steps=run.steps,
-            disable_cuda_graphs=True,
+            disable_cuda_graphs=not run.cuda_graph,
             dtype="float32" if fsdp else param_dtype,
             mixed_precision_param=param_dtype,
         ),

@@ -38,7 +38,7 @@ class RecordingTrainer(Trainer):
 
     def forward_backward_step(self, **batch) -> Tensor:
         loss = super().forward_backward_step(**batch)
-        self.losses.append(loss.detach().float())
+        self.losses.append(loss.detach().float().clone())  # a graph computes the next one in its place
         return loss
 
     @torch.no_grad()
@@ -166,14 +166,14 @@ def running(run: Run, model=None):
     warnings.simplefilter("ignore")
     for name in (None, "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if run.device == "cuda" else dist.get_rank())
     weights = drawn_whole(Ranks(None, dist.get_rank() % run.tp, run.tp)) if run.layers == "stock" else contextlib.nullcontext()
     with tempfile.TemporaryDirectory(prefix="tpinv-") as folder:
         with weights:
             trainer = RecordingTrainer(build_trainer_config(run, model or build_model_config(run), folder))
         for part in trainer.model_parts[0].modules() if run.dp > 1 else ():
             if isinstance(part, FSDPModule):
-                part.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
+                part.set_force_sum_reduction_for_comms(dist.get_backend() == "gloo")  # which has no sum with a factor
         try:
             yield trainer
         finally:
