@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hostile import DTYPES, INEXACT, KINDS, RANKS, hostile, join, poison, same_nan, sum_of
+from torch._dynamo.testing import CompileCounter
 
 from tpinv import ReductionTree, tree_all_reduce, tree_reduce_scatter
 from tpinv.collectives import all_gather, all_max, resolve, select_all_reduce, select_reduce_scatter
@@ -210,6 +211,38 @@ def not_a_member():
     with pytest.raises(ValueError, match="pass mesh\\['tp'\\]"):
         resolve(mesh)
     return resolve(group).rank
+
+
+def destroyed(folder: str):
+    """A group that is gone is not the one that has its name now, in which this rank may be another."""
+    old, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    assert resolve(old).rank == rank
+    dist.destroy_process_group()
+    with pytest.raises(ValueError, match="has not been initialized"):
+        resolve(old)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/again", size), rank=size - 1 - rank, world_size=size)
+    assert dist.group.WORLD.group_name == old.group_name
+    with pytest.raises(ValueError, match="not registered"):
+        resolve(old)
+    assert resolve().rank == size - 1 - rank
+
+
+def test_a_destroyed_group(tmp_path):
+    run_ranks(destroyed, 2, str(tmp_path))
+
+
+def recompiled():
+    """Groups that are resolved elsewhere do not make Dynamo compile again."""
+    groups, count = [dist.new_group([0, 1]) for _ in range(4)], CompileCounter()
+    ranks_of = torch.compile(lambda x, group: x + resolve(group).size, backend=count, fullgraph=True)
+    for group in groups:
+        resolve(group)
+        assert ranks_of(torch.zeros(1), groups[0]).item() == 2
+    return count.frame_count
+
+
+def test_groups_do_not_make_dynamo_compile_again():
+    assert run_ranks(recompiled, 2) == [1, 1]
 
 
 def test_errors_on_ranks():

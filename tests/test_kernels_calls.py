@@ -123,7 +123,8 @@ def test_forgotten_choices_and_captures(launched, monkeypatch):
 class Jit:
     """What Triton's decorator returns: compiles at the first launch with arguments of a kind, and knows its signature."""
 
-    arg_names = ["x_ptr", "y_ptr", "rows", "eps", "BLOCK", "CENTER"]
+    arg_names = ["x_ptr", "y_ptr", "rows", "length", "eps", "BLOCK", "CENTER"]
+    do_not_specialize = ["length"]
 
     def __init__(self):
         self.compiled, self.launched = [], []
@@ -151,41 +152,62 @@ def test_a_triton_kernel_is_bound_once(device):
     jit = Jit()
     kernel, x, y = entry(jit), torch.zeros(64), torch.zeros(64)
     for eps in (0.1, 0.2):
-        kernel[7, 2](x, y, 5, eps, BLOCK=64, CENTER=False, num_warps=4)
-    assert jit.compiled == [((7, 2), (x, y, 5, 0.1), {"BLOCK": 64, "CENTER": False, "num_warps": 4})]
-    assert jit.launched == [((7, 2, 1, 1), (x.data_ptr(), y.data_ptr(), 5, 0.2, 64, False), (3, "stream"))]
+        kernel[7, 2](x, y, 5, 6, eps, BLOCK=64, CENTER=False, num_warps=4)
+    assert jit.compiled == [((7, 2), (x, y, 5, 6, 0.1), {"BLOCK": 64, "CENTER": False, "num_warps": 4})]
+    assert jit.launched == [((7, 2, 1, 1), (x.data_ptr(), y.data_ptr(), 5, 6, 0.2, 64, False), (3, "stream"))]
     assert kernel.arg_names is jit.arg_names
 
 
 def test_a_triton_kernel_is_bound_for_each_kind_of_arguments(device, monkeypatch):
-    """Whatever Triton might specialize on: a number, an alignment, a dtype, a constant, an option, a device."""
+    """Whatever Triton might specialize on: a number (unless it is told not to), an alignment, a dtype, a constant, an option, a device."""
     jit, x = Jit(), torch.zeros(64)
     kernel = entry(jit)
 
-    def launch(x=x, rows=5, eps=0.1, **constants):
-        kernel[(1,)](x, x, rows, eps, **{"BLOCK": 64, "CENTER": False, "num_warps": 4} | constants)
+    def launch(x=x, rows=5, length=7, eps=0.1, **constants):
+        kernel[(1,)](x, x, rows, length, eps, **{"BLOCK": 64, "CENTER": False, "num_warps": 4} | constants)
 
-    kinds = [{}, {"rows": 1}, {"rows": 16}, {"x": x[1:]}, {"x": x.bfloat16()}, {"x": None}, {"eps": 1}]
+    kinds = [{}, {"rows": 1}, {"rows": 16}, {"x": x[1:]}, {"x": x.bfloat16()}, {"x": None}, {"eps": 1}, {"length": 1 << 31}]
     kinds += [{"CENTER": True}, {"BLOCK": 32}, {"num_warps": 8}]
     for _ in range(2):
         for kind in kinds:
             launch(**kind)
     assert len(jit.compiled) == len(jit.launched) == len(kinds)
+    launch(length=16)
+    assert len(jit.compiled) == len(kinds)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 4)
     launch()
     assert len(jit.compiled) == len(kinds) + 1
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda x: 0)  # what is kept of tensors elsewhere must not serve
+    launch()
+    assert len(jit.compiled) == len(kinds) + 2
 
 
 def test_a_triton_kernel_whose_constants_have_no_names_is_refused(device):
     with pytest.raises(TypeError, match=r"wants \['BLOCK', 'CENTER'\] by name, got \['CENTER'\]"):
         jit = Jit()
         jit.fn = test_a_triton_kernel_is_bound_once
-        entry(jit)[(1,)](torch.zeros(1), torch.zeros(1), 1, 1.0, CENTER=False)
+        entry(jit)[(1,)](torch.zeros(1), torch.zeros(1), 1, 2, 1.0, CENTER=False)
 
 
 def test_nothing_is_kept_where_nothing_is_compiled():
     """Triton's interpreter, on a CPU."""
     jit = Jit()
     for _ in range(2):
-        entry(jit)[(1,)](torch.zeros(1), torch.zeros(1), 1, 1.0, BLOCK=1, CENTER=False)
+        entry(jit)[(1,)](torch.zeros(1), torch.zeros(1), 1, 2, 1.0, BLOCK=1, CENTER=False)
     assert len(jit.compiled) == 2 and not jit.launched
+
+
+def test_dynamo_leaves_a_launch_alone():
+    """It must not take what it cannot trace there for an error of the user's."""
+    kernel = entry(Jit())
+
+    def function(x):
+        y = x * 2
+        try:
+            kernel[(1,)](y, y, 1, 2, 1.0, BLOCK=1, CENTER=False)
+        except TypeError:
+            return y * 0
+        return y.cos()
+
+    x = torch.ones(3)
+    assert torch.equal(torch.compile(function, backend="eager")(x), (x * 2).cos())

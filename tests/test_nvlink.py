@@ -298,6 +298,12 @@ def test_a_repeated_collective_launches_what_a_first_one_would(monkeypatch):
     fresh._bulk = workspace._bulk
     assert call(fresh, torch.zeros(cases[0][0]), *cases[0][1:]) == grown
     assert call(workspace, torch.zeros(cases[0][0]), *cases[0][1:], "one_shot")[1][0][5]["slots"] == [300, 400]
+    failing, works = Pretended(), nvlink._Call._prepare
+    monkeypatch.setattr(nvlink._Call, "_prepare", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        call(failing, torch.zeros(cases[0][0]), *cases[0][1:])
+    monkeypatch.setattr(nvlink._Call, "_prepare", works)
+    assert len(call(failing, torch.zeros(cases[0][0]), *cases[0][1:])[1]) == 1  # it is launched after all
     workspace.timeout = 2.0
     assert call(workspace, torch.zeros(cases[0][0]), *cases[0][1:])[1][0][5]["timeout_ns"] == 2_000_000_000
 

@@ -120,3 +120,11 @@ def test_full_graphs_over_ranks(ranks, sequence_parallel):
 
 def test_a_lone_rank_has_no_name():
     assert group_name(ALONE) == "" and operators.ALONE.size == 1
+
+
+def test_a_profiler_sees_an_operator_once():
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.ops.tpinv.rms_norm(x, weight, 1e-5, 8, "", False, False).sum().backward()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["tpinv::rms_norm"] == counts["tpinv::rms_norm_backward"] == 1

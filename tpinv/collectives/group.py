@@ -3,6 +3,7 @@
 import weakref
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 
 
@@ -40,12 +41,15 @@ def resolve(group=None) -> Ranks:
             raise ValueError(f"a mesh of dimensions {group.mesh_dim_names or group.ndim} is not one group; pass mesh['tp']")
         group = group.get_group()
     group = group if group is not None else dist.group.WORLD
-    known = _known.get(group) if isinstance(group, dist.ProcessGroup) else None
+    # Dynamo would compile anew whenever the dictionary has grown, and a group may have been destroyed.
+    keep = isinstance(group, dist.ProcessGroup) and not torch.compiler.is_compiling()
+    known = _known.get(group) if keep and group in dist.distributed_c10d._world.pg_group_ranks else None
     if known is None:
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        known = rank, _ = dist.get_rank(group), dist.get_world_size(group)
         if rank < 0:  # then it is no ProcessGroup either
             raise ValueError("this process is not a member of the given group; pass the group it belongs to")
-        known = _known[group] = rank, size
+        if keep:
+            _known[group] = known
     return Ranks(group if known[1] > 1 else None, *known)
 
 

@@ -66,7 +66,7 @@ class _Call:
             algorithm,
             workspace.bulk_bytes,
         )
-        self.areas, self.launches = None, ()
+        self.prepared = None, ()  # the workspace's areas, and launches into them
 
     def __call__(self, workspace: Workspace, values: Tensor) -> Tensor:
         if self.packs == 0:
@@ -87,20 +87,20 @@ class _Call:
         return flat.clone() if flat.data_ptr() % schedule.PACK else flat
 
     def _launch_cuda(self, workspace: Workspace, values: int, out: int) -> None:
-        areas = _areas(workspace, self.plan)
-        if areas != self.areas:  # the first call, or the workspace has grown
-            self.areas = areas
-            self.launches = [self._prepared(workspace, start, packs) for start, packs in self.plan.launches]
+        areas, (known, launches) = _areas(workspace, self.plan), self.prepared
+        if areas != known:  # the first call, or the workspace has grown
+            launches = [self._prepare(workspace, areas, start, packs) for start, packs in self.plan.launches]
+            self.prepared = areas, launches  # at once, and only when all is well
         stream = workspace.enter()
-        for function, blocks, threads, prepared in self.launches:
+        for function, blocks, threads, prepared in launches:
             params = type(prepared).from_buffer_copy(prepared)
             params.values, params.out = values, out
             cuda.launch(function, blocks, threads, 0, stream, params)
 
-    def _prepared(self, workspace: Workspace, start: int, packs: int) -> tuple:
+    def _prepare(self, workspace: Workspace, areas: tuple, start: int, packs: int) -> tuple:
         one_shot = self.plan.algorithm == "one_shot"
         name = "one_shot" if one_shot else "two_shot_scatter" if self.scatter else "two_shot"
-        params = _params(workspace, self.packs, self.tree, self.plan, self.areas, start, packs)
+        params = _params(workspace, self.packs, self.tree, self.plan, areas, start, packs)
         blocks, threads, params.chunk = grid(packs, workspace.blocks, one_shot)
         macros = _macros(self.tree, workspace.size, self.out_dtype)
         return _function(name, macros, workspace.device.index), blocks, threads, params

@@ -45,24 +45,29 @@ def _gradient(name: str, setup, backward) -> None:
     along, which cost the host more than a small product does."""
     operator = getattr(torch.ops.tpinv, name).default
 
-    def below_autograd(*arguments):
+    def below_autograd(*arguments_keyset):
+        *arguments, keyset = arguments_keyset
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(*arguments)
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
-    def forward(ctx, *arguments):
-        result = below_autograd(*arguments)
-        setup(ctx, arguments, result)
-        return result
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *arguments_keyset):
+            result = below_autograd(*arguments_keyset)
+            setup(ctx, arguments_keyset[:-1], result)
+            return result
 
-    differentiable = type(
-        f"tpinv_{name}", (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    )
+        @staticmethod
+        def backward(ctx, *dy):
+            gradients = backward(ctx, *dy)
+            return *(gradients if isinstance(gradients, tuple) else (gradients,)), None
 
-    def dispatched(*arguments):
-        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
-        return differentiable.apply(*arguments) if wanted else below_autograd(*arguments)
+    def dispatched(keyset, *arguments):
+        wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+        return (Differentiable.apply if wanted else below_autograd)(*arguments, keyset)
 
-    _library.impl(f"tpinv::{name}", dispatched, "Autograd")
+    Differentiable.__name__ = Differentiable.__qualname__ = f"tpinv_{name}"
+    _library.impl(f"tpinv::{name}", dispatched, "Autograd", with_keyset=True)
 
 
 def _like(dy, *inputs_and_needs) -> list[Tensor]:

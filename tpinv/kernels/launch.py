@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
 
 from tpinv.kernels.device import current_stream
 
@@ -21,6 +22,8 @@ class Kernel:
     def __init__(self, jit: Any):
         self.jit = jit
         self._kept: dict[tuple, tuple] = {}  # -> what Triton compiled, and its last arguments
+        unspecialized = getattr(jit, "do_not_specialize", None) or ()
+        self._any_number = frozenset(i for i, name in enumerate(jit.arg_names) if name in unspecialized)
         functools.update_wrapper(self, jit, updated=())
 
     def __getattr__(self, name: str) -> Any:
@@ -29,18 +32,24 @@ class Kernel:
     def __getitem__(self, grid: tuple[int, ...]):
         return functools.partial(self._launch, grid)
 
+    @functools.partial(torch.compiler.disable, recursive=False)  # no wrapper: a mark for Dynamo, which knows no addresses
     def _launch(self, grid: tuple[int, ...], *arguments, **constants) -> None:
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        key: list = [device, *constants.items()]
+        key: list = [device, getattr(knobs.compilation, "instrumentation_mode", ""), *constants.items()]
         values: list = []
-        for argument in arguments:
+        for i, argument in enumerate(arguments):
             if isinstance(argument, Tensor):
                 address = argument.data_ptr()
-                key += argument.dtype, address % 16
                 values.append(address)
-            else:  # Triton specializes whole numbers by what divides them and by their size; these are few enough to tell all apart
-                key.append(argument if type(argument) is int else type(argument))
-                values.append(argument)
+                key += argument.dtype, address % 16, argument.get_device()  # a CPU tensor is Triton's to refuse: an address says nothing
+                continue
+            values.append(argument)
+            if type(argument) is not int:
+                key.append(type(argument))
+            elif i in self._any_number:
+                key.append(-(1 << 31) <= argument < 1 << 31)
+            else:  # Triton specializes by what divides a number and by its size; these are few enough to tell all apart
+                key.append(argument)
         compiled, last = self._kept.get(tuple(key), (None, ()))
         if compiled is None:
             compiled = self.jit[grid](*arguments, **constants)
