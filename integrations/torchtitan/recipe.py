@@ -62,7 +62,7 @@ class Run:
     compile: str = ""  # torch.compile's backend for every block; none if empty
     seed: int = 1234
     backend: str = "spmd_types" if SPMD_FSDP else "partial_dtensor"
-    device: str = "cpu"  # or "cuda", the current GPU; there forward and backward run in a CUDA graph, if no two ranks share one
+    device: str = "cpu"  # or "cuda", the current GPU; there forward and backward run in a CUDA graph, if at no size two ranks share one
     hidden: int = 0  # about, with heads of 128; 0: as small as can be
 
     def __post_init__(self):
@@ -85,7 +85,8 @@ class Run:
 
     @property
     def cuda_graph(self) -> bool:
-        return self.device == "cuda" and self.tp * self.dp <= torch.cuda.device_count()  # gloo's collectives cannot be captured
+        """At all sizes or at none: where ranks share a GPU it is gloo that moves the bytes, which cannot be captured."""
+        return self.device == "cuda" and max(self.sizes) * self.dp <= torch.cuda.device_count()
 
 
 def build_model_config(run: Run) -> Llama3Model.Config | Qwen3Model.Config:
