@@ -11,16 +11,20 @@ MEGATRON_NEW := $(VENV)/megatron-core-0.19.2
 export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: demo test lint verify-all clean
+.PHONY: demo test test-gpu lint verify-all clean
 
 demo: $(VENV)/.ready  ## train a GPT with Megatron and with TorchTitan at TP = 1, 2, 4, stock and tpinv, and compare every byte
 	$(BIN)/tpinv show --leaves 8 --tp 4
 	$(BIN)/tpinv verify --tp 1,2,4 --sequence-parallel --dtype bf16 --json verify.json --plot verify.png
 	$(BIN)/tpinv verify --framework torchtitan --tp 1,2,4 --sequence-parallel --dtype bf16 --json verify-torchtitan.json --plot verify-torchtitan.png
 
-test: $(VENV)/.ready $(MEGATRON_NEW)/.ready lint  ## lint, every test, and most Megatron tests again with megatron-core 0.19.2
+test: export CUDA_VISIBLE_DEVICES :=
+test: $(VENV)/.ready $(MEGATRON_NEW)/.ready lint  ## lint, every test that needs no GPU, and most Megatron tests again with megatron-core 0.19.2
 	$(PYTEST)
 	PYTHONPATH=$(MEGATRON_NEW) $(PYTEST) -m "megatron and not one_version" tests/test_megatron_*.py
+
+test-gpu: $(VENV)/.ready  ## the tests that need NVIDIA GPUs: one will do, and some ask for two
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -138,8 +138,10 @@ _checked: list = [None, None]  # the last mask seen, weakly, and its version, sq
 
 def _require_causal(mask: Tensor, sq: int, sk: int) -> None:
     """The kernel makes its own causal mask; another one must not be ignored. Asserted on the GPU, once a mask: every layer gets the same.
-    Tensors of inference mode, which count no changes, are looked at every time."""
-    state = None if mask.is_inference() else (mask._version, sq, sk)
+    Tensors of inference mode, which count no changes, are looked at every time, and so is a mask whenever a CUDA graph is captured, whose
+    replays may find another one in its place."""
+    capturing = mask.is_cuda and torch.cuda.is_current_stream_capturing()
+    state = None if capturing or mask.is_inference() else (mask._version, sq, sk)
     seen, checked = _checked
     if state is not None and state == checked and seen() is mask:
         return
@@ -147,4 +149,5 @@ def _require_causal(mask: Tensor, sq: int, sk: int) -> None:
     if mask.shape[-2:] != causal.shape[-2:] or mask.dtype != torch.bool:
         raise ValueError(f"attention_mask {tuple(mask.shape)} {mask.dtype} must be the causal one, bool [..., {sq}, {sk}]; or pass None")
     torch._assert_async((mask == causal).all(), "attention_mask is not the causal one, the only one that is covered on a GPU; pass None")
-    _checked[:] = weakref.ref(mask), state
+    if state is not None:
+        _checked[:] = weakref.ref(mask), state
