@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, debug
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.distributed.parallel_dims import MeshAxisName
@@ -178,3 +178,7 @@ def running(run: Run, model=None):
             yield trainer
         finally:
             trainer.close()
+            # DTensor's caches would give an equal mesh of later process groups the one of these, which FSDP refuses.
+            debug._clear_sharding_prop_cache()
+            if run.compile:
+                torch._dynamo.reset()  # the blocks of all models are one function, which may be compiled so many times
