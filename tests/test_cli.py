@@ -76,6 +76,7 @@ def test_verify(fake, tmp_path, capsys):
     assert fake("--sequence-parallel", "--steps", 2, "--json", rows, "--plot", picture) == 0
     printed = capsys.readouterr().out
     assert "tpinv: the same bytes in all 16 comparisons; stock layers: 4 of them differ" in printed
+    assert "stock TP=4 SP: 1 of 4 differ" in printed and "tpinv TP=4 SP: 0 of 4 differ" in printed  # as they come: there is no terminal
     assert "final/weight  (3 ulp; at most 3 anywhere)" in printed
     result = json.loads(rows.read_text())
     assert result.keys() == {"fingerprint", "ok", "rows"}

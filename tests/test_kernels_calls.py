@@ -8,6 +8,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton import knobs
+
 from tpinv.kernels import calls, cuda, gemm, sm90, tuner
 from tpinv.kernels.launch import entry
 from tpinv.kernels.problem import make_problems
@@ -174,12 +176,18 @@ def test_a_triton_kernel_is_bound_for_each_kind_of_arguments(device, monkeypatch
     assert len(jit.compiled) == len(jit.launched) == len(kinds)
     launch(length=16)
     assert len(jit.compiled) == len(kinds)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 4)
+    with monkeypatch.context() as instrumented:
+        instrumented.setattr(knobs.compilation, "instrumentation_mode", "proton")
+        launch()
+        assert len(jit.compiled) == len(kinds) + 1
     launch()
     assert len(jit.compiled) == len(kinds) + 1
-    monkeypatch.setattr(torch.Tensor, "get_device", lambda x: 0)  # what is kept of tensors elsewhere must not serve
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 4)
     launch()
     assert len(jit.compiled) == len(kinds) + 2
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda x: 0)  # what is kept of tensors elsewhere must not serve
+    launch()
+    assert len(jit.compiled) == len(kinds) + 3
 
 
 def test_a_triton_kernel_whose_constants_have_no_names_is_refused(device):

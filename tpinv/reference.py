@@ -26,7 +26,6 @@ ROWS = 64  # rows of one step: a multiple of every micro-tile seen, so that a ro
 STEP = 128  # k of one step: short enough that no BLAS splits it further
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SUPPORTED = frozenset(SUPPORTED_DTYPES)
 
 
 def torch_node_dtype(tree: ReductionTree) -> torch.dtype:
@@ -42,14 +41,12 @@ def node_add(tree: ReductionTree) -> Callable[[Tensor, Tensor], Tensor]:
 def check_dtypes(**tensors: Tensor | None) -> None:
     """ValueError unless all given tensors share one dtype of float32, bfloat16, float16."""
     found = {t.dtype for t in tensors.values() if t is not None}
-    if len(found) < 2 and found <= _SUPPORTED:
-        return
-    dtypes = {name: t.dtype for name, t in tensors.items() if t is not None}
-    if len(set(dtypes.values())) > 1:
+    if len(found) > 1:
+        dtypes = {name: t.dtype for name, t in tensors.items() if t is not None}
         raise ValueError(f"dtypes must agree, got {dtypes}; cast before the call (autocast does not reach tpinv)")
-    for name, dtype in dtypes.items():
-        if dtype not in SUPPORTED_DTYPES:
-            raise ValueError(f"{name} has dtype {dtype}; sums are accumulated in float32, use float32, bfloat16 or float16")
+    for dtype in found.difference(SUPPORTED_DTYPES):
+        name = next(name for name, t in tensors.items() if t is not None)
+        raise ValueError(f"{name} has dtype {dtype}; sums are accumulated in float32, use float32, bfloat16 or float16")
 
 
 # -- products ------------------------------------------------------------------------------------------------------------

@@ -46,51 +46,59 @@ def main() -> None:
         return F.silu(gate) * up
 
     common = {"tree": tree, "group": ranks}
-    rows = {  # name: stock, tpinv, operator
-        "column_parallel_linear": (
+    rows = [  # name, stock, tpinv, operator
+        (
+            "column_parallel_linear",
             lambda: F.linear(x, column),
             lambda: tpinv.column_parallel_linear(x, column, **common),
             lambda: ops.column_parallel_linear(x, column, None, 8, "float32", group, False, 1),
         ),
-        "the same, sequence parallel": (
+        (
+            "the same, sequence parallel",
             None,
             lambda: tpinv.column_parallel_linear(scattered, column, sequence_parallel=True, **common),
             lambda: ops.column_parallel_linear(scattered, column, None, 8, "float32", group, True, 1),
         ),
-        "row_parallel_linear": (
+        (
+            "row_parallel_linear",
             lambda: F.linear(part, row),
             lambda: tpinv.row_parallel_linear(part, row, **common),
             lambda: ops.row_parallel_linear(part, row, None, 8, "float32", group, False),
         ),
-        "the same, sequence parallel ": (
+        (
+            "the same, sequence parallel",
             None,
             lambda: tpinv.row_parallel_linear(part, row, sequence_parallel=True, **common),
             lambda: ops.row_parallel_linear(part, row, None, 8, "float32", group, True),
         ),
-        "rms_norm": (
+        (
+            "rms_norm",
             lambda: F.rms_norm(x, (WIDTH,), norm, 1e-5),
             lambda: tpinv.rms_norm(x, norm, tree=tree),
             lambda: ops.rms_norm(x, norm, 1e-5, 8, "", False, False),
         ),
-        "rms_norm, sequence parallel": (
+        (
+            "rms_norm, sequence parallel",
             None,
             lambda: tpinv.rms_norm(scattered, norm, sequence_parallel=True, **common),
             lambda: ops.rms_norm(scattered, norm, 1e-5, 8, group, True, False),
         ),
-        "swiglu": (lambda: swiglu(x), lambda: tpinv.swiglu(x), lambda: ops.swiglu(x)),
-        "core_attention": (
+        ("swiglu", lambda: swiglu(x), lambda: tpinv.swiglu(x), lambda: ops.swiglu(x)),
+        (
+            "core_attention",
             lambda: F.scaled_dot_product_attention(*batch_first, is_causal=True, enable_gqa=True),
             lambda: tpinv.core_attention(query, key, value, causal=True),
             lambda: ops.core_attention(query, key, value, 0.1, True)[0],
         ),
-        "all-reduce": (lambda: dist.all_reduce(whole), lambda: tpinv.tree_all_reduce(values, **common), None),
-        "reduce-scatter": (
+        ("all-reduce", lambda: dist.all_reduce(whole), lambda: tpinv.tree_all_reduce(values, **common), None),
+        (
+            "reduce-scatter",
             lambda: dist.reduce_scatter_tensor(local, whole),
             lambda: tpinv.tree_reduce_scatter(values, **common),
             None,
         ),
-        "all-gather": (lambda: dist.all_gather_into_tensor(whole, local), lambda: all_gather(local, ranks), None),
-    }
+        ("all-gather", lambda: dist.all_gather_into_tensor(whole, local), lambda: all_gather(local, ranks), None),
+    ]
 
     def forward(call):
         begun = time.perf_counter()
@@ -122,7 +130,7 @@ def main() -> None:
     if rank == 0:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, TP={p}; microseconds, forward + backward")
         print(f"{'':30}{'stock':>15}{'tpinv':>15}{'operator':>15}", flush=True)
-    for name, calls in rows.items():
+    for name, *calls in rows:
         if wanted and not any(word in name for word in wanted):
             continue
         cells = []
@@ -133,7 +141,7 @@ def main() -> None:
             one, two = measured(call)
             cells.append(f"{one:.0f} + {two:.0f}" if two else f"{one:.0f}")
         if rank == 0:
-            print(f"{name.strip():30}" + "".join(f"{cell:>15}" for cell in cells), flush=True)
+            print(f"{name:30}" + "".join(f"{cell:>15}" for cell in cells), flush=True)
     dist.destroy_process_group()
 
 

@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 -m tpinv.integrations.torchtitan.bench --layers 4 --tokens 4096
 
 One sequence, bf16 parameters, sequence parallelism, AdamW, backend spmd_types without FSDP (so torch 2.11 will do). Eager, and with every
-block compiled under selective checkpointing; each as it is, and with forward and backward in a CUDA graph by the Trainer's own wrapper,
-which is the Trainer's default. Stock attention is torch's fastest SDPA, or FlexAttention, in whose place tpinv computes packed documents. Rank 0 alone
+block compiled under selective checkpointing; each as it is, and with forward and backward in a CUDA graph by the Trainer's own wrapper
+(stock's default; the override leaves it off in the Trainer). Stock attention is torch's fastest SDPA, or FlexAttention, in whose place tpinv computes packed documents. Rank 0 alone
 computes TP = 1. Exit status 1 when tpinv's bytes differ. Parts beyond ``--seconds`` are left out, and stock parts that torch cannot run.
 """
 

@@ -38,7 +38,7 @@ class RecordingTrainer(Trainer):
 
     def forward_backward_step(self, **batch) -> Tensor:
         loss = super().forward_backward_step(**batch)
-        self.losses.append(loss.detach().float().clone())  # a graph computes the next one in its place
+        self.losses.append(loss.detach().float())
         return loss
 
     @torch.no_grad()

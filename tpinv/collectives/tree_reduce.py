@@ -5,8 +5,6 @@ over the ProcessGroup (process_group.py). The order of additions comes from the 
 boundary changes a bit. Both are one torch operator, opaque to torch.compile and with a shape that it can trace.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
@@ -22,9 +20,6 @@ _library.define(
     "tree_reduce(Tensor values, int leaves, str node_dtype, str group, ScalarType out_dtype, bool scatter) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
-
-
-_tree = functools.cache(ReductionTree)
 
 
 def tree_all_reduce(values: Tensor, *, tree: ReductionTree, group=None, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -103,7 +98,7 @@ def _reduce(values: Tensor, tree: ReductionTree, ranks: Ranks, out_dtype: torch.
 
 
 def _tree_reduce(values: Tensor, leaves: int, node_dtype: str, group: str, out_dtype: torch.dtype, scatter: bool) -> Tensor:
-    tree, ranks = _tree(leaves, node_dtype), resolve(_resolve_process_group(group))
+    tree, ranks = ReductionTree(leaves, node_dtype), resolve(_resolve_process_group(group))
     if values.is_cuda and not nvlink.refuses(tree, ranks.size, out_dtype):
         if workspace := symmetric.workspace(ranks, values.device):
             return _over_shared_memory(values, workspace, tree, out_dtype, scatter)

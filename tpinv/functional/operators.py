@@ -6,8 +6,6 @@ of selective activation checkpointing. The bits are those of the functions, whic
 An operator takes what a graph can hold: tensors, numbers, and the tree and the group by their names ("" is a single rank).
 """
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
@@ -19,9 +17,6 @@ from tpinv.tree import ReductionTree
 
 ALONE = Ranks(None, 0, 1)
 _library = torch.library.Library("tpinv", "FRAGMENT")
-
-
-_tree = functools.cache(ReductionTree)
 
 
 def group_name(ranks: Ranks) -> str:
@@ -88,7 +83,7 @@ def _spread(gradients: list[Tensor], needs: list[bool], arguments: int) -> tuple
 
 
 def _column(x, weight, bias, leaves, node_dtype, group, sequence_parallel, stride):
-    settings = _tree(leaves, node_dtype), _ranks(group), sequence_parallel, stride
+    settings = ReductionTree(leaves, node_dtype), _ranks(group), sequence_parallel, stride
     linear.check_column(x, weight, bias, *settings)
     return linear.column_forward(x, weight, bias, *settings)
 
@@ -99,12 +94,12 @@ def _column_shape(x, weight, bias, leaves, node_dtype, group, sequence_parallel,
 
 
 def _column_backward(dy, x, weight, needs, leaves, node_dtype, group, sequence_parallel, stride):
-    settings = _tree(leaves, node_dtype), _ranks(group), sequence_parallel, stride
+    settings = ReductionTree(leaves, node_dtype), _ranks(group), sequence_parallel, stride
     return _needed(linear.column_backward(dy, x, weight, needs, *settings), needs)
 
 
 def _row(x, weight, bias, leaves, node_dtype, group, sequence_parallel):
-    settings = _tree(leaves, node_dtype), _ranks(group), sequence_parallel
+    settings = ReductionTree(leaves, node_dtype), _ranks(group), sequence_parallel
     linear.check_row(x, weight, bias, *settings)
     return linear.row_forward(x, weight, bias, *settings)
 
@@ -115,7 +110,7 @@ def _row_shape(x, weight, bias, leaves, node_dtype, group, sequence_parallel):
 
 
 def _row_backward(dy, x, weight, needs, leaves, node_dtype, group, sequence_parallel):
-    settings = _tree(leaves, node_dtype), _ranks(group), sequence_parallel
+    settings = ReductionTree(leaves, node_dtype), _ranks(group), sequence_parallel
     return _needed(linear.row_backward(dy, x, weight, needs, *settings), needs)
 
 
@@ -154,13 +149,13 @@ for _name, _more, *_functions, _backward in (
 
 def _rms_norm(x, weight, eps, leaves, group, sequence_parallel, heads_parallel):
     ranks = _ranks(group) if sequence_parallel or heads_parallel else ALONE
-    norm.check(x, weight, None, _tree(leaves), ranks, sequence_parallel, heads_parallel)
+    norm.check(x, weight, None, ReductionTree(leaves), ranks, sequence_parallel, heads_parallel)
     return norm.forward(x, weight, None, eps, False)
 
 
 def _rms_norm_backward(dy, x, weight, needs, eps, leaves, group, sequence_parallel, heads_parallel):
     ranks = _ranks(group) if sequence_parallel or heads_parallel else ALONE
-    return _needed(norm.backward(dy, x, weight, (*needs, False), eps, False, _tree(leaves), ranks, heads_parallel, None), needs)
+    return _needed(norm.backward(dy, x, weight, (*needs, False), eps, False, ReductionTree(leaves), ranks, heads_parallel, None), needs)
 
 
 def _rms_norm_setup(ctx, inputs, output):

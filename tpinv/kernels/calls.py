@@ -7,10 +7,10 @@ of each (tuner.py), and for sm90 kernels all of the launch but its pointers.
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
-import torch
 from torch import Tensor
 
 from tpinv.kernels import gemm, sm90, tuner
+from tpinv.kernels.device import on_device_of_first
 from tpinv.kernels.problem import Problem, make_problems
 from tpinv.tree import ReductionTree
 
@@ -43,6 +43,7 @@ class _Launch:
 _kept: dict[tuple, tuple[dict, list[_Launch]]] = {}
 
 
+@on_device_of_first
 def run(
     a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, leaves: int, node_dtype: str, rank: int, ranks: int, pieces: int,
     precision: str, accumulate: bool = False,
@@ -59,31 +60,25 @@ def run(
         )
         if launches is None:
             return
-    if a.device.index == torch.cuda.current_device():
-        for launch in launches:
-            launch(a, b, out, bias)
-        return
-    with torch.cuda.device(a.device):
-        for launch in launches:
-            launch(a, b, out, bias)
+    for launch in launches:
+        launch(a, b, out, bias)
 
 
 def _first(key: tuple, problems: list[Problem], accumulate: bool) -> list[_Launch] | None:
     """Chooses and keeps the launches of a call. Where the tuner cannot choose, as in the capture of a graph, it computes: None."""
     problems = [replace(problem, accumulate=accumulate) for problem in problems]
-    with torch.cuda.device(problems[0].a.device):
-        configs = [tuner.choose(problem) for problem in problems]
-        if None in configs:
-            for problem in problems:
-                tuner.run(problem)
-            return None
-        if len(_kept) >= _LIMIT:
-            _kept.clear()
-        launches, start = [], 0
-        for plane, (problem, config) in enumerate(zip(problems, configs, strict=True)):
-            static = {name: getattr(problem, name) for name in _STATIC}
-            fast = sm90.launcher(problem, config) if isinstance(config, sm90.Sm90Config) else None
-            launches.append(_Launch(start, plane, config, static, fast))
-            start += problem.leaves * problem.length
+    configs = [tuner.choose(problem) for problem in problems]
+    if None in configs:
+        for problem in problems:
+            tuner.run(problem)
+        return None
+    if len(_kept) >= _LIMIT:
+        _kept.clear()
+    launches, start = [], 0
+    for plane, (problem, config) in enumerate(zip(problems, configs, strict=True)):
+        static = {name: getattr(problem, name) for name in _STATIC}
+        fast = sm90.launcher(problem, config) if isinstance(config, sm90.Sm90Config) else None
+        launches.append(_Launch(start, plane, config, static, fast))
+        start += problem.leaves * problem.length
     _kept[key] = tuner.choices(), launches
     return launches

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tpinv.kernels import calls, sums
+from tpinv.kernels.device import on_device_of_first
 from tpinv.tree import ReductionTree
 
 _library = torch.library.Library("tpinv", "FRAGMENT")
@@ -58,9 +59,9 @@ def add_matmul_fake(total, a, b, precision) -> None:
     pass
 
 
+@on_device_of_first
 def column_sum_cuda(x, leaves, rank, ranks) -> Tensor:
-    with torch.cuda.device(x.device):
-        return sums.column_sum(x, ReductionTree(leaves), rank, ranks)
+    return sums.column_sum(x, ReductionTree(leaves), rank, ranks)
 
 
 def column_sum_fake(x, leaves, rank, ranks) -> Tensor:
