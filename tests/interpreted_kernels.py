@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tpinv import reference
-from tpinv.kernels import gemm, sums
-from tpinv.kernels.problem import make_problems
+from tpinv.kernels.gemm import triton_gemm as gemm
+from tpinv.kernels.gemm.problem import make_problems
+from tpinv.kernels.rows import sums
 from tpinv.testing import assert_bitwise_equal, order_probe, tree_shape
 from tpinv.tree import ReductionTree
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from tpinv import functional, reference
-from tpinv.functional import activation as functional_activation
-from tpinv.functional import attention as functional_attention
-from tpinv.functional import embedding as functional_embedding
-from tpinv.functional import operators, products  # noqa: F401  operators: torch.ops.tpinv
-from tpinv.kernels import activation, attention, attention_backward, cross_entropy, embedding, norm, squares, sums
+from tpinv.kernels.attention import backward as attention_backward
+from tpinv.kernels.attention import forward as attention
+from tpinv.kernels.rows import activation, cross_entropy, embedding, norm, squares, sums
+from tpinv.ops import activation as functional_activation
+from tpinv.ops import attention as functional_attention
+from tpinv.ops import embedding as functional_embedding
+from tpinv.ops import operators, products  # noqa: F401  operators: torch.ops.tpinv
 from tpinv.optim import norm_of
 from tpinv.testing import assert_bitwise_equal
 from tpinv.tree import ReductionTree

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tpinv import gelu, silu
-from tpinv.functional import swiglu
+from tpinv.ops import swiglu
 from tpinv.testing import assert_bitwise_equal, compare
 
 OURS = {"silu": silu, "gelu": gelu, "tanh gelu": lambda x: gelu(x, "tanh")}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from tpinv.functional import core_attention, operators, packed_attention, swiglu
+from tpinv.ops import core_attention, operators, packed_attention, swiglu
 
 q, kv = torch.zeros(5, 2, 6, 8), torch.zeros(5, 2, 3, 8)
 
@@ -66,7 +66,7 @@ def test_two_devices_are_refused():
 
 
 def test_swiglu_is_its_two_steps_and_wants_both():
-    from tpinv.functional import silu
+    from tpinv.ops import silu
 
     x = torch.randn(3, 5, 14, generator=torch.Generator().manual_seed(0))
     assert torch.equal(swiglu(x), silu(x[..., :7]) * x[..., 7:])

@@ -8,8 +8,8 @@ from hostile import DTYPES, KINDS, RANKS, Case, assert_as_alone, assert_twin_dif
 
 from tpinv import vocab_parallel_embedding
 from tpinv.collectives import resolve
-from tpinv.functional.embedding import sum_by_id
 from tpinv.layers import shard
+from tpinv.ops.embedding import sum_by_id
 from tpinv.testing import RankError, assert_bitwise_equal, run_ranks
 
 V, H, M, B = 48, 5, 24, 3

@@ -10,9 +10,11 @@ pytest.importorskip("triton")
 
 from triton import knobs
 
-from tpinv.kernels import calls, cuda, gemm, sm90, tuner
-from tpinv.kernels.launch import entry
-from tpinv.kernels.problem import make_problems
+from tpinv.kernels.gemm import calls, sm90, tuner
+from tpinv.kernels.gemm import triton_gemm as gemm
+from tpinv.kernels.gemm.problem import make_problems
+from tpinv.runtime import cuda
+from tpinv.runtime.launch import entry
 from tpinv.tree import ReductionTree
 
 BF16, FP32 = torch.bfloat16, torch.float32

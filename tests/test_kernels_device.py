@@ -8,8 +8,10 @@ from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from tpinv.kernels import activation, attention, attention_backward, cross_entropy, embedding, norm, squares
-from tpinv.kernels.device import on_device_of_first, table
+from tpinv.kernels.attention import backward as attention_backward
+from tpinv.kernels.attention import forward as attention
+from tpinv.kernels.rows import activation, cross_entropy, embedding, norm, squares
+from tpinv.runtime.device import on_device_of_first, table
 
 GUARDED = {
     activation: ("silu", "silu_backward", "swiglu", "swiglu_backward"),

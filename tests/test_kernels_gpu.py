@@ -39,7 +39,7 @@ def wild(*shape, dtype=BF16, seed=0):
 
 
 def problem_of(a, b, tree, out_dtype=FP32, rank=0, ranks=1, pieces=1):
-    from tpinv.kernels.problem import make_problems
+    from tpinv.kernels.gemm.problem import make_problems
 
     out = torch.full((len(tree.subtrees(rank, ranks)), a.shape[0], b.shape[1]), float("nan"), dtype=out_dtype, device="cuda")
     return out, make_problems(a, b.t(), out, None, tree, rank, ranks, pieces, "ieee")
@@ -51,7 +51,7 @@ def problem_of(a, b, tree, out_dtype=FP32, rank=0, ranks=1, pieces=1):
 @pytest.mark.parametrize("leaves", [1, 2, 3, 6, 8, 24])
 @pytest.mark.parametrize("rows", [40, 300, 700])
 def test_probe_finds_the_contract_in_every_configuration(leaves, rows):
-    from tpinv.kernels import tuner
+    from tpinv.kernels.gemm import tuner
 
     tree, length, dtype = ReductionTree(leaves), 72, BF16
     pairs = leaves * (leaves - 1) // 2 + 1
@@ -189,7 +189,7 @@ def test_accuracy_is_that_of_cublas():
 
 def adding(dy, x, total):
     """The problem ``total += dy^T x``."""
-    from tpinv.kernels.problem import make_problems
+    from tpinv.kernels.gemm.problem import make_problems
 
     (problem,) = make_problems(dy.t(), x.t(), total.unsqueeze(0), None, ReductionTree(1), 0, 1, 1, "ieee")
     return replace(problem, accumulate=True)
@@ -200,7 +200,8 @@ def adding(dy, x, total):
     [(520, 600, 328, BF16), (1000, 1280, 1024, BF16), (777, 40, 136, BF16), (300, 200, 71, BF16), (5, 129, 8, FP16), (200, 300, 264, FP32)],
 )
 def test_every_configuration_adds_the_bytes_of_the_unfused_way(tokens, rows, cols, dtype):
-    from tpinv.kernels import gemm, tuner
+    from tpinv.kernels.gemm import triton_gemm as gemm
+    from tpinv.kernels.gemm import tuner
 
     dy, x, before = wild(tokens, rows, dtype=dtype), wild(tokens, cols, dtype=dtype, seed=1), wild(rows, cols, dtype=FP32, seed=2)
     before[3], before[4] = -0.0, float("inf")
@@ -219,7 +220,8 @@ def test_every_configuration_adds_the_bytes_of_the_unfused_way(tokens, rows, col
 
 def test_a_stage_is_not_refilled_while_it_is_read():
     """Where registers are loaded from a stage: what is added to, and parked values. A missing fence was wrong in a third of such runs."""
-    from tpinv.kernels import gemm, sm90, tuner
+    from tpinv.kernels.gemm import sm90, tuner
+    from tpinv.kernels.gemm import triton_gemm as gemm
 
     dy, x, before = wild(4096, 4096), wild(4096, 6144, seed=1), wild(4096, 6144, dtype=FP32, seed=2)
     parked = problem_of(dy, x, ReductionTree(8), BF16)[1][0]
@@ -237,7 +239,7 @@ def test_a_stage_is_not_refilled_while_it_is_read():
 
 def test_adding_to_any_buffer_while_tuning(tmp_path, monkeypatch):
     """The caller's sums are added to once, whatever is verified and timed before."""
-    from tpinv.kernels import tuner
+    from tpinv.kernels.gemm import tuner
 
     monkeypatch.setenv("TPINV_CACHE", str(tmp_path))
     monkeypatch.setattr(tuner, "_chosen", {})
@@ -353,7 +355,9 @@ def test_compile_and_graph_give_the_eager_bytes():
 
 
 def test_the_tuner_verifies_and_remembers(tmp_path, monkeypatch):
-    from tpinv.kernels import cuda, gemm, tuner
+    from tpinv.kernels.gemm import triton_gemm as gemm
+    from tpinv.kernels.gemm import tuner
+    from tpinv.runtime import cuda
 
     monkeypatch.setenv("TPINV_CACHE", str(tmp_path))
     out, problems = problem_of(wild(40, 1024), wild(1024, 264, seed=9), ReductionTree(4), BF16)

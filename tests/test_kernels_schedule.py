@@ -8,7 +8,7 @@ That the compiled kernels follow them is shown by the order probe (test_kernels_
 
 import pytest
 
-from tpinv.kernels.problem import most_pending, most_pending_pairs, splits
+from tpinv.kernels.gemm.problem import most_pending, most_pending_pairs, splits
 from tpinv.tree import Node, ReductionTree
 
 TREES = [ReductionTree(n) for n in (*range(1, 34), 48, 64)]

@@ -10,8 +10,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from tpinv.kernels import cuda, sm90
-from tpinv.kernels.problem import make_problems
+from tpinv.kernels.gemm import sm90
+from tpinv.kernels.gemm.problem import make_problems
+from tpinv.runtime import cuda
 from tpinv.tree import ReductionTree
 
 SOURCE = cuda.source("sm90_tree_gemm.cu")

@@ -9,8 +9,9 @@ import torch
 pytest.importorskip("triton")
 
 from tpinv import reference
-from tpinv.kernels import gemm, sm90, tuner
-from tpinv.kernels.problem import make_problems
+from tpinv.kernels.gemm import sm90, tuner
+from tpinv.kernels.gemm import triton_gemm as gemm
+from tpinv.kernels.gemm.problem import make_problems
 from tpinv.tree import ReductionTree
 
 TREE = ReductionTree(4)

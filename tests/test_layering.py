@@ -1,4 +1,4 @@
-"""Imports point one way: tree <- reference <- kernels <- collectives <- functional <- layers <- integrations."""
+"""Imports point one way: tree <- reference <- runtime <- kernels <- collectives <- ops <- layers <- integrations."""
 
 import ast
 from pathlib import Path
@@ -12,15 +12,32 @@ PACKAGE = Path(tpinv.__file__).parent
 # only on top; optim uses exact kernels and the integer side of collectives.
 ALLOWED = {
     "tree": set(),
-    "reference": {"tree"},
-    "kernels": {"tree", "reference"},
-    "collectives": {"tree", "reference", "kernels"},
-    "functional": {"tree", "reference", "kernels", "collectives"},
-    "layers": {"tree", "reference", "collectives", "functional"},
-    "optim": {"tree", "reference", "kernels", "collectives"},
-    "testing": {"tree", "reference"},
-    "integrations": {"", "tree", "reference", "collectives", "functional", "layers", "optim", "testing"},
-    "__init__": {"tree", "reference", "collectives", "functional", "layers", "optim"},
+    "contract": {"tree"},
+    "reference": {"tree", "contract"},
+    "runtime": {"tree", "contract"},
+    "kernels": {"tree", "contract", "reference", "runtime"},
+    "collectives": {"tree", "contract", "reference", "runtime", "kernels"},
+    "ops": {"tree", "contract", "reference", "runtime", "kernels", "collectives"},
+    "functional": {"ops"},
+    "layers": {"tree", "contract", "reference", "collectives", "ops", "functional"},
+    "optim": {"tree", "contract", "reference", "kernels", "collectives", "layers"},
+    "inference": {"tree", "contract", "reference", "runtime", "kernels", "collectives", "ops", "functional"},
+    "testing": {"tree", "contract", "reference"},
+    "integrations": {
+        "",
+        "tree",
+        "contract",
+        "reference",
+        "runtime",
+        "collectives",
+        "ops",
+        "functional",
+        "layers",
+        "optim",
+        "inference",
+        "testing",
+    },
+    "__init__": {"tree", "contract", "reference", "collectives", "ops", "functional", "layers", "optim"},
 }
 
 
@@ -63,7 +80,7 @@ def test_what_the_lower_layers_know():
         full = imported(path)
         if name == "tree.py":
             assert modules <= {"collections", "dataclasses", "functools", "typing"}
-        if name == "reference.py" or name.startswith("kernels/"):
+        if name.startswith(("reference/", "runtime/", "kernels/")):
             assert not any(module.startswith("torch.distributed") for module in full), f"{name} knows process groups"
         if not name.startswith(("integrations", "cli")):
             assert not modules & {"megatron", "torchtitan"}, f"{name} knows a framework"

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tpinv import column_parallel_linear, reference, row_parallel_linear
 from tpinv.collectives import Ranks
-from tpinv.functional import main_grad
+from tpinv.ops import main_grad
 from tpinv.testing import assert_bitwise_equal, compare
 from tpinv.tree import ReductionTree
 

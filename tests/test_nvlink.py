@@ -24,8 +24,8 @@ from tpinv import (
     tree_reduce_scatter,
 )
 from tpinv.collectives import nvlink, resolve, schedule, select_all_reduce, symmetric
-from tpinv.kernels import cuda
 from tpinv.reference import torch_node_dtype
+from tpinv.runtime import cuda
 from tpinv.testing import assert_bitwise_equal, run_ranks
 
 PAIRS = [(leaves, p) for leaves in (1, 2, 3, 4, 5, 6, 8, 12, 20, 24, 40, 56) for p in range(2, 17) if leaves % p == 0]

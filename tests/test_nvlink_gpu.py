@@ -15,7 +15,7 @@ from one_gpu import OneGpu, same_bytes, subtree_values
 
 from tpinv import reference, rms_norm, row_parallel_add_rms_norm, row_parallel_linear, tree_all_reduce, tree_reduce_scatter
 from tpinv.collectives import nvlink, resolve, schedule, symmetric
-from tpinv.kernels import cuda
+from tpinv.runtime import cuda
 from tpinv.testing import RankPool, assert_bitwise_equal, compare, order_probe, tree_shape
 from tpinv.tree import ReductionTree
 

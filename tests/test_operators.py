@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tpinv import ReductionTree, column_parallel_linear, rms_norm, row_parallel_linear
-from tpinv.functional import core_attention, operators, swiglu
-from tpinv.functional.operators import ALONE, group_name
+from tpinv.ops import core_attention, operators, swiglu
+from tpinv.ops.operators import ALONE, group_name
 from tpinv.testing import assert_bitwise_equal, run_ranks
 
 TREE = ReductionTree(8)

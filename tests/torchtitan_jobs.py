@@ -14,10 +14,10 @@ from torchtitan.models import llama3, qwen3
 from torchtitan.models.common.attention import ScaledDotProductAttention, VarlenAttention
 from torchtitan.tools.utils import set_default_dtype
 
-from tpinv.functional import linear
 from tpinv.integrations.torchtitan.recipe import OVERRIDE, Run, build_model_config
 from tpinv.integrations.torchtitan.verify import running, shard_dim
 from tpinv.layers import shard
+from tpinv.ops import linear
 from tpinv.testing.text import real_text
 
 

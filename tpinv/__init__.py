@@ -1,7 +1,8 @@
 """tpinv: tensor-parallel layers and collectives whose results are the same bytes at every tensor-parallel size."""
 
 from tpinv.collectives import tree_all_reduce, tree_reduce_scatter
-from tpinv.functional import (
+from tpinv.layers import ColumnParallelLinear, LayerNorm, RMSNorm, RowParallelLinear, VocabParallelEmbedding
+from tpinv.ops import (
     column_parallel_linear,
     core_attention,
     gelu,
@@ -17,7 +18,6 @@ from tpinv.functional import (
     vocab_parallel_embedding,
     vocab_parallel_log_probs,
 )
-from tpinv.layers import ColumnParallelLinear, LayerNorm, RMSNorm, RowParallelLinear, VocabParallelEmbedding
 from tpinv.optim import clip_grad_norm_, grad_norm
 from tpinv.tree import Node, ReductionTree
 

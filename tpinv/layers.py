@@ -1,4 +1,4 @@
-"""Modules: parameters, shapes and their initial values. The arithmetic is in functional/.
+"""Modules: parameters, shapes and their initial values. The arithmetic is in ops/.
 
 Names follow torch.nn and Megatron-Core. Initial values are drawn for the whole parameter and then sharded, so that they do not
 depend on the TP size either. A sharded parameter carries Megatron's attributes ``tensor_model_parallel``, ``partition_dim`` and
@@ -182,7 +182,7 @@ class _Norm(nn.Module):
 
 
 class RMSNorm(_Norm):
-    """x / rms(x) * weight. Arguments: :func:`tpinv.functional.rms_norm`."""
+    """x / rms(x) * weight. Arguments: :func:`tpinv.ops.rms_norm`."""
 
     def __init__(
         self, hidden_size: int, eps: float = 1e-5, *, tree: ReductionTree, group=None,
@@ -195,7 +195,7 @@ class RMSNorm(_Norm):
 
 
 class LayerNorm(_Norm):
-    """(x - mean) / std * weight + bias. Arguments: :func:`tpinv.functional.layer_norm`."""
+    """(x - mean) / std * weight + bias. Arguments: :func:`tpinv.ops.layer_norm`."""
 
     def __init__(
         self, hidden_size: int, eps: float = 1e-5, bias: bool = True, *, tree: ReductionTree, group=None,

@@ -3,7 +3,7 @@
 The sum of squares is exact. The square of a float32 has at most 48 significant bits, so every term is an integer times a power
 of two; the terms are added as integers into 39 limbs of 16 bits that span the whole range of float32 squares. Integer
 addition commutes and associates, so no tree is needed: any sharding, any order and an integer all-reduce of 41
-numbers give the same limbs, hence the same norm. (A GPU counts in other limbs, kernels/squares.py: as exact, but the float64 may
+numbers give the same limbs, hence the same norm. (A GPU counts in other limbs, kernels/rows/squares.py: as exact, but the float64 may
 round differently.) Distributed optimizers that cut tensors in the middle of a row are served too.
 The limbs become one float64, its square root one float32; nothing waits for the host.
 """
@@ -80,8 +80,8 @@ def norm_of(tensors: Iterable[Tensor], *, group=None, norm_type: float = 2.0, de
 
 
 def _norm_on_gpu(tensors: list[Tensor], ranks: Ranks, device: torch.device) -> Tensor:
-    """The same sum in wider limbs, by one kernel a tensor (kernels/squares.py)."""
-    from tpinv.kernels import squares
+    """The same sum in wider limbs, by one kernel a tensor (kernels/rows/squares.py)."""
+    from tpinv.kernels.rows import squares
 
     with torch.cuda.device(device):
         counters = squares.counters(device)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import tpinv
 from tpinv.collectives import all_gather, resolve
-from tpinv.functional import operators
+from tpinv.ops import operators
 from tpinv.tree import ReductionTree
 
 ROUNDS, CALLS, TOKENS, WIDTH = 7, 100, 16, 512

@@ -1,6 +1,6 @@
 """Core attention whose shapes do not depend on how many heads a rank holds.
 
-On a GPU it is tpinv's own kernel (kernels/attention.py), causal or without a mask. On a CPU:
+On a GPU it is tpinv's own kernel (kernels/attention/forward.py), causal or without a mask. On a CPU:
 
 The stock module multiplies all (batch, head) pairs of a rank in one batched product, so what a BLAS is given, and may choose an
 order by, changes with TP. Here each (batch, query group) pair is computed alone: its query heads stacked, [n s, d] times [d, s].

@@ -20,10 +20,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.torch_norm import L2Norm
 from torch import nn
 
-from tpinv.functional.attention import require_invariant
 from tpinv.integrations.megatron import hooks, layers
 from tpinv.integrations.megatron.attention import TPInvariantDotProductAttention
 from tpinv.integrations.megatron.guard import check_config, check_vocabulary
+from tpinv.ops.attention import require_invariant
 from tpinv.tree import ReductionTree
 
 logger = logging.getLogger("tpinv")

@@ -142,7 +142,7 @@ EXACT_ACTIVATIONS = (torch.nn.functional.relu, squared_relu)
 
 
 def replace_activation(mlp: MLP) -> None:
-    """On a CPU, torch's activations depend on the width of the shard (functional/activation.py). The config is the module's own copy."""
+    """On a CPU, torch's activations depend on the width of the shard (ops/activation.py). The config is the module's own copy."""
     activation = mlp.config.activation_func
     mlp.config = copy.copy(mlp.config)
     mlp.config.activation_func = mlp.activation_func = ACTIVATIONS.get(activation, activation)

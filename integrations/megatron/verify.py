@@ -86,7 +86,7 @@ def build_config(run: Run) -> TransformerConfig:
         num_attention_heads=heads,
         num_query_groups=groups if llama else heads,
         kv_channels=unit // heads,
-        # on purpose no multiple of a vector (see tpinv/functional/activation.py), but where speed counts
+        # on purpose no multiple of a vector (see tpinv/ops/activation.py), but where speed counts
         ffn_hidden_size=2 * unit + (0 if run.hidden else run.leaves),
         normalization="RMSNorm" if llama else "LayerNorm",
         activation_func=torch.nn.functional.silu if llama else torch.nn.functional.gelu,

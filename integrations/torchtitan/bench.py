@@ -35,10 +35,10 @@ from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.tools.utils import set_default_dtype
 
 from tpinv.collectives import Ranks
-from tpinv.functional.operators import ALONE
 from tpinv.integrations.torchtitan import checkpointing, clip
 from tpinv.integrations.torchtitan.loss import CrossEntropyLoss as InvariantLoss
 from tpinv.integrations.torchtitan.recipe import OVERRIDE
+from tpinv.ops.operators import ALONE
 from tpinv.testing.text import real_text
 
 RECORDED = 3  # steps whose bytes are compared

@@ -11,8 +11,8 @@ from torchtitan.tools.logging import logger
 
 from tpinv import functional
 from tpinv.collectives import resolve
-from tpinv.functional.operators import ALONE
 from tpinv.integrations.torchtitan.module import TreeConfig, local
+from tpinv.ops.operators import ALONE
 from tpinv.tree import ReductionTree
 
 

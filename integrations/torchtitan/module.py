@@ -19,8 +19,8 @@ from torchtitan.distributed.utils import get_spmd_backend
 from torchtitan.models.common.param_init import skip_param_init
 
 from tpinv.collectives import Ranks, resolve
-from tpinv.functional.operators import ALONE, group_name
 from tpinv.layers import shard
+from tpinv.ops.operators import ALONE, group_name
 from tpinv.tree import ReductionTree
 
 

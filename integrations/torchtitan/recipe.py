@@ -115,7 +115,7 @@ def build_model_config(run: Run) -> Llama3Model.Config | Qwen3Model.Config:
             ),
             feed_forward=make_ffn_config(
                 dim=dim,
-                # on purpose no multiple of a vector (see tpinv/functional/activation.py), but where speed counts
+                # on purpose no multiple of a vector (see tpinv/ops/activation.py), but where speed counts
                 hidden_dim=2 * dim + (0 if run.hidden else run.leaves),
                 w1_param_init=weight,
                 w2w3_param_init=weight,

@@ -110,8 +110,10 @@ def _operands(product: str, m: int, n: int, k: int):
 
 
 def _measure(arguments, model: str, linear: str, product: str, m: int) -> list[dict]:
-    from tpinv.kernels import counters, gemm, tuner
-    from tpinv.kernels.problem import make_problems
+    from tpinv.kernels.gemm import triton_gemm as gemm
+    from tpinv.kernels.gemm import tuner
+    from tpinv.kernels.gemm.problem import make_problems
+    from tpinv.runtime import counters
 
     counters.recycle()  # the graphs of the shape before are gone
     n, k = MODELS[model][linear]

@@ -35,7 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
 
     from tpinv.collectives import symmetric
-    from tpinv.kernels import cuda, sm90, tuner
+    from tpinv.kernels.gemm import sm90, tuner
+    from tpinv.runtime import cuda
 
     console.print(f"{torch.cuda.get_device_name()}, cache {cuda.cache_dir()}")
     if cuda.missing(sm90.SOURCE):
@@ -75,7 +76,7 @@ _KINDS = (
 
 
 def _problem(product: str, dtype: torch.dtype, precision: str, leaves: int, tokens: int):
-    from tpinv.kernels.problem import make_problems
+    from tpinv.kernels.gemm.problem import make_problems
 
     make = lambda *shape: torch.zeros(*shape, device="cuda", dtype=dtype)  # noqa: E731  the verifier brings its own values
     k = 64 * leaves

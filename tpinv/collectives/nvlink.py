@@ -9,7 +9,7 @@ from torch import Tensor
 from tpinv import reference
 from tpinv.collectives import schedule
 from tpinv.collectives.symmetric import BLOCKS_PER_MULTIPROCESSOR, MAX_BLOCKS, SOURCE, Workspace
-from tpinv.kernels import cuda
+from tpinv.runtime import cuda
 from tpinv.tree import ReductionTree
 
 _OUT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

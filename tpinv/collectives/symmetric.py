@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 from tpinv.collectives.group import Ranks
 from tpinv.collectives.schedule import BULK_BYTES, INBOX_BYTES, MAX_RANKS
-from tpinv.kernels import cuda
+from tpinv.runtime import cuda
 
 SOURCE = "tree_reduce.cu"
 MAX_BLOCKS = 256  # kMaxBlocks of the source

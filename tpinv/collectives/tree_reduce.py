@@ -12,7 +12,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from tpinv import reference
 from tpinv.collectives import nvlink, process_group, symmetric
 from tpinv.collectives.group import Ranks, resolve
-from tpinv.kernels.device import on_device_of_first
+from tpinv.runtime.device import on_device_of_first
 from tpinv.tree import ReductionTree
 
 _library = torch.library.Library("tpinv", "FRAGMENT")

@@ -1,7 +1,7 @@
 """The kernels as torch operators: opaque to torch.compile, with shapes it can trace, usable under CUDA graphs.
 
 None of them has a gradient formula: the gradient of one product of a linear is another product, and which ranks share it is
-known to tpinv.functional alone.
+known to tpinv.ops alone.
 """
 
 import functools
@@ -9,8 +9,9 @@ import functools
 import torch
 from torch import Tensor
 
-from tpinv.kernels import calls, sums
-from tpinv.kernels.device import on_device_of_first
+from tpinv.kernels.gemm import calls
+from tpinv.kernels.rows import sums
+from tpinv.runtime.device import on_device_of_first
 from tpinv.tree import ReductionTree
 
 _library = torch.library.Library("tpinv", "FRAGMENT")

@@ -9,8 +9,8 @@ import statistics
 import torch
 
 from tpinv import kernels
-from tpinv.kernels import tuner
-from tpinv.kernels.problem import make_problems
+from tpinv.kernels.gemm import tuner
+from tpinv.kernels.gemm.problem import make_problems
 from tpinv.tree import ReductionTree
 
 SHAPES = [(4096, 6144, 4096), (4096, 4096, 4096), (4096, 28672, 4096), (4096, 4096, 14336), (4096, 14336, 4096), (1024, 4096, 4096)]

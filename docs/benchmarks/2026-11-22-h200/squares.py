@@ -6,7 +6,7 @@ python docs/benchmarks/2026-11-22-h200/squares.py
 import torch
 import triton
 
-from tpinv.kernels import squares
+from tpinv.kernels.rows import squares
 
 COUNT, A_PROGRAM = 500_000_000, 65536
 

@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from tpinv import kernels, reference
 from tpinv.collectives import Ranks, all_gather, resolve, tree_all_reduce, tree_reduce_scatter
-from tpinv.functional import main_grad, products
-from tpinv.functional.shapes import output, rows
+from tpinv.ops import main_grad, products
+from tpinv.ops.shapes import output, rows
 from tpinv.tree import ReductionTree
 
 
@@ -44,7 +44,7 @@ def column_parallel_linear(
             pairs piece j of each block.
         gather_output: return [..., N] instead of [..., N/p]. Not with stride > 1, whose blocks a gather would interleave.
         gradient_accumulation_fusion: add dW to ``weight.main_grad`` in backward and hand a meaningless tensor to autograd
-            (functional/main_grad.py): the bytes of ``main_grad.add_(weight.grad)``.
+            (ops/main_grad.py): the bytes of ``main_grad.add_(weight.grad)``.
 
     Gradients: dx sums over N, which is sharded: tree. dW sums over tokens, whole on every rank: one chain. db: tree over tokens.
 

@@ -7,7 +7,7 @@ zeroed before, so that no fill kernel enters the graph.
 
 import torch
 
-from tpinv.kernels.device import current_stream
+from tpinv.runtime.device import current_stream
 
 _POOL = 1 << 20  # counters a device's captured launches share, 4 MB
 _buffers: dict[tuple[int, int], torch.Tensor] = {}

@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from tpinv import reference
 from tpinv.collectives import Ranks, all_max, resolve, select_all_reduce, tree_all_reduce
-from tpinv.functional import products
-from tpinv.functional.embedding import check_ids
-from tpinv.functional.shapes import output, rows, unit_stride
+from tpinv.ops import products
+from tpinv.ops.embedding import check_ids
+from tpinv.ops.shapes import output, rows, unit_stride
 from tpinv.tree import ReductionTree
 
 
@@ -86,7 +86,7 @@ class _CrossEntropy(torch.autograd.Function):
         smoothing, vocab = ctx.args
         x, dloss = rows(logits), dloss.float().flatten()
         if products.on_gpu(x):
-            from tpinv.kernels import cross_entropy
+            from tpinv.kernels.rows import cross_entropy
 
             index = index.squeeze(-1).masked_fill(~owned, -1).masked_fill(ignored, -2)
             dloss = dloss.contiguous()  # the gradient of a sum is one number, expanded: the kernel would read past it
@@ -105,7 +105,7 @@ def _statistics(x: Tensor, index: Tensor, tree: ReductionTree, ranks: Ranks, smo
     """x [M, V/p] -> the maximum over all ranks [M]; x - it at ``index`` [M]; the values [S, M] of this rank's subtrees of, with
     smoothing, the sum of x - maximum, and of the sum of its exponential."""
     if products.on_gpu(x):
-        from tpinv.kernels import cross_entropy
+        from tpinv.kernels.rows import cross_entropy
 
         x = unit_stride(x)
         top = all_max(cross_entropy.row_max(x), ranks)

@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from tpinv import reference
 from tpinv.collectives import all_gather, resolve, select_all_reduce, select_reduce_scatter
-from tpinv.functional import products
-from tpinv.functional.shapes import output, rows
+from tpinv.ops import products
+from tpinv.ops.shapes import output, rows
 
 
 def vocab_parallel_embedding(ids: Tensor, weight: Tensor, *, group=None, sequence_parallel: bool = False) -> Tensor:
@@ -93,7 +93,7 @@ class _VocabParallelEmbedding(torch.autograd.Function):
         rows_here, dtype, ranks, sequence_parallel = ctx.args
         dy = all_gather(dy, ranks) if sequence_parallel else dy
         if products.on_gpu(dy):
-            from tpinv.kernels import embedding
+            from tpinv.kernels.rows import embedding
 
             return None, embedding.sum_by_id(local.flatten(), rows(dy), rows_here, dtype), None, None
         return None, sum_by_id(local.flatten(), rows(dy), rows_here).to(dtype), None, None

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from tpinv.collectives import Ranks, resolve
-from tpinv.functional import activation, attention, linear, norm, products
-from tpinv.functional.shapes import unit_stride
+from tpinv.ops import activation, attention, linear, norm, products
+from tpinv.ops.shapes import unit_stride
 from tpinv.tree import ReductionTree
 
 ALONE = Ranks(None, 0, 1)
@@ -214,7 +214,7 @@ _gradient(
 
 def _attention(query, key, value, scale, causal):
     attention.check(query, key, value, scale, causal)
-    from tpinv.kernels import attention as kernels  # needs Triton
+    from tpinv.kernels.attention import forward as kernels  # needs Triton
 
     return kernels.forward(*map(unit_stride, (query, key, value)), scale, causal)
 
@@ -225,14 +225,14 @@ def _attention_shape(query, key, value, scale, causal):
 
 
 def _attention_backward(dout, query, key, value, out, lse, scale, causal):
-    from tpinv.kernels import attention_backward as kernels
+    from tpinv.kernels.attention import backward as kernels
 
     return kernels.backward(*map(unit_stride, (query, key, value)), out, lse, unit_stride(dout), scale, causal)
 
 
 def _packed_attention(query, key, value, cu_q, cu_k, first_q, first_k, longest_q, longest_k, scale, causal):
     pack = attention.check_packed(query, key, value, cu_q, cu_k, first_q, first_k, longest_q, longest_k, scale, causal)
-    from tpinv.kernels import attention as kernels
+    from tpinv.kernels.attention import forward as kernels
 
     out, lse = kernels.forward(*(unit_stride(t).unsqueeze(1) for t in (query, key, value)), scale, causal, pack)
     return out.squeeze(1), lse
@@ -243,7 +243,8 @@ def _packed_shape(query, *_):
 
 
 def _packed_attention_backward(dout, query, key, value, out, lse, cu_q, cu_k, first_q, first_k, longest_q, longest_k, scale, causal):
-    from tpinv.kernels import attention, attention_backward
+    from tpinv.kernels.attention import backward as attention_backward
+    from tpinv.kernels.attention import forward as attention
 
     query, key, value, out, dout = (unit_stride(t).unsqueeze(1) for t in (query, key, value, out, dout))
     pack = attention.Pack(*(t.contiguous() for t in (cu_q, cu_k, first_q, first_k)), longest_q, longest_k)

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tpinv import reference
-from tpinv.functional import products
-from tpinv.functional.shapes import output, rows
+from tpinv.ops import products
+from tpinv.ops.shapes import output, rows
 
 
 def silu(x: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class _Silu(torch.autograd.Function):
     def forward(ctx, x):
         ctx.save_for_backward(x)
         if products.on_gpu(x):
-            from tpinv.kernels import activation
+            from tpinv.kernels.rows import activation
 
             return activation.silu(x)
         wide = x.float()
@@ -67,7 +67,7 @@ class _Silu(torch.autograd.Function):
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
         if products.on_gpu(x):
-            from tpinv.kernels import activation
+            from tpinv.kernels.rows import activation
 
             return activation.silu_backward(x, dy)
         wide = x.float()
@@ -91,14 +91,14 @@ class _Swiglu(torch.autograd.Function):
 
 def swiglu_forward(x: Tensor) -> Tensor:
     """What autograd and the torch operator (operators.py) share, on a GPU, as :func:`swiglu_backward`."""
-    from tpinv.kernels import activation
+    from tpinv.kernels.rows import activation
 
     y = activation.swiglu(rows(x).contiguous())
     return output(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def swiglu_backward(dy: Tensor, x: Tensor) -> Tensor:
-    from tpinv.kernels import activation
+    from tpinv.kernels.rows import activation
 
     return activation.swiglu_backward(rows(x).contiguous(), rows(dy).contiguous()).view(x.shape)
 

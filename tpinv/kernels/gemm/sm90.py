@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from tpinv.kernels import cuda
-from tpinv.kernels.counters import arrivals
-from tpinv.kernels.device import current_stream
-from tpinv.kernels.problem import Problem, most_pending, most_pending_pairs
+from tpinv.kernels.gemm.problem import Problem, most_pending, most_pending_pairs
+from tpinv.runtime import cuda
+from tpinv.runtime.counters import arrivals
+from tpinv.runtime.device import current_stream
 
 SOURCE = "sm90_tree_gemm.cu"
 _BM, _BK, _THREADS, _CONSUMERS = 128, 64, 384, 256

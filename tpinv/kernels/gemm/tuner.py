@@ -6,7 +6,7 @@ chip or compiler may round differently inside a matrix instruction. Configuratio
 ``tpinv doctor`` shows them. If all do, the canonical configuration is what runs. The one that wins on a shape is
 compared once more on the caller's own operands before it is kept.
 
-Choices are kept on disk (see tpinv.kernels.cuda.cache_dir) under a key that names the chip, the versions and the sources.
+Choices are kept on disk (see tpinv.runtime.cuda.cache_dir) under a key that names the chip, the versions and the sources.
 TPINV_TUNE=0 takes the first verified candidate without timing.
 """
 
@@ -24,8 +24,10 @@ import torch
 import triton
 from torch import Tensor
 
-from tpinv.kernels import cuda, gemm, sm90
-from tpinv.kernels.problem import Problem
+from tpinv.kernels.gemm import sm90
+from tpinv.kernels.gemm import triton_gemm as gemm
+from tpinv.kernels.gemm.problem import Problem
+from tpinv.runtime import cuda
 
 Config = gemm.TritonConfig | sm90.Sm90Config
 
@@ -237,7 +239,7 @@ def _path(device: int) -> Path:
 def _fingerprint(device: int) -> str:
     """Of all that a choice may depend on besides the problem."""
     here = Path(__file__).parent
-    sources = [(here / name).read_text() for name in ("gemm.py", "sm90.py", "problem.py")]
+    sources = [(here / name).read_text() for name in ("triton_gemm.py", "sm90.py", "problem.py")]
     sources.append(cuda.missing(sm90.SOURCE) or cuda.source(sm90.SOURCE))
     versions = [torch.cuda.get_device_name(device), torch.__version__, triton.__version__, str(torch.version.cuda)]
     return hashlib.sha256("\0".join(versions + sources).encode()).hexdigest()[:16]

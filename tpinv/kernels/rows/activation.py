@@ -1,4 +1,4 @@
-"""silu and SwiGLU on the GPU, elementwise, one kernel each way. The arithmetic is that of tpinv.functional.activation: fp32, every named
+"""silu and SwiGLU on the GPU, elementwise, one kernel each way. The arithmetic is that of tpinv.ops.activation: fp32, every named
 result rounded once to the dtype, so that SwiGLU has the bits of silu(gate) * up and its gradients those of its two steps.
 """
 
@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpinv.kernels.device import ceil_div, on_device_of_first
-from tpinv.kernels.launch import entry
-from tpinv.kernels.libm import exp
+from tpinv.kernels.rows.libm import exp
+from tpinv.runtime.device import ceil_div, on_device_of_first
+from tpinv.runtime.launch import entry
 
 _BLOCK = 1024
 _FLAGS = {"enable_fp_fusion": False}

@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from tpinv import reference
 from tpinv.collectives import Ranks, resolve, tree_all_reduce
-from tpinv.functional import products
-from tpinv.functional.shapes import output, rows
+from tpinv.ops import products
+from tpinv.ops.shapes import output, rows
 from tpinv.tree import ReductionTree
 
 
@@ -98,7 +98,7 @@ def _statistics(x: Tensor, eps: float, center: bool) -> tuple[Tensor, Tensor]:
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: bool) -> Tensor:
     """y in x's shape and dtype; what autograd and the torch operator (operators.py) share, as :func:`backward`."""
     if products.on_gpu(x):
-        from tpinv.kernels import norm
+        from tpinv.kernels.rows import norm
 
         bias = None if bias is None else bias.contiguous()
         return output(norm.norm(rows(x).contiguous(), weight.contiguous(), bias, eps, center), x.shape)
@@ -115,7 +115,7 @@ def backward(
     """dx, dweight and dbias, at least those that ``needs`` names."""
     needs_parameters = needs[1] or needs[2]
     if products.on_gpu(x):
-        from tpinv.kernels import norm
+        from tpinv.kernels.rows import norm
 
         heads = x.shape[-2] if heads_parallel else 1
         dx, values = norm.norm_backward(

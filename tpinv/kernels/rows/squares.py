@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpinv.kernels.device import ceil_div, on_device_of_first
-from tpinv.kernels.launch import entry
+from tpinv.runtime.device import ceil_div, on_device_of_first
+from tpinv.runtime.launch import entry
 
 BINS = 28
 _LOWEST = tl.constexpr(-298)

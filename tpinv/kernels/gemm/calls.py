@@ -9,9 +9,10 @@ from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
-from tpinv.kernels import gemm, sm90, tuner
-from tpinv.kernels.device import on_device_of_first
-from tpinv.kernels.problem import Problem, make_problems
+from tpinv.kernels.gemm import sm90, tuner
+from tpinv.kernels.gemm import triton_gemm as gemm
+from tpinv.kernels.gemm.problem import Problem, make_problems
+from tpinv.runtime.device import on_device_of_first
 from tpinv.tree import ReductionTree
 
 _LIMIT = 8192  # calls kept, with shapes that come and go

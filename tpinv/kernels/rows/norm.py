@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm on the GPU, with the bits of tpinv.functional.norm's arithmetic: one kernel forward, two backward.
+"""RMSNorm and LayerNorm on the GPU, with the bits of tpinv.ops.norm's arithmetic: one kernel forward, two backward.
 
     norm            y, one pass over x
     norm_backward   dx and the statistics of each row in one pass; the parameters' gradients as sums over rows, by the tree of
@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpinv.kernels import sums
-from tpinv.kernels.device import ceil_div, on_device_of_first
-from tpinv.kernels.launch import entry
-from tpinv.kernels.pairwise import absent, row_tree
+from tpinv.kernels.rows import sums
+from tpinv.kernels.rows.pairwise import absent, row_tree
+from tpinv.runtime.device import ceil_div, on_device_of_first
+from tpinv.runtime.launch import entry
 from tpinv.tree import ReductionTree
 
 _ELEMENTS = 4096  # of a program, if its rows are shorter than that

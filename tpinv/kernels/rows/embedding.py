@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpinv.kernels.device import ceil_div, on_device_of_first
-from tpinv.kernels.launch import entry
-from tpinv.kernels.pairwise import absent
+from tpinv.kernels.rows.pairwise import absent
+from tpinv.runtime.device import ceil_div, on_device_of_first
+from tpinv.runtime.launch import entry
 
 _AHEAD = 8  # tokens of an id that are loaded before they are added
 _COLUMNS = 512

@@ -1,7 +1,7 @@
 """Core attention on the GPU, invariant to heads per rank, batch and reruns, forward and backward.
 
 Heads are what tensor parallelism shards here; nothing is summed over them but dk and dv of a group of query heads, which lies on one
-rank. So what must hold is that a head's bits do not depend on how many others are computed with it, which kernels/attention.py is
+rank. So what must hold is that a head's bits do not depend on how many others are computed with it, which kernels/attention/forward.py is
 written for and a probe checks on this very chip before the first use.
 """
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tpinv import reference
-from tpinv.functional import products
-from tpinv.functional.shapes import unit_stride
+from tpinv.ops import products
+from tpinv.ops.shapes import unit_stride
 
 
 def core_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = True, scale: float | None = None) -> Tensor:
@@ -113,7 +113,7 @@ def check_packed(query, key, value, cu_q, cu_k, first_q, first_k, longest_q, lon
         raise ValueError(f"cu_seqlens for queries, keys, and where they start are {described}; pass torch.int32 [n + 1] on {query.device}")
     _check_kind(query, key, value, scale)
     require_invariant(query.device, query.dtype, query.shape[2], causal, True)
-    from tpinv.kernels.attention import Pack
+    from tpinv.kernels.attention.forward import Pack
 
     longest_q, longest_k = len(query) if longest_q is None else longest_q, len(key) if longest_k is None else longest_k
     pack = Pack(*(t.contiguous() for t in cumulative), longest_q, longest_k)
@@ -160,7 +160,7 @@ def _assert_lengths(pack, q_rows: int, k_rows: int, causal: bool) -> None:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, scale, causal, pack):
-        from tpinv.kernels import attention
+        from tpinv.kernels.attention import forward as attention
 
         query, key, value = map(unit_stride, (query, key, value))
         out, lse = attention.forward(query, key, value, scale, causal, pack)
@@ -171,7 +171,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        from tpinv.kernels import attention, attention_backward
+        from tpinv.kernels.attention import backward as attention_backward
+        from tpinv.kernels.attention import forward as attention
 
         query, key, value, out, lse, *cumulative = ctx.saved_tensors
         scale, causal, longest = ctx.args
@@ -183,7 +184,8 @@ class _Attention(torch.autograd.Function):
 def require_invariant(device: torch.device, dtype: torch.dtype, width: int, causal: bool = True, packed: bool = False) -> None:
     """ValueError unless, on this chip, a slice of heads and batch gives the bytes it has in the whole, and a second run those of the first.
     ``packed``: and a sequence of a pack those it has alone."""
-    from tpinv.kernels import attention, attention_backward
+    from tpinv.kernels.attention import backward as attention_backward
+    from tpinv.kernels.attention import forward as attention
 
     generator = torch.Generator(device).manual_seed(0)
     make = lambda heads: torch.randn(333, 2, heads, width, device=device, generator=generator).to(dtype)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Softmax statistics and gradients over a rank's part of the vocabulary, with the bits of tpinv.functional.cross_entropy.
+"""Softmax statistics and gradients over a rank's part of the vocabulary, with the bits of tpinv.ops.cross_entropy.
 
 Logits are read three times and never widened in memory: for the maximum, for the tree over exp(x - top), and for the gradient,
 which is written in their own dtype. A program of the sums takes one row and one subtree; in it a leaf is cut into blocks of a power
@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpinv.kernels.device import ceil_div, on_device_of_first, table
-from tpinv.kernels.launch import entry
-from tpinv.kernels.libm import exp
-from tpinv.kernels.pairwise import absent, row_tree
-from tpinv.kernels.sums import require_left_complete
+from tpinv.kernels.rows.libm import exp
+from tpinv.kernels.rows.pairwise import absent, row_tree
+from tpinv.kernels.rows.sums import require_left_complete
+from tpinv.runtime.device import ceil_div, on_device_of_first, table
+from tpinv.runtime.launch import entry
 from tpinv.tree import Node, ReductionTree
 
 _BLOCK = 4096

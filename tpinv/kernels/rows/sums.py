@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpinv.kernels.device import ceil_div, table
-from tpinv.kernels.launch import entry
+from tpinv.runtime.device import ceil_div, table
+from tpinv.runtime.launch import entry
 from tpinv.tree import Node, ReductionTree
 
 FAN = 32  # rows of a block

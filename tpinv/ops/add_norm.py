@@ -11,9 +11,9 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from tpinv import reference
 from tpinv.collectives import all_reduce_add_norm, resolve, tree_all_reduce
-from tpinv.functional import products
-from tpinv.functional.norm import rms_norm
-from tpinv.functional.shapes import rows
+from tpinv.ops import products
+from tpinv.ops.norm import rms_norm
+from tpinv.ops.shapes import rows
 from tpinv.tree import ReductionTree
 
 _library = torch.library.Library("tpinv", "FRAGMENT")

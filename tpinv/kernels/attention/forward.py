@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpinv.kernels.device import ceil_div, on_device_of_first
-from tpinv.kernels.launch import entry
+from tpinv.runtime.device import ceil_div, on_device_of_first
+from tpinv.runtime.launch import entry
 
 # head width up to -> (query rows, keys, warps, stages): forward, dq; (keys, query rows, warps, stages): dk and dv. fp32 is for tests.
 BLOCKS = {

@@ -1,14 +1,14 @@
-"""The gradients of kernels/attention.py, which says what fixes their bits."""
+"""The gradients of kernels/attention/forward.py, which says what fixes their bits."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpinv.kernels.attention import DYNAMIC, LOG2E, Pack, blocks, constants, launches, new, padded_width, place, strides, tile
-from tpinv.kernels.device import on_device_of_first
-from tpinv.kernels.launch import entry
-from tpinv.kernels.pairwise import row_tree
+from tpinv.kernels.attention.forward import DYNAMIC, LOG2E, Pack, blocks, constants, launches, new, padded_width, place, strides, tile
+from tpinv.kernels.rows.pairwise import row_tree
+from tpinv.runtime.device import on_device_of_first
+from tpinv.runtime.launch import entry
 
 _ELEMENTS = 4096  # of a program that sums rows
 

@@ -19,10 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
-from tpinv.kernels.counters import arrivals
-from tpinv.kernels.device import ceil_div, table
-from tpinv.kernels.launch import entry
-from tpinv.kernels.problem import Problem, most_pending
+from tpinv.kernels.gemm.problem import Problem, most_pending
+from tpinv.runtime.counters import arrivals
+from tpinv.runtime.device import ceil_div, table
+from tpinv.runtime.launch import entry
 
 
 @triton.jit

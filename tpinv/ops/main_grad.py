@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tpinv.collectives import Ranks
-from tpinv.functional import products
+from tpinv.ops import products
 from tpinv.tree import ReductionTree
 
 

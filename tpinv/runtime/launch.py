@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from tpinv.kernels.device import current_stream
+from tpinv.runtime.device import current_stream
 
 _LIMIT = 4096  # launches kept of one kernel, with numbers that come and go
 

@@ -1,0 +1,1 @@
+"""Kernels of rows and elements: plain sums, norms, softmax statistics, activations, embeddings, squares."""
