@@ -5,8 +5,8 @@ Two kinds of sums, two orders inside a leaf, one tree above them:
 - A **product** (linear forward, dgrad, wgrad) accumulates a leaf in fp32 from zero by a chain of steps in increasing k. The
   chain here is ``acc = acc + a[:, k:k+128] @ b[k:k+128]``. What a BLAS does inside one step depends on the shape it is
   given (and, for long k, on the number of threads), so every step is given the same shape at every TP size and every batch:
-  64 rows (zero-padded) by 128 k by a number of columns that is a whole dimension or one leaf of it, from contiguous
-  copies. Row i of a product then depends on row i alone.
+  64 rows by 128 k by a number of columns that is a whole dimension or one leaf of it, filled up with zeros to a multiple of
+  16, from fresh copies. Row i of a product then depends on row i alone.
 - A **plain sum** (bias and norm gradients, row sums, the softmax denominator) has no tensor core to please: inside a leaf
   it is again the left-complete binary tree, down to the single elements, in elementwise fp32 additions that IEEE 754
   fixes on any machine.
@@ -23,6 +23,7 @@ from torch import Tensor
 from tpinv.tree import Node, ReductionTree
 
 ROWS = 64  # rows of one step: a multiple of every micro-tile seen, so that a row's position does not matter
+COLUMNS = 16  # columns of one step are filled up to a multiple: with 5, 7 or 9 of them MKL adds a row by its position
 STEP = 128  # k of one step: short enough that no BLAS splits it further
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,18 +59,19 @@ def chain_matmul(a: Tensor, b: Tensor) -> Tensor:
     The bits of row i depend on ``a[i]``, ``b`` and nothing else, provided C is the same at every TP size. Autocast is off
     in here: it would turn these fp32 steps into bf16 ones, also inside an autograd.Function.
     """
-    rows, length = a.shape
-    out = torch.zeros(rows, b.shape[1], dtype=torch.float32, device=a.device)
+    (rows, length), columns = a.shape, b.shape[1]
+    out = torch.zeros(rows, columns, dtype=torch.float32, device=a.device)
+    padded = -(-columns // COLUMNS) * COLUMNS
     for k in range(0, length, STEP):
-        b_step = b[k : k + STEP].float().contiguous()
-        a_step = a[:, k : k + STEP].float()
+        width = min(STEP, length - k)
+        b_step = torch.zeros(width, padded, dtype=torch.float32, device=a.device)
+        b_step[:, :columns] = b[k : k + width]
         for r in range(0, rows, ROWS):
-            tile = a_step[r : r + ROWS].contiguous()
-            height = tile.shape[0]
-            if height < ROWS:
-                tile = torch.cat([tile, tile.new_zeros(ROWS - height, tile.shape[1])])
+            height = min(ROWS, rows - r)
+            tile = torch.zeros(ROWS, width, dtype=torch.float32, device=a.device)  # never a view: a BLAS may look at addresses
+            tile[:height] = a[r : r + height, k : k + width]
             with torch.autocast(a.device.type, enabled=False):
-                out[r : r + height] += (tile @ b_step)[:height]
+                out[r : r + height] += (tile @ b_step)[:height, :columns]
     return out
 
 
