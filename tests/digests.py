@@ -63,7 +63,10 @@ def linears(rank: int, p: int, dtype: torch.dtype, tree) -> Iterator[tuple[str, 
     call = lambda x, w, b: tpinv.column_parallel_linear(x, w, b, tree=tree, gather_output=True)  # noqa: E731
     yield "column gathered", run(call, dy, x, part(w, 0), part(b, 0))
     call = lambda x, w, b: tpinv.column_parallel_linear(x, w, b, tree=tree)  # noqa: E731
-    yield "column views", run(call, part(dy, 2), x.transpose(0, 1).contiguous().transpose(0, 1), part(w, 0).t().contiguous().t(), part(b, 0))
+    yield (
+        "column views",
+        run(call, part(dy, 2), x.transpose(0, 1).contiguous().transpose(0, 1), part(w, 0).t().contiguous().t(), part(b, 0)),
+    )
     yield "column one row", run(call, part(dy, 2)[0, 0], x[0, 0], part(w, 0), part(b, 0))
     yield "column no rows", run(call, part(dy, 2)[:0], x[:0], part(w, 0), part(b, 0))
     for name, function, dim, rows, dout in (

@@ -1,0 +1,157 @@
+"""The table of sums: which order of additions applies to which sum, as data.
+
+tree.py says what shape a sum over L leaves has; this file says which sums there are, what cuts each of them between ranks, how a leaf
+is added up inside, and what the nodes above the leaves are rounded to. Kernels and the reference read their constants here, functions
+ask a row of the table for its tree (``sum.tree(tree)``), docs/coverage.md prints the table (:func:`markdown`), and
+:func:`fingerprint` is a digest of it: two sides whose fingerprints differ cannot be expected to give the same bytes.
+
+Changing a row or a constant changes bytes. Tile sizes, warps and the number of threads are not here, because no bit depends on them.
+
+Legend: M tokens, N out-features, K in-features, V vocabulary, H hidden, p ranks, L leaves.
+"""
+
+import functools
+import hashlib
+from dataclasses import dataclass
+
+from tpinv.tree import ReductionTree
+
+# -- constants that bits depend on --------------------------------------------------------------------------------------------------
+
+ROWS = 64  # rows of one step of a product on a CPU: a multiple of every micro-tile seen, so that a row's position does not matter
+STEP = 128  # k of one step of a product on a CPU: short enough that no BLAS splits it further
+ALIGNMENT = 64  # bytes; where the operands of such a step begin in memory, because a BLAS may choose its kernel by that
+
+# Bytes of an element -> head width up to -> rows x columns of a block: (queries, keys) of the forward, (queries, keys) of dq,
+# (keys, queries) of dk and dv. A softmax is rescaled once a block, so that blocks are part of the order.
+ATTENTION_BLOCKS = {
+    2: {
+        64: ((128, 64), (128, 64), (128, 64)),
+        128: ((128, 64), (64, 64), (128, 64)),
+        256: ((64, 64), (64, 32), (64, 32)),
+    },
+    4: {
+        128: ((32, 32), (32, 32), (32, 32)),
+        256: ((16, 16), (16, 16), (16, 16)),
+    },
+}
+
+
+# -- orders inside a leaf -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Order:
+    """How the terms of one leaf (or of a sum without leaves) are added."""
+
+    name: str
+    rule: str  # one sentence
+    constants: tuple = ()
+
+
+CHAIN = Order(
+    "chain", "fp32 from zero in increasing index: tensor-core steps on a GPU, steps of ROWS rows by STEP terms on a CPU", (ROWS, STEP)
+)
+PAIRS = Order("row tree", "the left-complete binary tree down to single elements, in fp32 additions")
+OCCURRENCES = Order("occurrences", "fp32 from zero, one addition for each occurrence in token order")
+BLOCKS = Order(
+    "blocks",
+    "FlashAttention-2's recurrences in fp32 over fixed blocks in increasing order",
+    tuple((size, tuple(widths.items())) for size, widths in ATTENTION_BLOCKS.items()),
+)
+EXACT = Order("exact", "squares as integers: no rounding before the last, hence no order")
+
+# What the nodes above the leaves are rounded to.
+BY_TREE = "node_dtype"  # the tree's own: activations, whose bytes on the wire count
+FLOAT32 = "float32"  # whatever the tree says: small payloads
+NO_TREE = "-"  # no leaves: the whole sum is one order
+
+
+# -- the table ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sum:
+    """One sum of one function.
+
+    Attributes:
+        op: the function (and module) it belongs to.
+        result: what it gives.
+        over: the dimension summed over.
+        cut_by: what shards that dimension between ranks; "-" where every rank has all of it.
+        order: inside a leaf.
+        nodes: BY_TREE, FLOAT32, or NO_TREE where nothing cuts it and it has no leaves.
+    """
+
+    op: str
+    result: str
+    over: str
+    cut_by: str
+    order: Order
+    nodes: str
+
+    def tree(self, tree: ReductionTree) -> ReductionTree:
+        """The tree of this sum, given the tree that a caller passed. ValueError for a sum without leaves."""
+        if self.nodes == NO_TREE:
+            raise ValueError(f"{self.result} of {self.op} has no leaves; it is one {self.order.name}")
+        return tree if self.nodes == BY_TREE else _with_float32_nodes(tree)
+
+
+@functools.cache
+def _with_float32_nodes(tree: ReductionTree) -> ReductionTree:
+    return tree if tree.node_dtype == "float32" else ReductionTree(tree.leaves)
+
+
+COLUMN_Y = Sum("column_parallel_linear", "y", "in-features", "-", CHAIN, NO_TREE)
+COLUMN_DX = Sum("column_parallel_linear", "dx", "out-features", "tensor parallelism", CHAIN, BY_TREE)
+COLUMN_DW = Sum("column_parallel_linear", "dweight", "tokens", "-", CHAIN, NO_TREE)
+COLUMN_DB = Sum("column_parallel_linear", "dbias", "tokens", "-", PAIRS, FLOAT32)
+ROW_Y = Sum("row_parallel_linear", "y", "in-features", "tensor parallelism", CHAIN, BY_TREE)
+ROW_DX = Sum("row_parallel_linear", "dx", "out-features", "-", CHAIN, NO_TREE)
+ROW_DW = Sum("row_parallel_linear", "dweight", "tokens", "-", CHAIN, NO_TREE)
+ROW_DB = Sum("row_parallel_linear", "dbias", "tokens", "-", PAIRS, FLOAT32)
+NORM_ROW = Sum("rms_norm, layer_norm", "mean, mean square, dx", "hidden", "-", PAIRS, NO_TREE)
+NORM_DW = Sum("rms_norm, layer_norm", "dweight, dbias", "tokens, or heads and tokens", "sequence or tensor parallelism", PAIRS, FLOAT32)
+EMBEDDING_DW = Sum("vocab_parallel_embedding", "dweight", "tokens of one id", "-", OCCURRENCES, NO_TREE)
+VOCABULARY = Sum(
+    "vocab_parallel_cross_entropy, vocab_parallel_log_probs",
+    "sum of exp, sum of logits",
+    "vocabulary",
+    "tensor parallelism",
+    PAIRS,
+    FLOAT32,
+)
+ATTENTION_OUT = Sum("core_attention, packed_attention", "out, dq", "keys", "-", BLOCKS, NO_TREE)
+ATTENTION_DKV = Sum("core_attention, packed_attention", "dkey, dvalue", "queries, then heads of a group", "-", BLOCKS, NO_TREE)
+COLLECTIVE = Sum("tree_all_reduce, tree_reduce_scatter", "sum", "leaves of the caller's", "the group", CHAIN, BY_TREE)
+GRAD_NORM = Sum("grad_norm, clip_grad_norm_", "sum of squares", "all gradients", "any sharding", EXACT, NO_TREE)
+
+SUMS = (
+    COLUMN_Y, COLUMN_DX, COLUMN_DW, COLUMN_DB, ROW_Y, ROW_DX, ROW_DW, ROW_DB, NORM_ROW, NORM_DW, EMBEDDING_DW, VOCABULARY,
+    ATTENTION_OUT, ATTENTION_DKV, COLLECTIVE, GRAD_NORM,
+)  # fmt: skip
+
+
+@functools.cache
+def table_digest() -> str:
+    """Eight hexadecimal digits of the table and its constants."""
+    return hashlib.sha256(repr((SUMS, ROWS, STEP, ALIGNMENT)).encode()).hexdigest()[:8]
+
+
+def fingerprint(tree: ReductionTree, **facts: str) -> str:
+    """Names every order of additions: the tree's own fingerprint, the digest of the table, and ``facts`` that the bytes depend on too.
+
+    ``fingerprint(ReductionTree(8))`` is "tpinv1-rfc6962-L8-float32-sums.1a2b3c4d"; ``fingerprint(tree, chip="NVIDIA H100", torch="2.13.0")``
+    appends "-chip.NVIDIA H100-torch.2.13.0". Two sides that must agree compare the strings and fail closed.
+    """
+    return "-".join([tree.fingerprint, f"sums.{table_digest()}", *(f"{name}.{value}" for name, value in facts.items())])
+
+
+def markdown() -> str:
+    """The table for documents: one row a sum, then the orders."""
+    lines = ["| function | result | sums over | cut by | inside a leaf | nodes |", "|---|---|---|---|---|---|"]
+    for row in SUMS:
+        functions = ", ".join(f"`{name}`" for name in row.op.split(", "))
+        lines.append(f"| {functions} | {row.result} | {row.over} | {row.cut_by} | {row.order.name} | {row.nodes} |")
+    lines += ["", *(f"- {order.name}: {order.rule}" for order in dict.fromkeys(row.order for row in SUMS))]
+    return "\n".join(lines) + "\n"
