@@ -37,6 +37,7 @@ from tpinv.tree import ReductionTree
 
 OVERRIDE = "tpinv.integrations.torchtitan.invariant"
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+DTENSOR_FSDP = TORCH >= (2, 12)
 SPMD_FSDP = TORCH >= (2, 14)  # below, FSDP cannot shard the plain tensors of the default backend at TP > 1
 
 
@@ -61,18 +62,13 @@ class Run:
     selective_ac: bool = False
     compile: str = ""  # torch.compile's backend for every block; none if empty
     seed: int = 1234
-    backend: str = "spmd_types" if SPMD_FSDP else "partial_dtensor"
+    backend: str = "partial_dtensor" if DTENSOR_FSDP and not SPMD_FSDP else "spmd_types"
     device: str = "cpu"  # or "cuda", the current GPU
     hidden: int = 0  # about, with heads of 128; 0: as small as can be
 
     def __post_init__(self):
         if self.variant != "llama":
             raise ValueError(f"variant {self.variant!r} is no model of TorchTitan; use llama (with qk-norm: Qwen3)")
-        if self.backend == "partial_dtensor" and TORCH < (2, 12):
-            raise ValueError(
-                f"TorchTitan's DTensor backend with FSDP crashes in the backward pass of torch 2.11, stock or not; torch is {torch.__version__}, "
-                "use 2.13 or newer"
-            )
 
     @property
     def tree(self) -> ReductionTree:
@@ -137,6 +133,11 @@ def build_model_config(run: Run) -> Llama3Model.Config | Qwen3Model.Config:
 
 def build_trainer_config(run: Run, model, folder: str) -> Trainer.Config:
     fsdp = run.backend == "partial_dtensor" or SPMD_FSDP
+    if run.backend == "partial_dtensor" and not DTENSOR_FSDP:  # here, not in Run: a Run must be describable everywhere, by tests above all
+        raise ValueError(
+            f"TorchTitan's DTensor backend with FSDP crashes in the backward pass of torch 2.11, stock or not; torch is {torch.__version__}, "
+            'use 2.13 or newer, or backend="spmd_types"'
+        )
     param_dtype = "bfloat16" if run.dtype == "bf16" else "float32"
     return Trainer.Config(
         model_spec=ModelSpec(
