@@ -12,11 +12,11 @@ from tpinv.tree import ReductionTree
 
 
 class OneGpu:
-    def __init__(self, p: int, backend: str):
+    def __init__(self, p: int):
         self.p, self.device = p, torch.device("cuda", 0)
         blocks = torch.cuda.get_device_properties(0).multi_processor_count * BLOCKS_PER_MULTIPROCESSOR // p
         self._memory: list[list[torch.Tensor]] = []
-        self.ranks = [Workspace(r, p, self.device, backend, blocks, Turns(), self._allocator()) for r in range(p)]
+        self.ranks = [Workspace(r, p, self.device, blocks, Turns(), self._allocator()) for r in range(p)]
         self.streams = [torch.cuda.Stream() for _ in range(p)]
         for stream in self.streams:  # the allocator must not ask the driver for memory while a kernel waits for its peers
             with torch.cuda.stream(stream):

@@ -3,8 +3,11 @@
 import re
 from types import SimpleNamespace
 
-import megatron_jobs as jobs
 import pytest
+
+pytest.importorskip("megatron.core")
+
+import megatron_jobs as jobs
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.dot_product_attention import DotProductAttention

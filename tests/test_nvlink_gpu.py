@@ -20,17 +20,16 @@ from tpinv.testing import RankPool, assert_bitwise_equal, compare, order_probe, 
 from tpinv.tree import ReductionTree
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
-BACKENDS = ("cuda", "triton")
 ALGORITHMS = ("one_shot", "two_shot")
 TREES = {2: (2, 8, 24), 3: (3, 24), 4: (8, 24), 6: (6, 24), 8: (8, 24)}  # L = 24 gives two values a rank at p = 2, 4, 8
 CASES = [(p, leaves, node) for p, many in TREES.items() for leaves in many for node in ("float32", "bfloat16")]
 
 
 @functools.cache
-def ranks(p: int, backend: str) -> OneGpu:
-    if backend == "cuda" and cuda.missing(symmetric.SOURCE):
+def ranks(p: int) -> OneGpu:
+    if cuda.missing(symmetric.SOURCE):
         pytest.skip(cuda.missing(symmetric.SOURCE))
-    return OneGpu(p, backend)
+    return OneGpu(p)
 
 
 def leaf_values(kind: str, tree: ReductionTree, *shape: int, seed: int = 1) -> torch.Tensor:
@@ -41,10 +40,9 @@ def expected_sum(leaves: torch.Tensor, tree: ReductionTree, out_dtype: torch.dty
     return reference.finish(subtree_values(leaves, tree, 1)[0], tree, tree.subtrees(0, 1), out_dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("p, leaves, node", CASES)
-def test_same_bytes_as_the_reference(p, leaves, node, backend):
-    tree, group, differs = ReductionTree(leaves, node), ranks(p, backend), 0
+def test_same_bytes_as_the_reference(p, leaves, node):
+    tree, group, differs = ReductionTree(leaves, node), ranks(p), 0
     for shape in ((1,), (7,), (48, 5), (24, 64), (20_001,), (24 * 40, 130)):
         for kind in ("exponents", "cancellation", "specials", "nonfinite") if shape == (48, 5) else ("exponents",):
             data = leaf_values(kind, tree, *shape)
@@ -63,10 +61,9 @@ def test_same_bytes_as_the_reference(p, leaves, node, backend):
     assert differs or p < 4  # the stock sum adds in another order: these inputs can tell
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("p", [2, 3, 8])
-def test_messages_longer_than_a_slot(p, backend):
-    tree, group = ReductionTree(24), ranks(p, backend)
+def test_messages_longer_than_a_slot(p):
+    tree, group = ReductionTree(24), ranks(p)
     data = leaf_values("exponents", tree, 24 * 100, 1000)
     values, expected = subtree_values(data, tree, p), expected_sum(data, tree, torch.bfloat16)
     try:
@@ -82,10 +79,9 @@ def test_messages_longer_than_a_slot(p, backend):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("p, leaves, node", [(2, 24, "float32"), (4, 8, "bfloat16"), (6, 6, "float32"), (8, 24, "float32")])
-def test_probe_finds_the_tree(p, leaves, node, backend, algorithm):
-    tree, group = ReductionTree(leaves, node), ranks(p, backend)
+def test_probe_finds_the_tree(p, leaves, node, algorithm):
+    tree, group = ReductionTree(leaves, node), ranks(p)
 
     def total(probes):
         probes = torch.nn.functional.pad(probes, (0, 0, 0, -len(probes) % 24)).t().contiguous().cuda()
@@ -97,11 +93,10 @@ def test_probe_finds_the_tree(p, leaves, node, backend, algorithm):
     assert order_probe(lambda probes: total(probes)[: len(probes)], leaves, batched=True) == tree_shape(tree)
 
 
-@pytest.mark.parametrize("backend, iterations", [("cuda", 10_000), ("triton", 500)])
-def test_skewed_arrival(backend, iterations):
+def test_skewed_arrival(iterations=10_000):
     """Ranks that come late by random times, sizes and algorithms in turn, fresh values every time: stale memory would show."""
     p, tree = 4, ReductionTree(8)
-    group, g = ranks(p, backend), torch.Generator().manual_seed(0)
+    group, g = ranks(p), torch.Generator().manual_seed(0)
     sizes = [
         (512, "one_shot", False),
         (40_000, "two_shot", False),
@@ -141,7 +136,7 @@ def test_skewed_arrival(backend, iterations):
 @pytest.mark.parametrize("node", ["float32", "bfloat16"])
 @pytest.mark.parametrize("p, rows, width", [(2, 5, 4096), (4, 3, 5120), (3, 200, 64), (8, 2, 8192), (2, 2, 14336)])
 def test_fused_norm_has_the_bytes_of_the_separate_operations(p, rows, width, node):
-    tree, group = ReductionTree(24, node), ranks(p, "cuda")
+    tree, group = ReductionTree(24, node), ranks(p)
     for dtype, weight_dtype in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
         data = leaf_values("normal", tree, rows, width)
         values, reduced = subtree_values(data, tree, p), expected_sum(data, tree, dtype)
@@ -217,7 +212,7 @@ def test_processes_over_shared_memory(pool, p):
     results = pool.run(shared_memory, p, timeout=150)
     print(p, results[0]["decision"], results[0]["seconds"])
     for rank, result in enumerate(results):
-        assert result["decision"][0] in BACKENDS and result["workspaces"]
+        assert result["decision"][0] == "cuda" and result["workspaces"]
         for name in ("all", "inference", "two_shot", *(f"stream {i}" for i in range(9))):
             assert_bitwise_equal(result[name], result["expected"], f"{name} on rank {rank}")
         for factor in (1.0, 2.0, 4.0):

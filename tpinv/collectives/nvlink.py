@@ -1,4 +1,4 @@
-"""The collectives over memory that the ranks share: fills in what csrc/tree_reduce.cu or its Triton twin needs, and launches it."""
+"""The collectives over memory that the ranks share: fills in what csrc/tree_reduce.cu needs, and launches it."""
 
 import ctypes
 import functools
@@ -74,11 +74,7 @@ class _Call:
         if self.padding or not values.is_contiguous() or values.data_ptr() % schedule.PACK:
             values = self._in_packs(values)
         out = values.new_empty(self.part + self.padding if self.padding else self.shape, dtype=self.out_dtype)
-        if workspace.backend == "cuda":
-            self._launch_cuda(workspace, values.data_ptr(), out.data_ptr())
-        else:
-            for start, packs in self.plan.launches:
-                _launch_triton(workspace, values.view(len(values), -1), out, self.tree, self.plan, start, packs, self.scatter)
+        self._launch(workspace, values.data_ptr(), out.data_ptr())
         return out[: self.part].view(self.shape) if self.padding else out
 
     def _in_packs(self, values: Tensor) -> Tensor:
@@ -86,7 +82,7 @@ class _Call:
         flat = torch.nn.functional.pad(values.reshape(len(values), self.slices, -1), (0, self.padding)).contiguous()
         return flat.clone() if flat.data_ptr() % schedule.PACK else flat
 
-    def _launch_cuda(self, workspace: Workspace, values: int, out: int) -> None:
+    def _launch(self, workspace: Workspace, values: int, out: int) -> None:
         areas, (known, launches) = _areas(workspace, self.plan), self.prepared
         if areas != known:  # the first call, or the workspace has grown
             launches = [self._prepare(workspace, areas, start, packs) for start, packs in self.plan.launches]
@@ -125,7 +121,7 @@ def add_norm(
     first = schedule.first_values(tree, workspace.size)
     words = first[-1] * residual.numel() * values.element_size() * schedule.WORD_BYTES
     row_packs = width // elements
-    if workspace.backend != "cuda" or rows == 0 or width % elements or row_packs > 8 * _NORM_THREADS or words > schedule.INBOX_BYTES:
+    if rows == 0 or width % elements or row_packs > 8 * _NORM_THREADS or words > schedule.INBOX_BYTES:
         return None
     if weight.dtype not in _OUT or residual.dtype not in _OUT:
         return None
@@ -156,7 +152,7 @@ def _inverse(width: int) -> float:
     return (torch.ones((), dtype=torch.float32) / torch.tensor(width, dtype=torch.float32)).item()
 
 
-# -- CUDA --------------------------------------------------------------------------------------------------------------------
+# -- what the source is given ------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -219,41 +215,3 @@ def grid(packs: int, blocks: int, one_shot: bool) -> tuple[int, int, int]:
     grid = max(1, min(blocks, -(-packs // threads)))
     turns = -(-packs // (grid * threads))
     return grid, threads, min(turns, max(_SHORTEST, -(-turns // _CHUNKS)))
-
-
-# -- Triton ------------------------------------------------------------------------------------------------------------------
-
-
-def _table(workspace: Workspace, entries: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """On the device, and kept as long as the workspace: graphs hold its address."""
-    if (entries, dtype) not in workspace.tables:
-        if workspace.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise ValueError("a table for this call is not on the GPU yet; make the same call once before CUDA graph capture")
-        workspace.tables[entries, dtype] = torch.tensor(entries, dtype=dtype).to(workspace.device)
-    return workspace.tables[entries, dtype]
-
-
-def _launch_triton(workspace, values, out, tree, plan, start, packs, scatter) -> None:
-    from tpinv.collectives import triton_kernels
-
-    one_shot = plan.algorithm == "one_shot"
-    slot_bytes, slots, gathered = _areas(workspace, plan)
-    merges = schedule.finish_merges(tree, workspace.size)
-    left, right = schedule.children(merges)
-    words = schedule.PACK // 4
-    arguments = dict(
-        peers_ptr=_table(workspace, (*workspace.flags, *slots, *gathered), torch.int64),
-        first_ptr=_table(workspace, tuple(schedule.first_values(tree, workspace.size)), torch.int32),
-        values_ptr=values.view(-1).view(torch.int32), out_ptr=out, epochs_ptr=workspace.epochs,
-        report=workspace.report.data_ptr(), timeout=int(workspace.timeout * 1e9), slot_bytes=slot_bytes,
-        value_words=values[0].numel() * values.element_size() // 4, slice_words=plan.slice * words, count_words=packs * words,
-        rank=workspace.rank, RANKS=workspace.size, VALUES=len(merges), LEFT=left, RIGHT=right, NODE_BF16=values.dtype == torch.bfloat16,
-    )  # fmt: skip
-    block = 512 if one_shot else 2048
-    # One program a multiprocessor: ranks that share a GPU must fit on it together, and nothing bounds the registers here.
-    blocks = max(1, min(workspace.blocks // BLOCKS_PER_MULTIPROCESSOR, -(-packs * words // block)))
-    workspace.enter()
-    if one_shot:
-        triton_kernels.one_shot_kernel[(blocks,)](**arguments, BLOCK=block, num_warps=4)
-    else:
-        triton_kernels.two_shot_kernel[(blocks,)](**arguments, start_words=start * words, GATHER=not scatter, BLOCK=block, num_warps=8)

@@ -45,21 +45,6 @@ def octal(merges: tuple[int, ...]) -> int:
     return sum(count << 3 * t for t, count in enumerate(merges))
 
 
-def children(merges: tuple[int, ...]) -> tuple[int, int]:
-    """The same table for a recursion: two numbers whose 6-bit digits are the left and the right child of node K. Nodes 0 to T - 1
-    are the values, the last one is the root."""
-    left = right = 0
-    pending, node = [], len(merges)
-    for value, count in enumerate(merges):
-        pending.append(value)
-        for _ in range(count):
-            b, a = pending.pop(), pending.pop()
-            left, right = left | a << 6 * node, right | b << 6 * node
-            pending.append(node)
-            node += 1
-    return left, right
-
-
 @dataclass(frozen=True)
 class Plan:
     """One collective: ``launches`` are (start, count) in packs of a slice. ``slice`` is 0 when everybody finishes everything."""

@@ -8,7 +8,7 @@ than its peers. Whatever speaks against it is a reason to use the ProcessGroup p
     bulk         two slots and a place for finished slices; grown by powers of two. Old ones are kept for graphs that captured them
 
 Ranks must make their calls in the same order, as with NCCL. Calls from several streams of a device are put in that order here; the
-replay of a CUDA graph is ordered by the stream it is launched on, and must not run beside other calls of its group: the CUDA kernels
+replay of a CUDA graph is ordered by the stream it is launched on, and must not run beside other calls of its group: the kernels
 report that and stop.
 
 Every allocation is a rendezvous, which torch counts per process: before a group's first call all its processes must have had as many,
@@ -56,7 +56,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Decision:
-    backend: str | None  # "cuda", "triton", or None: the ProcessGroup
+    backend: str | None  # "cuda", or None: the ProcessGroup
     reason: str
     blocks: int = 0
 
@@ -86,13 +86,11 @@ def decide(facts: Sequence[Facts]) -> Decision:
         raise ValueError(f"TPINV_CUDA is {sorted(wanted)} on the ranks of one group; set it to one of auto, 0, 1 on all of them")
     missing = next((f"rank {rank}: {fact.no_cuda}" for rank, fact in enumerate(facts) if fact.no_cuda), None)
     if wanted == {"1"} and missing:
-        raise ValueError(f"TPINV_CUDA=1 asks for csrc/{SOURCE}, but {missing}; TPINV_CUDA=auto uses the ProcessGroup, 0 Triton")
-    if missing and wanted == {"auto"}:
-        return Decision(None, f"{missing}; Triton's kernels, not timed, are there with TPINV_CUDA=0")
+        raise ValueError(f"TPINV_CUDA=1 asks for csrc/{SOURCE}, but {missing}; TPINV_CUDA=auto uses the ProcessGroup")
+    if wanted == {"0"} or missing:
+        return Decision(None, missing or "TPINV_CUDA=0")
     sharing = max(devices.count(device) for device in devices)
     blocks = max(1, min(MAX_BLOCKS, BLOCKS_PER_MULTIPROCESSOR * min(fact.multiprocessors for fact in facts) // sharing))
-    if wanted == {"0"}:
-        return Decision("triton", "TPINV_CUDA=0", blocks)
     return Decision("cuda", "every rank can map every other rank's memory", blocks)
 
 
@@ -180,9 +178,9 @@ class Workspace:
 
     printed = False  # what it has to say of a failure
 
-    def __init__(self, rank: int, size: int, device: torch.device, backend: str, blocks: int, turns: "Turns", allocate):
+    def __init__(self, rank: int, size: int, device: torch.device, blocks: int, turns: "Turns", allocate):
         """``allocate(bytes)`` returns the addresses of that many zeroed bytes of every rank, and what keeps them alive."""
-        self.rank, self.size, self.device, self.backend, self.blocks = rank, size, device, backend, blocks
+        self.rank, self.size, self.device, self.blocks = rank, size, device, blocks
         self.timeout = float(os.environ.get("TPINV_TIMEOUT", "600"))
         self.bulk_bytes = BULK_BYTES
         self._allocate, self._kept = allocate, []
@@ -192,7 +190,6 @@ class Workspace:
         self._bulk: tuple[int, int, tuple[int, ...]] = (0, 0, (0,) * size)
         self.epochs = torch.ones(MAX_BLOCKS + 2, dtype=torch.int64, device=device)
         self.epochs[MAX_BLOCKS:] = 0  # claimed by the block that reports a failure; busy while a call runs
-        self.tables: dict[tuple, torch.Tensor] = {}  # of the Triton kernels
         self.calls: dict = {}  # what nvlink.py keeps
         self.report = torch.zeros(8, dtype=torch.int64, pin_memory=True)
         self._report = self.report.numpy()
@@ -308,7 +305,7 @@ def _agree(ranks: Ranks, device: torch.device) -> tuple[Workspace | None, Decisi
 
         made, failed, turns = None, None, _turns.setdefault(device, Turns())
         try:
-            made = Workspace(ranks.rank, ranks.size, device, decision.backend, decision.blocks, turns, allocate)
+            made = Workspace(ranks.rank, ranks.size, device, decision.blocks, turns, allocate)
         except RuntimeError as error:  # what torch raises where memory cannot be shared after all; the peers are told
             failed = f"{error}".splitlines()[0]
         for rank, reason in enumerate(_gather(failed, ranks)):
