@@ -294,7 +294,7 @@ def test_keys_may_be_more_than_queries_in_a_pack(on_kernels):
 )
 def test_lengths_that_do_not_fit_fail_on_the_device(cu, settings, on_kernels):
     cu = cumulative(cu)
-    with pytest.raises(RuntimeError, match="cu_seqlens overlap"):
+    with pytest.raises(ValueError, match="cu_seqlens overlap"):
         functional.packed_attention(*[torch.zeros(9, 2, 8)] * 3, **{"cu_seqlens_q": cu, "cu_seqlens_kv": cu, **settings})
 
 

@@ -3,11 +3,13 @@
 from tpinv.collectives import tree_all_reduce, tree_reduce_scatter
 from tpinv.layers import ColumnParallelLinear, LayerNorm, RMSNorm, RowParallelLinear, VocabParallelEmbedding
 from tpinv.ops import (
+    append_kv,
     column_parallel_linear,
     core_attention,
     gelu,
     layer_norm,
     packed_attention,
+    paged_attention,
     reduce_add_rms_norm,
     rms_norm,
     row_parallel_add_rms_norm,
@@ -31,6 +33,7 @@ __all__ = [
     "ReductionTree",
     "RowParallelLinear",
     "VocabParallelEmbedding",
+    "append_kv",
     "clip_grad_norm_",
     "column_parallel_linear",
     "core_attention",
@@ -38,6 +41,7 @@ __all__ = [
     "grad_norm",
     "layer_norm",
     "packed_attention",
+    "paged_attention",
     "reduce_add_rms_norm",
     "rms_norm",
     "row_parallel_add_rms_norm",

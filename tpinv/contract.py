@@ -22,17 +22,23 @@ ROWS = 64  # rows of one step of a product on a CPU: a multiple of every micro-t
 STEP = 128  # k of one step of a product on a CPU: short enough that no BLAS splits it further
 ALIGNMENT = 64  # bytes; where the operands of such a step begin in memory, because a BLAS may choose its kernel by that
 
-# Bytes of an element -> head width up to -> rows x columns of a block: (queries, keys) of the forward, (queries, keys) of dq,
-# (keys, queries) of dk and dv. A softmax is rescaled once a block, so that blocks are part of the order.
+# Attention's forward, keys counted from the sequence's first: a softmax is rescaled once a block; a leaf starts anew; leaves of a node are
+# merged as a chain, nodes by tree.py. kernels/attention and reference/attention.py say how.
+ATTENTION_BLOCK = 64  # keys
+ATTENTION_LEAF = 512  # keys
+ATTENTION_NODE = 8  # leaves
+ATTENTION_ROW = (1, 8, 16, 32, 2, 4)  # the sum over a block's keys: columns in this distance are added, in this order
+
+# Its backward. Bytes of an element -> head width up to -> (queries, keys) of a block of dq, (keys, queries) of one of dk and dv.
 ATTENTION_BLOCKS = {
     2: {
-        64: ((128, 64), (128, 64), (128, 64)),
-        128: ((128, 64), (64, 64), (128, 64)),
-        256: ((64, 64), (64, 32), (64, 32)),
+        64: ((128, 64), (128, 64)),
+        128: ((64, 64), (128, 64)),
+        256: ((64, 32), (64, 32)),
     },
     4: {
-        128: ((32, 32), (32, 32), (32, 32)),
-        256: ((16, 16), (16, 16), (16, 16)),
+        128: ((32, 32), (32, 32)),
+        256: ((16, 16), (16, 16)),
     },
 }
 
@@ -54,9 +60,14 @@ CHAIN = Order(
 )
 PAIRS = Order("row tree", "the left-complete binary tree down to single elements, in fp32 additions")
 OCCURRENCES = Order("occurrences", "fp32 from zero, one addition for each occurrence in token order")
+LEAVES_OF_KEYS = Order(
+    "leaves of keys",
+    "FlashAttention-2's recurrence in fp32 over blocks of keys, by leaves; leaves of a node in a chain, nodes by the left-complete tree",
+    (ATTENTION_BLOCK, ATTENTION_LEAF, ATTENTION_NODE, ATTENTION_ROW),
+)
 BLOCKS = Order(
     "blocks",
-    "FlashAttention-2's recurrences in fp32 over fixed blocks in increasing order",
+    "FlashAttention-2's backward recurrences in fp32 over fixed blocks in increasing order",
     tuple((size, tuple(widths.items())) for size, widths in ATTENTION_BLOCKS.items()),
 )
 EXACT = Order("exact", "squares as integers: no rounding before the last, hence no order")
@@ -121,14 +132,15 @@ VOCABULARY = Sum(
     PAIRS,
     FLOAT32,
 )
-ATTENTION_OUT = Sum("core_attention, packed_attention", "out, dq", "keys", "-", BLOCKS, NO_TREE)
+ATTENTION_OUT = Sum("core_attention, packed_attention, paged_attention", "out", "keys", "-", LEAVES_OF_KEYS, NO_TREE)
+ATTENTION_DQ = Sum("core_attention, packed_attention", "dquery", "keys", "-", BLOCKS, NO_TREE)
 ATTENTION_DKV = Sum("core_attention, packed_attention", "dkey, dvalue", "queries, then heads of a group", "-", BLOCKS, NO_TREE)
 COLLECTIVE = Sum("tree_all_reduce, tree_reduce_scatter", "sum", "leaves of the caller's", "the group", CHAIN, BY_TREE)
 GRAD_NORM = Sum("grad_norm, clip_grad_norm_", "sum of squares", "all gradients", "any sharding", EXACT, NO_TREE)
 
 SUMS = (
     COLUMN_Y, COLUMN_DX, COLUMN_DW, COLUMN_DB, ROW_Y, ROW_DX, ROW_DW, ROW_DB, NORM_ROW, NORM_DW, EMBEDDING_DW, VOCABULARY,
-    ATTENTION_OUT, ATTENTION_DKV, COLLECTIVE, GRAD_NORM,
+    ATTENTION_OUT, ATTENTION_DQ, ATTENTION_DKV, COLLECTIVE, GRAD_NORM,
 )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
-"""Core attention on the GPU, invariant to heads per rank, batch and reruns, forward and backward.
+"""Core attention, invariant to heads per rank, batch, chunks of queries and reruns, forward and backward.
 
 Heads are what tensor parallelism shards here; nothing is summed over them but dk and dv of a group of query heads, which lies on one
-rank. So what must hold is that a head's bits do not depend on how many others are computed with it, which kernels/attention/forward.py is
-written for and a probe checks on this very chip before the first use.
+rank. So what must hold is that a head's bits do not depend on how many others are computed with it, and, for an engine's sake, that a
+row's do not depend on which other rows are: reference/attention.py says by what order. A probe checks it on this very chip before the
+first use. ops/paged_attention.py is the same over a paged cache.
 """
 
 import functools
@@ -13,15 +14,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tpinv import reference
+from tpinv.contract import ATTENTION_LEAF
 from tpinv.ops import products
 from tpinv.ops.shapes import unit_stride
+from tpinv.reference import attention as reference_attention
+from tpinv.reference.attention import Pack
 
 
 def core_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = True, scale: float | None = None) -> Tensor:
     """softmax(query key^T scale) value, by head.
 
     Args:
-        query: [sq, b, h, d] on a GPU; key, value: [sk, b, g, d] with g dividing h: query heads j h/g ... share key head j. Any strides,
+        query: [sq, b, h, d]; key, value: [sk, b, g, d] with g dividing h: query heads j h/g ... share key head j. Any strides,
             float32, bfloat16 or float16.
         causal: query i sees keys up to i + sk - sq, which must not be negative.
         scale: default 1 / sqrt(d); above 0.
@@ -31,7 +35,8 @@ def core_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = 
         that depends on positions and d alone.
 
     Raises:
-        ValueError: tensors that do not fit or are not on one GPU, another scale, or a GPU on which the probe finds other bits than it should.
+        ValueError: tensors that do not fit or are not on one device, another scale, or a machine on which the probe finds other bits than
+            it should.
     """
     check(query, key, value, scale, causal)
     return _Attention.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, causal, None)
@@ -54,8 +59,8 @@ def packed_attention(
     """:func:`core_attention` of n sequences that lie one behind another; each has the bytes, of its gradients too, that it has alone.
 
     Args:
-        query: [t, h, d] on a GPU; key, value: [u, g, d]. Strides, dtypes, g, scale and causal (in each sequence) as in core_attention.
-        cu_seqlens_q, cu_seqlens_kv: int32 [n + 1] on that GPU. Sequence i has cu_seqlens[i + 1] - cu_seqlens[i] rows; none are legal.
+        query: [t, h, d]; key, value: [u, g, d]. Strides, dtypes, g, scale and causal (in each sequence) as in core_attention.
+        cu_seqlens_q, cu_seqlens_kv: int32 [n + 1], where the query is. Sequence i has cu_seqlens[i + 1] - cu_seqlens[i] rows; none are legal.
         max_seqlen_q, max_seqlen_kv: no sequence is longer; the default, t and u, starts programs that have nothing to do.
         cu_seqlens_q_padded, cu_seqlens_kv_padded: sequence i starts at row cu_seqlens_padded[i]; default cu_seqlens, no padding.
 
@@ -63,8 +68,8 @@ def packed_attention(
         [t, h, d]. Rows of no sequence are zero, and so are their gradients.
 
     Raises:
-        ValueError: what core_attention raises, and cu_seqlens of another shape, dtype or device. Lengths are known to the GPU alone, which
-            is not waited for: a pack whose lengths do not fit fails there by an assertion, once it is computed.
+        ValueError: what core_attention raises, and cu_seqlens of another shape, dtype or device. Lengths on a GPU
+            are known to it alone, and it is not waited for: a pack whose lengths do not fit fails there by an assertion, once it is computed.
     """
     pack = check_packed(
         query,
@@ -113,8 +118,6 @@ def check_packed(query, key, value, cu_q, cu_k, first_q, first_k, longest_q, lon
         raise ValueError(f"cu_seqlens for queries, keys, and where they start are {described}; pass torch.int32 [n + 1] on {query.device}")
     _check_kind(query, key, value, scale)
     require_invariant(query.device, query.dtype, query.shape[2], causal, True)
-    from tpinv.kernels.attention.forward import Pack
-
     longest_q, longest_k = len(query) if longest_q is None else longest_q, len(key) if longest_k is None else longest_k
     pack = Pack(*(t.contiguous() for t in cumulative), longest_q, longest_k)
     _assert_lengths(pack, len(query), len(key), causal)
@@ -126,9 +129,17 @@ def _check_kind(query: Tensor, key: Tensor, value: Tensor, scale: float | None) 
         raise ValueError(f"scale={scale} must be above 0 and finite in float32; negate the query for a negative one")
     reference.check_dtypes(query=query, key=key, value=value)
     if len({t.device for t in (query, key, value)}) > 1:
-        raise ValueError(f"query, key and value are on {query.device}, {key.device} and {value.device}; move them to one GPU")
-    if not products.on_gpu(query):
-        raise ValueError("core_attention is a GPU kernel and query is on the CPU; compute scores and softmax by group there")
+        raise ValueError(f"query, key and value are on {query.device}, {key.device} and {value.device}; move them to one device")
+    products.on_gpu(query)
+
+
+def backend(query: Tensor) -> tuple:
+    """forward and backward for this device."""
+    if products.on_gpu(query):
+        from tpinv.kernels.attention import backward, forward  # needs Triton
+
+        return forward.forward, backward.backward
+    return reference_attention.forward, reference_attention.backward
 
 
 _asserted: list = [(), None]  # the last pack: its tensors, weakly, and what was asserted of them
@@ -152,7 +163,10 @@ def _assert_lengths(pack, q_rows: int, k_rows: int, causal: bool) -> None:
     queries, keys = pack.cu_q.diff(), pack.cu_k.diff()
     seen_by_all = keys >= queries if causal else (keys > 0) | (queries == 0)
     fits = inside(pack.cu_q, pack.first_q, q_rows, pack.longest_q) & inside(pack.cu_k, pack.first_k, k_rows, pack.longest_k) & seen_by_all
-    torch._assert_async(fits.all(), "cu_seqlens overlap, leave the tensors, pass max_seqlen, or leave queries without keys")
+    message = "cu_seqlens overlap, leave the tensors, pass max_seqlen, or leave queries without keys"
+    if fits.device.type == "cpu" and not fits.all():
+        raise ValueError(f"{message}: {', '.join(str(t.tolist()) for t in tensors)} for {q_rows} queries and {k_rows} keys")
+    torch._assert_async(fits.all(), message)
     if state is not None:
         _asserted[:] = [weakref.ref(t) for t in tensors], state
 
@@ -160,10 +174,8 @@ def _assert_lengths(pack, q_rows: int, k_rows: int, causal: bool) -> None:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, scale, causal, pack):
-        from tpinv.kernels.attention import forward as attention
-
         query, key, value = map(unit_stride, (query, key, value))
-        out, lse = attention.forward(query, key, value, scale, causal, pack)
+        out, lse = backend(query)[0](query, key, value, scale, causal, pack)
         ctx.save_for_backward(query, key, value, out, lse, *(pack or ())[:4])
         ctx.args = (scale, causal, (pack or ())[4:])
         return out
@@ -171,42 +183,53 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        from tpinv.kernels.attention import backward as attention_backward
-        from tpinv.kernels.attention import forward as attention
-
         query, key, value, out, lse, *cumulative = ctx.saved_tensors
         scale, causal, longest = ctx.args
-        pack = attention.Pack(*cumulative, *longest) if cumulative else None
-        return *attention_backward.backward(query, key, value, out, lse, unit_stride(dout), scale, causal, pack), None, None, None
+        pack = Pack(*cumulative, *longest) if cumulative else None
+        return *backend(query)[1](query, key, value, out, lse, unit_stride(dout), scale, causal, pack), None, None, None
 
 
 @functools.lru_cache(maxsize=64)
 def require_invariant(device: torch.device, dtype: torch.dtype, width: int, causal: bool = True, packed: bool = False) -> None:
-    """ValueError unless, on this chip, a slice of heads and batch gives the bytes it has in the whole, and a second run those of the first.
-    ``packed``: and a sequence of a pack those it has alone."""
-    from tpinv.kernels.attention import backward as attention_backward
-    from tpinv.kernels.attention import forward as attention
-
+    """ValueError unless, on this machine, a slice of heads and batch gives the bytes it has in the whole, a second run those of the first,
+    and the last rows, over all keys, those they have among the others. ``packed``: and a sequence of a pack those it has alone."""
     generator = torch.Generator(device).manual_seed(0)
-    make = lambda heads: torch.randn(333, 2, heads, width, device=device, generator=generator).to(dtype)  # noqa: E731
+    length = ATTENTION_LEAF + 61 if device.type == "cuda" else 130
+    forward, backward = backend(torch.empty(0, device=device))
+
+    def make(heads: int) -> Tensor:
+        return torch.randn(length, 2, heads, width, device=device, generator=generator).to(dtype)
 
     def run(*inputs, pack=None):
-        out, lse = attention.forward(*inputs[:3], 1.0, causal, pack)
-        return out, *attention_backward.backward(*inputs[:3], out, lse, inputs[3], 1.0, causal, pack)
+        out, lse = forward(*inputs[:3], 1.0, causal, pack)
+        return out, *backward(*inputs[:3], out, lse, inputs[3], 1.0, causal, pack)
 
     for groups in (2, 8):
         inputs = make(8), make(groups), make(groups), make(8)
         last_group = [t[:, 1:, -t.shape[2] // groups :] for t in inputs]  # of the second sequence
         whole, again, part = run(*inputs), run(*inputs), run(*last_group)
-        compared = {"runs": (whole, again), "heads": ([t[:, 1:, -p.shape[2] :] for t, p in zip(whole, part, strict=True)], part)}
+        rows = forward(inputs[0][-3:], *inputs[1:3], 1.0, causal)[0]
+        compared = {
+            "runs": (whole, again),
+            "heads": ([t[:, 1:, -p.shape[2] :] for t, p in zip(whole, part, strict=True)], part),
+            "chunks of queries": ([rows], [whole[0][-3:]]),
+        }
         if packed:
-            one, cu = [t[:, :1] for t in inputs], torch.tensor([0, 100, 100, 333], dtype=torch.int32, device=device)
-            alone = zip(*(run(*(t[a:b] for t in one)) for a, b in ((0, 100), (100, 333))), strict=True)
-            compared["packs"] = (run(*one, pack=attention.Pack(cu, cu, cu, cu, 233, 233)), [torch.cat(parts) for parts in alone])
+            one, cu = [t[:, :1] for t in inputs], torch.tensor([0, 100, 100, length], dtype=torch.int32, device=device)
+            alone = zip(*(run(*(t[a:b] for t in one)) for a, b in ((0, 100), (100, length))), strict=True)
+            compared["packs"] = (run(*one, pack=Pack(cu, cu, cu, cu, length, length)), [torch.cat(parts) for parts in alone])
         for what, (found, expected) in compared.items():
-            for name, a, b in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
-                if not torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)):
+            for name, a, b in zip(("output", "dq", "dk", "dv"), found, expected, strict=False):
+                if not same_bytes(a, b):
                     raise ValueError(
-                        f"attention is not invariant on {torch.cuda.get_device_name(device)} for {dtype} heads of width {width}: {name} "
-                        f"differs between {what}; compute attention on another GPU, and report this"
+                        f"attention is not invariant on {device_name(device)} for {dtype} heads of width {width}: {name} "
+                        f"differs between {what}; compute attention on another machine, and report this"
                     )
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"this CPU ({torch.backends.cpu.get_cpu_capability()})"

@@ -13,6 +13,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from tpinv.collectives import Ranks, resolve
 from tpinv.ops import activation, attention, linear, norm, products
 from tpinv.ops.shapes import unit_stride
+from tpinv.reference import attention as reference_attention
 from tpinv.tree import ReductionTree
 
 ALONE = Ranks(None, 0, 1)
@@ -209,14 +210,12 @@ _gradient(
 )
 
 
-# -- core_attention: query [sq, b, h, d], key and value [sk, b, g, d]; packed_attention: [t, h, d] and [u, g, d]; on a GPU ---------
+# -- core_attention: query [sq, b, h, d], key and value [sk, b, g, d]; packed_attention: [t, h, d] and [u, g, d] ---------
 
 
 def _attention(query, key, value, scale, causal):
     attention.check(query, key, value, scale, causal)
-    from tpinv.kernels.attention import forward as kernels  # needs Triton
-
-    return kernels.forward(*map(unit_stride, (query, key, value)), scale, causal)
+    return attention.backend(query)[0](*map(unit_stride, (query, key, value)), scale, causal)
 
 
 def _attention_shape(query, key, value, scale, causal):
@@ -225,16 +224,12 @@ def _attention_shape(query, key, value, scale, causal):
 
 
 def _attention_backward(dout, query, key, value, out, lse, scale, causal):
-    from tpinv.kernels.attention import backward as kernels
-
-    return kernels.backward(*map(unit_stride, (query, key, value)), out, lse, unit_stride(dout), scale, causal)
+    return attention.backend(query)[1](*map(unit_stride, (query, key, value)), out, lse, unit_stride(dout), scale, causal)
 
 
 def _packed_attention(query, key, value, cu_q, cu_k, first_q, first_k, longest_q, longest_k, scale, causal):
     pack = attention.check_packed(query, key, value, cu_q, cu_k, first_q, first_k, longest_q, longest_k, scale, causal)
-    from tpinv.kernels.attention import forward as kernels
-
-    out, lse = kernels.forward(*(unit_stride(t).unsqueeze(1) for t in (query, key, value)), scale, causal, pack)
+    out, lse = attention.backend(query)[0](*(unit_stride(t).unsqueeze(1) for t in (query, key, value)), scale, causal, pack)
     return out.squeeze(1), lse
 
 
@@ -243,12 +238,9 @@ def _packed_shape(query, *_):
 
 
 def _packed_attention_backward(dout, query, key, value, out, lse, cu_q, cu_k, first_q, first_k, longest_q, longest_k, scale, causal):
-    from tpinv.kernels.attention import backward as attention_backward
-    from tpinv.kernels.attention import forward as attention
-
     query, key, value, out, dout = (unit_stride(t).unsqueeze(1) for t in (query, key, value, out, dout))
-    pack = attention.Pack(*(t.contiguous() for t in (cu_q, cu_k, first_q, first_k)), longest_q, longest_k)
-    gradients = attention_backward.backward(query, key, value, out, lse, dout, scale, causal, pack)
+    pack = reference_attention.Pack(*(t.contiguous() for t in (cu_q, cu_k, first_q, first_k)), longest_q, longest_k)
+    gradients = attention.backend(query)[1](query, key, value, out, lse, dout, scale, causal, pack)
     return tuple(gradient.squeeze(1) for gradient in gradients)
 
 

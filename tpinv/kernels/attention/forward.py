@@ -18,13 +18,13 @@ Multiply-adds are written out and contraction is off, so that no specialization 
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tpinv.reference.attention import Pack
 from tpinv.runtime.device import ceil_div, on_device_of_first
 from tpinv.runtime.launch import entry
 
@@ -41,18 +41,6 @@ MAX_WIDTH = 256
 LOG2E = 1.4426950408889634
 DYNAMIC = ["q_rows", "k_rows", "batch", "per_group"]
 GRID_LIMIT = 65535  # of the second and third axis
-
-
-class Pack(NamedTuple):
-    """Sequence i of a pack: queries first_q[i] and on, cu_q[i + 1] - cu_q[i] of them, at most longest_q; keys likewise. int32, on the GPU.
-    What is in no sequence is zero in every result."""
-
-    cu_q: Tensor
-    cu_k: Tensor
-    first_q: Tensor
-    first_k: Tensor
-    longest_q: int
-    longest_k: int
 
 
 @triton.jit
