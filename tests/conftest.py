@@ -14,8 +14,8 @@ hypothesis.settings.load_profile("shared cores")
 
 
 PRELOAD = {
-    "megatron": ["tpinv.integrations.megatron.verify"],
-    "torchtitan": ["tpinv.integrations.torchtitan.verify", "torchtitan.models.llama3", "torchtitan.models.qwen3"],
+    "megatron": ["tpinv.harness.megatron.verify"],
+    "torchtitan": ["tpinv.harness.torchtitan.verify", "torchtitan.models.llama3", "torchtitan.models.qwen3"],
 }
 
 

@@ -13,9 +13,10 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from tpinv.integrations.megatron import gpt_layer_spec, is_converted, layers, on_cpu, verify
+from tpinv.harness.megatron import verify
+from tpinv.harness.megatron.verify import DTYPES, Run, StockProvider, build_config, build_model, real_text, train_here
+from tpinv.integrations.megatron import gpt_layer_spec, is_converted, layers, on_cpu
 from tpinv.integrations.megatron.specs import block_spec
-from tpinv.integrations.megatron.verify import DTYPES, Run, StockProvider, build_config, build_model, real_text, train_here
 from tpinv.layers import unshard
 from tpinv.ops import main_grad
 

@@ -10,9 +10,9 @@ from torch import nn
 import tpinv
 from tpinv import ReductionTree
 from tpinv.cli import main
+from tpinv.diff import Key, Run, compare_runs
 from tpinv.layers import shard
 from tpinv.testing import record, run_ranks
-from tpinv.testing.runs import Key, Run, compare_runs
 
 TREE = ReductionTree(8)
 WIDTH, HIDDEN, TOKENS = 32, 64, 16

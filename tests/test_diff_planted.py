@@ -6,8 +6,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tpinv.cli import main
+from tpinv.diff import Run, compare_runs
 from tpinv.testing import assert_bitwise_equal, record
-from tpinv.testing.runs import Run, compare_runs
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from tpinv.cli import main
+from tpinv.diff import Run, compare_runs
 from tpinv.testing import assert_bitwise_equal, compare, record
-from tpinv.testing.runs import Run, compare_runs
 
 
 def diff(*arguments) -> int:

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("torchtitan")
 pytest.importorskip("megatron.core")
 
-from tpinv.integrations.torchtitan import verify as titan  # isort: skip
+from tpinv.harness.torchtitan import verify as titan  # isort: skip
 import torch
 import torch.distributed as dist
 from torchtitan.config import ParallelismConfig
@@ -17,7 +17,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.models.common import CosSinRoPE
 
-from tpinv.integrations.torchtitan.recipe import OVERRIDE, Run, build_model_config
+from tpinv.harness.torchtitan.recipe import OVERRIDE, Run, build_model_config
 from tpinv.layers import shard
 from tpinv.testing import assert_bitwise_equal, compare
 from tpinv.testing.text import real_text
@@ -51,7 +51,8 @@ def megatron_run() -> tuple[dict, dict]:
     """On one rank: the weights, and the output of every module that both have, as [B, L, ...]."""
     from megatron.core import parallel_state
 
-    from tpinv.integrations.megatron import on_cpu, verify
+    from tpinv.harness.megatron import verify
+    from tpinv.integrations.megatron import on_cpu
 
     run = verify.Run("tpinv", 1, False, SIZES)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=1)

@@ -9,7 +9,7 @@ pytest.importorskip("megatron.core")
 
 import megatron_jobs as jobs
 
-from tpinv.integrations.megatron.verify import Run
+from tpinv.harness.megatron.verify import Run
 from tpinv.testing import assert_bitwise_equal, compare
 
 pytestmark = pytest.mark.megatron

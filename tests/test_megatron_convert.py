@@ -17,9 +17,9 @@ from megatron.core.transformer.module import Float16Module
 from torch import nn
 
 from tpinv import ReductionTree
+from tpinv.harness.megatron.verify import Run, build_config
 from tpinv.integrations.megatron import TPInvariantSpecProvider, convert, gpt_layer_spec, hybrid_stack_spec, is_converted
 from tpinv.integrations.megatron.layers import TPInvariantNorm
-from tpinv.integrations.megatron.verify import Run, build_config
 from tpinv.testing import assert_bitwise_equal, compare
 
 pytestmark = pytest.mark.megatron

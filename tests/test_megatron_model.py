@@ -16,11 +16,11 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel import random as megatron_random
 
 from tpinv import ReductionTree
+from tpinv.harness.megatron.verify import DTYPES, Run, StockProvider, build_config
 from tpinv.integrations.megatron import convert, convert_optimizer, hybrid_stack_spec, is_converted, on_cpu, padded_vocab_size
 from tpinv.integrations.megatron.guard import check_vocabulary
 from tpinv.integrations.megatron.hooks import norm_fp32
 from tpinv.integrations.megatron.specs import stack_spec
-from tpinv.integrations.megatron.verify import DTYPES, Run, StockProvider, build_config
 from tpinv.layers import shard
 from tpinv.testing import assert_bitwise_equal, compare
 

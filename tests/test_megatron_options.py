@@ -9,7 +9,7 @@ pytest.importorskip("megatron.core")
 
 import megatron_jobs as jobs
 
-from tpinv.integrations.megatron.verify import Run, train
+from tpinv.harness.megatron.verify import Run, train
 from tpinv.testing import compare
 
 pytestmark = pytest.mark.megatron

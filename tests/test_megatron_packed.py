@@ -16,8 +16,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 
+from tpinv.harness.megatron.verify import Run, real_text
 from tpinv.integrations.megatron import convert
-from tpinv.integrations.megatron.verify import Run, real_text
 from tpinv.testing import assert_bitwise_equal, compare
 
 pytestmark = pytest.mark.megatron

@@ -12,12 +12,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
+from tpinv.harness.megatron.verify import Run, build_config, build_model
 from tpinv.integrations.megatron import convert, convert_optimizer
 from tpinv.integrations.megatron.attention import TPInvariantDotProductAttention, _require_causal
 from tpinv.integrations.megatron.convert import _check_modules, _no_dynamic_batching
 from tpinv.integrations.megatron.guard import check_config
 from tpinv.integrations.megatron.layers import TPInvariantSwiGLU, fuses_main_grad, mark_shared_weights
-from tpinv.integrations.megatron.verify import Run, build_config, build_model
 from tpinv.tree import ReductionTree
 
 pytestmark = pytest.mark.megatron

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("megatron.core")
 
-from tpinv.integrations.megatron.verify import Run, train
+from tpinv.harness.megatron.verify import Run, train
 from tpinv.testing import assert_bitwise_equal, compare
 
 pytestmark = pytest.mark.megatron

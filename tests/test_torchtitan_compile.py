@@ -9,8 +9,8 @@ pytest.importorskip("torchtitan")
 
 import torchtitan_jobs as jobs
 
-from tpinv.integrations.torchtitan.recipe import Run
-from tpinv.integrations.torchtitan.verify import train
+from tpinv.harness.torchtitan.recipe import Run
+from tpinv.harness.torchtitan.verify import train
 from tpinv.testing import assert_bitwise_equal
 
 pytestmark = pytest.mark.torchtitan

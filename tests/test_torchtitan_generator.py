@@ -9,7 +9,7 @@ pytest.importorskip("torchtitan")
 
 import torchtitan_jobs as jobs
 
-from tpinv.integrations.torchtitan.recipe import Run
+from tpinv.harness.torchtitan.recipe import Run
 from tpinv.testing import RankError, assert_bitwise_equal, compare
 
 pytestmark = pytest.mark.torchtitan

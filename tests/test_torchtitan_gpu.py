@@ -12,8 +12,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 import torchtitan_jobs as jobs  # noqa: E402
 
-from tpinv.integrations.torchtitan import verify  # noqa: E402
-from tpinv.integrations.torchtitan.recipe import Run  # noqa: E402
+from tpinv.harness.torchtitan import verify  # noqa: E402
+from tpinv.harness.torchtitan.recipe import Run  # noqa: E402
 from tpinv.testing import RankPool, assert_bitwise_equal  # noqa: E402
 
 ONE = Run("tpinv", 1, False, (1, 2, 4), dtype="bf16", steps=3, micro_batches=2, hidden=1024, backend="spmd_types", device="cuda")

@@ -26,11 +26,11 @@ from torchtitan.models.common.feed_forward import SigmoidGatedFeedForward
 from torchtitan.models.common.linear import Linear
 from torchtitan.protocols.module import Module
 
+from tpinv.harness.torchtitan.recipe import OVERRIDE, Run, build_model_config, build_trainer_config
+from tpinv.harness.torchtitan.verify import train
 from tpinv.integrations.torchtitan import replace
 from tpinv.integrations.torchtitan.layers import ScaledDotProductAttention, VarlenAttention
 from tpinv.integrations.torchtitan.loss import CrossEntropyLoss as InvariantLoss
-from tpinv.integrations.torchtitan.recipe import OVERRIDE, Run, build_model_config, build_trainer_config
-from tpinv.integrations.torchtitan.verify import train
 from tpinv.ops.operators import ALONE
 from tpinv.testing import RankError, assert_bitwise_equal
 

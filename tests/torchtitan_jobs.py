@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from tpinv.integrations.torchtitan import verify  # isort: skip  # before torchtitan
+from tpinv.harness.torchtitan import verify  # isort: skip  # before torchtitan
 import torch
 import torch.distributed as dist
 from torchtitan.components.loss import compute_logprobs
@@ -14,8 +14,8 @@ from torchtitan.models import llama3, qwen3
 from torchtitan.models.common.attention import ScaledDotProductAttention, VarlenAttention
 from torchtitan.tools.utils import set_default_dtype
 
-from tpinv.integrations.torchtitan.recipe import OVERRIDE, Run, build_model_config
-from tpinv.integrations.torchtitan.verify import running, shard_dim
+from tpinv.harness.torchtitan.recipe import OVERRIDE, Run, build_model_config
+from tpinv.harness.torchtitan.verify import running, shard_dim
 from tpinv.layers import shard
 from tpinv.ops import linear
 from tpinv.testing.text import real_text

@@ -1,7 +1,7 @@
 """``tpinv bench step``: a training step of Megatron-Core, stock against tpinv, at the same tensor-parallel size in one run.
 
 A Llama-3-8B-shaped stack of a few layers, with embedding, output layer, loss, clipping and Adam; one micro-batch of one sequence, bf16 with fp32
-gradients and master weights. What stock means is in integrations/megatron/bench.py. Bits are the business of ``tpinv verify``.
+gradients and master weights. What stock means is in tpinv/harness/megatron/bench.py. Bits are the business of ``tpinv verify``.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     if unmeasured := [tp for tp in arguments.tp if all(leaves % tp for leaves in arguments.leaves)]:
         raise ValueError(f"--tp {unmeasured} divides none of --leaves {arguments.leaves}; add a multiple of it")
     try:
-        bench = importlib.import_module("tpinv.integrations.megatron.bench")
+        bench = importlib.import_module("tpinv.harness.megatron.bench")
     except ModuleNotFoundError as error:
         raise ValueError(f"Megatron-Core cannot be imported ({error}); pip install 'tpinv[megatron]'") from error
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # what Megatron asks for; workers inherit it

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tpinv.cli.verify import check_outputs
-from tpinv.testing.runs import Comparison, Run, compare_runs, renamed
+from tpinv.diff import Comparison, Run, compare_runs, renamed
 
 PHASES = ("parameter", "forward", "recompute", "backward", "gradient")
 ARISES = {

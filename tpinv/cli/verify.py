@@ -23,7 +23,7 @@ from torch import Tensor
 from tpinv.testing import RankPool, compare
 from tpinv.tree import ReductionTree
 
-FRAMEWORKS = {"megatron": "tpinv.integrations.megatron.verify", "torchtitan": "tpinv.integrations.torchtitan.verify"}
+FRAMEWORKS = {"megatron": "tpinv.harness.megatron.verify", "torchtitan": "tpinv.harness.torchtitan.verify"}
 VARIANTS = "llama (default): RMSNorm, SwiGLU, grouped queries, rope; gpt: LayerNorm, GELU, biases, learned positions"
 COLUMNS = {"layers": "left", "TP": "right", "SP": "left", "differing": "right", "first that differs": "left", "loss per step": "left"}
 

@@ -7,7 +7,7 @@ import argparse
 import collections
 import gc
 
-from tpinv.integrations.torchtitan import bench  # isort: skip  # before torchtitan
+from tpinv.harness.torchtitan import bench  # isort: skip  # before torchtitan
 import torch
 import torch.distributed as dist
 from torchtitan.distributed import utils

@@ -1,6 +1,6 @@
 """Times a training step of Llama-3-8B's layers, stock against tpinv, after comparing the bytes of one GPU with those of all of them.
 
-    torchrun --nproc_per_node 2 -m tpinv.integrations.torchtitan.bench --layers 4 --tokens 4096
+    torchrun --nproc_per_node 2 -m tpinv.harness.torchtitan.bench --layers 4 --tokens 4096
 
 One sequence, bf16 parameters, sequence parallelism, AdamW, backend spmd_types without FSDP (so torch 2.11 will do). Eager, and with every
 block compiled under selective checkpointing; each as it is, and with forward and backward in a CUDA graph by the Trainer's own wrapper
@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 
-from tpinv.integrations.torchtitan import verify  # isort: skip  # before torchtitan
+from tpinv.harness.torchtitan import verify  # isort: skip  # before torchtitan
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -35,9 +35,9 @@ from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.tools.utils import set_default_dtype
 
 from tpinv.collectives import Ranks
+from tpinv.harness.torchtitan.recipe import OVERRIDE
 from tpinv.integrations.torchtitan import checkpointing, clip
 from tpinv.integrations.torchtitan.loss import CrossEntropyLoss as InvariantLoss
-from tpinv.integrations.torchtitan.recipe import OVERRIDE
 from tpinv.ops.operators import ALONE
 from tpinv.testing.text import real_text
 

@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from functools import partial
 
-from tpinv.integrations.torchtitan.recipe import Run, build_model_config, build_trainer_config  # isort: skip  # before torchtitan
+from tpinv.harness.torchtitan.recipe import Run, build_model_config, build_trainer_config  # isort: skip  # before torchtitan
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn

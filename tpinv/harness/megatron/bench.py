@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention, silu
 
+from tpinv.harness.megatron.verify import StockProvider
 from tpinv.integrations.megatron import convert, convert_optimizer, gpt_layer_spec
 from tpinv.integrations.megatron.specs import block_spec
-from tpinv.integrations.megatron.verify import StockProvider
 from tpinv.tree import ReductionTree
 
 

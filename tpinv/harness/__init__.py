@@ -1,0 +1,1 @@
+"""What ``tpinv verify`` and ``tpinv bench step`` run on every rank: models, data, training loops. Nobody who only trains imports this."""

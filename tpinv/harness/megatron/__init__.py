@@ -1,0 +1,1 @@
+"""Megatron-Core: trained and recorded (verify.py), and timed (bench.py)."""

@@ -1,0 +1,1 @@
+"""TorchTitan: a small decoder (recipe.py), trained and recorded (verify.py), and a step timed (bench.py)."""
