@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tpinv.kernels.rows.libm import exp
 from tpinv.kernels.rows.pairwise import absent, row_tree
-from tpinv.kernels.rows.sums import require_left_complete
-from tpinv.runtime.device import ceil_div, on_device_of_first, table
+from tpinv.kernels.rows.sums import leaf_rows, require_left_complete
+from tpinv.runtime.device import ceil_div, on_device_of_first
 from tpinv.runtime.launch import entry
 from tpinv.tree import Node, ReductionTree
 
@@ -43,29 +43,28 @@ def _keep(cells, value, at, CELLS: tl.constexpr):
 
 
 @entry
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "subtree", "subtrees", "owned", "first", "here", "leaves", "length"])
 def vocab_sums_kernel(
-    x_ptr, top_ptr, out_ptr, spans_ptr, first_leaf_ptr, x_row, rows, blocks,
+    x_ptr, top_ptr, out_ptr, rows, subtree, subtrees, owned, first, here, leaves, length, x_row, blocks,
     SHIFTED: tl.constexpr, LEAVES: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [1 + SHIFTED, S, rows]: the trees over exp(x - top), and with SHIFTED, before it, over x - top.
+    """out[:, subtree] of [1 + SHIFTED, subtrees, rows]: the trees over exp(x - top), and with SHIFTED, before it, over x - top.
 
-    spans_ptr: int32 [leaves, 2], first column and columns of each leaf; first_leaf_ptr: int32 [S + 1]. Grid: rows, S. BLOCKS and LEAVES:
-    powers of two, at least the blocks of a leaf and the leaves of a subtree.
+    The subtree holds ``here`` leaves from ``first`` on, of ``leaves`` over ``length`` columns; x begins where leaf ``owned`` does. Grid:
+    rows. BLOCKS and LEAVES: powers of two, at least the blocks of a leaf and the leaves of a subtree.
     """
     row = tl.program_id(0)
-    subtree = tl.program_id(1)
-    first = tl.load(first_leaf_ptr + subtree)
-    leaves = tl.load(first_leaf_ptr + subtree + 1) - first
+    origin, _ = leaf_rows(owned, leaves, length)
     top = tl.load(top_ptr + row)
     x_ptr += row.to(tl.int64) * x_row
     cells = absent(tl.zeros((1, LEAVES * BLOCKS), tl.float32))
     shifted_cells = cells
-    for i in range(leaves * blocks):
+    for i in range(here * blocks):
         leaf = i // blocks
         block = i % blocks
-        start = tl.load(spans_ptr + 2 * (first + leaf))
-        count = tl.load(spans_ptr + 2 * (first + leaf) + 1)
+        start, count = leaf_rows(first + leaf, leaves, length)
+        start = (start - origin).to(tl.int32)
+        count = count.to(tl.int32)
         at = block * BLOCK + tl.arange(0, BLOCK)[None, :]
         shifted = tl.load(x_ptr + start + at, mask=at < count, other=0.0).to(tl.float32) - top
         value = row_tree(tl.where(at < count, exp(shifted), absent(shifted)), 1, BLOCK)
@@ -75,7 +74,7 @@ def vocab_sums_kernel(
             value = row_tree(tl.where(at < count, shifted, absent(shifted)), 1, BLOCK)
             value = tl.where(count + block == 0, 0.0, value)
             shifted_cells = _keep(shifted_cells, value, leaf * BLOCKS + block, LEAVES * BLOCKS)
-    plane = tl.num_programs(1).to(tl.int64) * rows
+    plane = subtrees.to(tl.int64) * rows
     out_ptr += subtree.to(tl.int64) * rows + row + tl.arange(0, 1)
     if SHIFTED:
         tl.store(out_ptr, row_tree(shifted_cells, 1, LEAVES * BLOCKS))
@@ -113,29 +112,26 @@ def row_max(x: Tensor) -> Tensor:
     return out
 
 
-@functools.cache
-def _tables(device: torch.device, tree: ReductionTree, rank: int, ranks: int, cols: int) -> tuple[Tensor, Tensor, int, int]:
-    """spans and first leaves for vocab_sums_kernel on the device, the longest leaf, the most leaves of a subtree."""
+@functools.lru_cache(maxsize=4096)
+def _plan(tree: ReductionTree, rank: int, ranks: int, cols: int) -> tuple[int, tuple[Node, ...], int, int]:
+    """The first leaf here, the subtrees, the most leaves of one, and the columns of the longest leaf."""
     owned, nodes = tree.owned(rank, ranks), tree.subtrees(rank, ranks)
     require_left_complete(tree, nodes)
-    first = tree.span(Node(owned.start, owned.start), cols * ranks).start
-    spans = [tree.span(Node(leaf, leaf + 1), cols * ranks) for leaf in owned]
-    starts = [node.start - owned.start for node in nodes] + [len(owned)]
-    columns = [(span.start - first, len(span)) for span in spans]
-    most = max(node.stop - node.start for node in nodes)
-    return table(columns, device), table(starts, device), max(map(len, spans)), most
+    longest = max(len(tree.span(Node(leaf, leaf + 1), cols * ranks)) for leaf in owned)
+    return owned.start, nodes, max(node.stop - node.start for node in nodes), longest
 
 
 @on_device_of_first
 def vocab_sums(x: Tensor, top: Tensor, tree: ReductionTree, rank: int, ranks: int, shifted: bool) -> list[Tensor]:
     """Values [S, M] of this rank's subtrees: (the sum of x - top if ``shifted``,) the sum of exp(x - top)."""
-    spans, starts, longest, leaves = _tables(x.device, tree, rank, ranks, x.shape[1])
-    out = x.new_empty(1 + shifted, len(starts) - 1, len(x), dtype=torch.float32)
+    owned, nodes, leaves, longest = _plan(tree, rank, ranks, x.shape[1])
+    out = x.new_empty(1 + shifted, len(nodes), len(x), dtype=torch.float32)
     block = min(_BLOCK, triton.next_power_of_2(max(longest, 2)))
     blocks = max(1, ceil_div(longest, block))
-    if len(x):
-        vocab_sums_kernel[(len(x), len(starts) - 1)](
-            x, top, out, spans, starts, x.stride(0), len(x), blocks, SHIFTED=shifted,
+    for subtree, node in enumerate(nodes if len(x) else ()):
+        vocab_sums_kernel[(len(x),)](
+            x, top, out, len(x), subtree, len(nodes), owned, node.start, node.stop - node.start, tree.leaves, x.shape[1] * ranks,
+            x.stride(0), blocks, SHIFTED=shifted,
             LEAVES=triton.next_power_of_2(leaves), BLOCKS=triton.next_power_of_2(blocks), BLOCK=block, **_FLAGS,
         )  # fmt: skip
     return list(out.unbind(0))

@@ -101,20 +101,21 @@ def _terms(x_ptr, dy_ptr, scale_ptr, mean_ptr, first, col, cols, present, tokens
 
 
 @entry
-@triton.jit
+@triton.jit(do_not_specialize=["first", "leaves", "length", "shrink", "pitch", "tokens"])
 def norm_terms_kernel(
-    x_ptr, dy_ptr, scale_ptr, mean_ptr, out_ptr, spans_ptr, cols, tokens, heads, out_group, FAN: tl.constexpr, COLUMNS: tl.constexpr
-):
+    x_ptr, dy_ptr, scale_ptr, mean_ptr, out_ptr, first, leaves, length, shrink, pitch, cols, tokens, heads,
+    FAN: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """sums.column_sum_kernel on dy * normalised: out [groups, blocks, cols]. Grid: blocks, groups, column blocks."""
     block = tl.program_id(0)
     group = tl.program_id(1)
     col = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    start = tl.load(spans_ptr + 2 * group).to(tl.int64)
-    count = tl.load(spans_ptr + 2 * group + 1)
+    start, count = sums.group_rows(group, first, leaves, length, shrink, pitch)
     present = count - block * FAN
     if present > 0:
         total = _terms(x_ptr, dy_ptr, scale_ptr, mean_ptr, start + block * FAN, col, cols, present, tokens, heads, 0, FAN)
-        tl.store(out_ptr + group.to(tl.int64) * out_group + block.to(tl.int64) * cols + col, total, mask=col < cols)
+        out_row = group.to(tl.int64) * tl.num_programs(0) + block
+        tl.store(out_ptr + out_row * cols + col, total, mask=col < cols)
 
 
 def _tile(cols: int) -> dict:
@@ -162,9 +163,9 @@ def norm_backward(
     if not terms:
         return dx, None
 
-    def first_level(partial: Tensor, spans: Tensor, grid: tuple[int, int]) -> None:
+    def first_level(partial: Tensor, groups: sums.Groups, grid: tuple[int, int]) -> None:
         norm_terms_kernel[(*grid, ceil_div(cols, _TERM_COLUMNS))](
-            x, dy, scale, mean, partial, spans, cols, rows // heads, heads, partial.stride(0), FAN=sums.FAN, COLUMNS=_TERM_COLUMNS, **_FLAGS
+            x, dy, scale, mean, partial, *groups, cols, rows // heads, heads, FAN=sums.FAN, COLUMNS=_TERM_COLUMNS, **_FLAGS
         )
 
     values = sums.tree_of_rows(first_level, rows, cols, x.device, tree, rank, ranks)
