@@ -18,13 +18,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--leaves", nargs="+", type=int, default=[1, 8], help="leaves of the trees to check (default 1 8)")
     parser.add_argument("--tokens", nargs="+", type=int, default=[16, 1024], help="numbers of tokens whose candidates to check")
     parser.add_argument("--choices", action="store_true", help="also list what the tuner has chosen, shape by shape")
+    parser.add_argument("--vllm", action="store_true", help="say whether vLLM would run on tpinv here, instead")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    console = Console(highlight=False)
+    if arguments.vllm:
+        from tpinv.integrations.vllm import doctor
+
+        return doctor.run(console)
     from tpinv import kernels
 
-    console = Console(highlight=False)
     console.print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, TPINV_CACHE {os.environ.get('TPINV_CACHE', 'not set')}")
     if not torch.cuda.is_available():
         console.print("no GPU: tpinv runs its reference in plain torch, with the same contract")

@@ -1,0 +1,25 @@
+"""LlamaForCausalLM and Qwen3ForCausalLM of vLLM with rules.py before and guard.py after them. Imported by vLLM's registry, by name."""
+
+from vllm.model_executor.models import llama, qwen3
+
+from tpinv.integrations.vllm import guard, rules
+
+
+class _Checked:
+    def __init__(self, *, vllm_config, prefix: str = "", **others):
+        rules.check_config(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **others)
+        guard.check_model(self, vllm_config)
+
+    def load_weights(self, weights):
+        loaded = super().load_weights(weights)
+        guard.check_parameters(self)
+        return loaded
+
+
+class LlamaForCausalLM(_Checked, llama.LlamaForCausalLM):
+    pass
+
+
+class Qwen3ForCausalLM(_Checked, qwen3.Qwen3ForCausalLM):
+    pass

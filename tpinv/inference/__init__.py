@@ -1,0 +1,6 @@
+"""What inference engines share: log-probabilities and sampling whose bytes depend on a request alone, whatever else is in its batch."""
+
+from tpinv.inference.log_probs import log_softmax, token_log_probs
+from tpinv.inference.sampling import greedy, gumbel_noise, keep_top, sample
+
+__all__ = ["greedy", "gumbel_noise", "keep_top", "log_softmax", "sample", "token_log_probs"]
