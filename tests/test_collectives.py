@@ -216,14 +216,16 @@ def not_a_member():
 def destroyed(folder: str):
     """A group that is gone is not the one that has its name now, in which this rank may be another."""
     old, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
-    assert resolve(old).rank == rank
+    ranks = resolve(old)
+    assert ranks.rank == rank
     dist.destroy_process_group()
-    with pytest.raises(ValueError, match="has not been initialized"):
+    with pytest.raises(ValueError, match="this process group has been destroyed"):
         resolve(old)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/again", size), rank=size - 1 - rank, world_size=size)
     assert dist.group.WORLD.group_name == old.group_name
-    with pytest.raises(ValueError, match="not registered"):
-        resolve(old)
+    for gone in (old, ranks):
+        with pytest.raises(ValueError, match="this process group has been destroyed"):
+            tree_all_reduce(torch.zeros(1, 3), tree=ReductionTree(size), group=gone)
     assert resolve().rank == size - 1 - rank
 
 

@@ -1,10 +1,16 @@
-"""Who takes part: a process group, this process's rank in it, and its size."""
+"""Who takes part: a process group, this process's rank in it, its size, and what this process knows about the group.
+
+Everything that is kept per group is one object, :class:`GroupState`. It lives as long as the group does.
+"""
 
 import weakref
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from tpinv.collectives.board import Board
 
 
 class Ranks(NamedTuple):
@@ -24,15 +30,46 @@ class Ranks(NamedTuple):
         return self
 
 
+class GroupState:
+    """What one process knows about one of its process groups.
+
+    Attributes:
+        group: a weak reference to it.
+        rank, size: this process's rank in it, and its number of ranks.
+        board: what the ranks tell each other through the group's store; None where there is none to tell (the fake backend).
+        calls, call: number of the current call, counted alike on every rank, and its (name, signature); see agreement.py.
+        known: the (name, signature) pairs that all ranks were found to agree on, oldest first.
+        refused: numbers of the calls that ended in an error here.
+        introduced: whether what is compared once for a group has been compared.
+        broken: why the group's connections were given up, or None.
+        workspaces: device -> what kernels keep for the group on it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, rank: int, size: int):
+        self.group = weakref.ref(group)
+        self.rank, self.size = rank, size
+        self.calls = 0
+        self.call: tuple[str, tuple] = ("", ())
+        self.known: dict[tuple, None] = {}
+        self.refused: set[int] = set()
+        self.introduced = False
+        self.broken: str | None = None
+        self.workspaces: dict = {}
+        self.backend, store = c10d._world.pg_map.get(group, ("", None))
+        self.board = None if size == 1 or store is None or "fake" in self.backend else Board(store, rank, size)
+
+
 def resolve(group=None) -> Ranks:
     """``group`` is a ProcessGroup, a one-dimensional DeviceMesh, an already resolved ``Ranks``, or None.
 
     None means what it means in torch.distributed: the default process group; without one, a single rank.
 
     Raises:
-        ValueError: a mesh of more than one dimension, or a group that this process is not in.
+        ValueError: a mesh of more than one dimension, a group that has been destroyed, one that this process is not in, or no group at all.
     """
     if isinstance(group, Ranks):
+        if group.group is not None and not torch.compiler.is_compiling() and group.group not in c10d._world.pg_group_ranks:
+            raise ValueError(_DESTROYED)
         return group
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return Ranks(None, 0, 1)
@@ -40,22 +77,39 @@ def resolve(group=None) -> Ranks:
         if group.ndim != 1:
             raise ValueError(f"a mesh of dimensions {group.mesh_dim_names or group.ndim} is not one group; pass mesh['tp']")
         group = group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("this process is not a member of the given group; pass the group it belongs to")
     group = group if group is not None else dist.group.WORLD
-    # Dynamo would compile anew whenever the dictionary has grown, and a group may have been destroyed.
-    keep = isinstance(group, dist.ProcessGroup) and not torch.compiler.is_compiling()
-    known = _known.get(group) if keep and group in dist.distributed_c10d._world.pg_group_ranks else None
-    if known is None:
-        known = rank, _ = dist.get_rank(group), dist.get_world_size(group)
-        if rank < 0:  # then it is no ProcessGroup either
-            raise ValueError("this process is not a member of the given group; pass the group it belongs to")
-        if keep:
-            _known[group] = known
-    return Ranks(group if known[1] > 1 else None, *known)
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"group is a {type(group).__name__}, {group!r}; pass a ProcessGroup, a one-dimensional DeviceMesh, or None")
+    if torch.compiler.is_compiling():  # Dynamo would compile anew whenever the table of states has grown
+        size = dist.get_world_size(group)
+        return Ranks(group if size > 1 else None, dist.get_rank(group), size)
+    state = _state(group)
+    return Ranks(group if state.size > 1 else None, state.rank, state.size)
 
 
-_known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # group -> rank, size: torch asks several tables for each
+def state_of(ranks: Ranks) -> GroupState:
+    """The state of a resolved group of more than one rank. ValueError when the group has been destroyed."""
+    return _state(ranks.group)
 
 
-# torch 2.13 renamed them (same arguments) and warns at each use of the old names; older versions know only those.
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+def states() -> list[GroupState]:
+    """Of all groups that live."""
+    return list(_states.values())
+
+
+def _state(group: dist.ProcessGroup) -> GroupState:
+    if group not in c10d._world.pg_group_ranks:  # another group may have its name by now
+        raise ValueError(_DESTROYED)
+    state = _states.get(group)
+    if state is None:
+        state = _states[group] = GroupState(group, dist.get_rank(group), dist.get_world_size(group))
+    return state
+
+
+_states: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # group -> GroupState
+_DESTROYED = (
+    "this process group has been destroyed (destroy_process_group); layers and functions that were given it cannot communicate any more. "
+    "Pass a group that exists, and make layers anew or set their group again after init_process_group"
+)

@@ -9,11 +9,11 @@ sends. Where a rank owns several maximal subtrees (L = 24 at p = 2, 4, 8: two) t
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tpinv import reference
-from tpinv.collectives.group import Ranks, all_gather_single
+from tpinv.collectives.group import Ranks
+from tpinv.collectives.transport import all_gather_single, all_to_all_single
 from tpinv.tree import ReductionTree
 
 
@@ -27,7 +27,7 @@ def all_reduce(values: Tensor, tree: ReductionTree, ranks: Ranks, out_dtype: tor
         flat = torch.nn.functional.pad(flat, (0, padded - count))
     part = _finish_slice(flat, tree, ranks, out_dtype)
     out = part.new_empty(padded)
-    all_gather_single(out, part, group=ranks.group)
+    all_gather_single(out, part, ranks)
     return out[:count].view(shape)
 
 
@@ -45,12 +45,7 @@ def _finish_slice(flat: Tensor, tree: ReductionTree, ranks: Ranks, out_dtype: to
     nodes = [tree.subtrees(rank, ranks.size) for rank in range(ranks.size)]
     counts = [len(subtrees) for subtrees in nodes]
     received = flat.new_empty(sum(counts) * length)
-    dist.all_to_all_single(
-        received,
-        send.view(-1),
-        output_split_sizes=[count * length for count in counts],
-        input_split_sizes=[flat.shape[0] * length] * ranks.size,
-        group=ranks.group,
-    )
+    out_sizes = [count * length for count in counts]
+    all_to_all_single(received, send.view(-1), out_sizes, [flat.shape[0] * length] * ranks.size, ranks)
     every = [node for subtrees in nodes for node in subtrees]
     return reference.finish(received.view(len(every), length), tree, every, out_dtype)

@@ -8,12 +8,17 @@ boundary changes a bit. Both are one torch operator, opaque to torch.compile and
 import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.tensor import DTensor
 
 from tpinv import reference
 from tpinv.collectives import nvlink, process_group, symmetric
+from tpinv.collectives.agreement import agree, chip, refuse
 from tpinv.collectives.group import Ranks, resolve
 from tpinv.runtime.device import on_device_of_first
 from tpinv.tree import ReductionTree
+
+_NAMES = {False: "tree_all_reduce", True: "tree_reduce_scatter"}
+_OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _library = torch.library.Library("tpinv", "FRAGMENT")
 _library.define(
@@ -40,8 +45,7 @@ def tree_all_reduce(values: Tensor, *, tree: ReductionTree, group=None, out_dtyp
         ValueError: p does not divide the leaves, S is not this rank's number of subtrees, dtype is not the node dtype, or
             ``values`` require a gradient (with gradients enabled).
     """
-    ranks = _check(values, tree, group)
-    return _reduce(values, tree, ranks, out_dtype, False)
+    return _reduce(values, tree, group, out_dtype, False)
 
 
 def tree_reduce_scatter(values: Tensor, *, tree: ReductionTree, group=None, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -49,10 +53,7 @@ def tree_reduce_scatter(values: Tensor, *, tree: ReductionTree, group=None, out_
 
     Args and errors as there. values: [S, M, ...] with p dividing M. Returns [M/p, ...] in out_dtype.
     """
-    ranks = _check(values, tree, group)
-    if values.dim() < 2 or values.shape[1] % ranks.size:
-        raise ValueError(f"values of shape {tuple(values.shape)} cannot be scattered: {ranks.size} ranks must divide dimension 1")
-    return _reduce(values, tree, ranks, out_dtype, True)
+    return _reduce(values, tree, group, out_dtype, True)
 
 
 def all_reduce_add_norm(
@@ -60,7 +61,9 @@ def all_reduce_add_norm(
 ) -> tuple[Tensor, Tensor] | None:
     """hidden = residual + tree_all_reduce(values) and its RMSNorm in one kernel, for reduce_add_rms_norm; None, on all ranks alike,
     where there is no such kernel. values [S, ..., H], residual [..., H], weight [H]."""
-    ranks = _check(values, tree, group)
+    ranks = resolve(group)
+    signature = *_signature(values, tree, residual.dtype), ("residual", residual.shape), ("eps", eps)
+    agree(ranks, "all_reduce_add_norm", signature, lambda: _check(values, tree, ranks, False))
     if not values.is_cuda or ranks.size == 1 or nvlink.refuses(tree, ranks.size, residual.dtype):
         return None
     workspace = symmetric.workspace(ranks, values.device)
@@ -72,13 +75,39 @@ def all_reduce_add_norm(
     return fused and (fused[0].view(residual.shape), fused[1].view(residual.shape))
 
 
-def _check(values: Tensor, tree: ReductionTree, group) -> Ranks:
+def _reduce(values: Tensor, tree: ReductionTree, group, out_dtype: torch.dtype | None, scatter: bool) -> Tensor:
+    ranks = resolve(group)
+    try:
+        _check_arguments(values, tree, out_dtype)
+        if ranks.size == 1:
+            _check(values, tree, ranks, scatter)
+    except ValueError as error:
+        refuse(ranks, _NAMES[scatter], error)
+        raise
+    out_dtype = out_dtype or values.dtype
+    if ranks.size == 1:
+        return reference.finish(values, tree, tree.subtrees(0, 1), out_dtype)
+    return torch.ops.tpinv.tree_reduce(values, tree.leaves, tree.node_dtype, ranks.group.group_name, out_dtype, scatter)
+
+
+def _check_arguments(values: Tensor, tree: ReductionTree, out_dtype: torch.dtype | None) -> None:
+    """What has to be right before there can be an operator call."""
+    if not isinstance(tree, ReductionTree):
+        raise ValueError(f"tree is {tree!r}; pass a tpinv.ReductionTree, such as ReductionTree(8)")
+    if not isinstance(values, Tensor) or isinstance(values, DTensor):
+        raise ValueError(
+            f"values are a {type(values).__name__}; pass a plain tensor (of a DTensor, the subtrees' values of its to_local())"
+        )
+    if out_dtype is not None and out_dtype not in _OUT_DTYPES:
+        raise ValueError(f"out_dtype={out_dtype} cannot hold a sum that is rounded once; use one of {', '.join(map(str, _OUT_DTYPES))}")
     if torch.is_grad_enabled() and values.requires_grad:
         raise ValueError(
             f"values {tuple(values.shape)} require a gradient, which this collective does not have; use row_parallel_linear, "
             "or call it under torch.no_grad()"
         )
-    ranks = resolve(group)
+
+
+def _check(values: Tensor, tree: ReductionTree, ranks: Ranks, scatter: bool) -> None:
     mine = tree.subtrees(ranks.rank, ranks.size)
     if values.dim() < 1 or values.shape[0] != len(mine):
         raise ValueError(
@@ -87,18 +116,19 @@ def _check(values: Tensor, tree: ReductionTree, group) -> Ranks:
         )
     if values.dtype != reference.torch_node_dtype(tree):
         raise ValueError(f"values are {values.dtype} but the nodes of {tree.fingerprint} are {reference.torch_node_dtype(tree)}")
-    return ranks
+    if scatter and (values.dim() < 2 or values.shape[1] % ranks.size):
+        raise ValueError(f"values of shape {tuple(values.shape)} cannot be scattered: {ranks.size} ranks must divide dimension 1")
+    if values.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"values are on {values.device}; this collective works on a CPU and on CUDA")
 
 
-def _reduce(values: Tensor, tree: ReductionTree, ranks: Ranks, out_dtype: torch.dtype | None, scatter: bool) -> Tensor:
-    out_dtype = out_dtype or values.dtype
-    if ranks.size == 1:
-        return reference.finish(values, tree, tree.subtrees(0, 1), out_dtype)
-    return torch.ops.tpinv.tree_reduce(values, tree.leaves, tree.node_dtype, ranks.group.group_name, out_dtype, scatter)
+def _signature(values: Tensor, tree: ReductionTree, out_dtype: torch.dtype) -> tuple:
+    return ("tree", tree), ("shape", values.shape[1:]), ("out_dtype", out_dtype), ("chip", chip(values.device))
 
 
 def _tree_reduce(values: Tensor, leaves: int, node_dtype: str, group: str, out_dtype: torch.dtype, scatter: bool) -> Tensor:
     tree, ranks = ReductionTree(leaves, node_dtype), resolve(_resolve_process_group(group))
+    agree(ranks, _NAMES[scatter], _signature(values, tree, out_dtype), lambda: _check(values, tree, ranks, scatter))
     if values.is_cuda and not nvlink.refuses(tree, ranks.size, out_dtype):
         if workspace := symmetric.workspace(ranks, values.device):
             return _over_shared_memory(values, workspace, tree, out_dtype, scatter)

@@ -1,0 +1,298 @@
+"""Agreement between ranks: what one rank refuses, all refuse; and all make the same call with the same settings.
+
+A function that communicates calls :func:`agree` first. That counts the calls of a group, so that call number n is the same call on every
+rank, and then
+
+    checks       what the caller checks. A rank that refuses posts its reason on the group's board (board.py) under the call's number.
+    compares     a (name, signature) that is new to the group: every rank posts its own and reads its peers'. If they differ, or a peer
+                 refused, all ranks raise one ValueError that names ranks and values. The group's first comparison takes in what must
+                 be one for all calls: versions, the table of sums, the chip.
+    remembers    a signature that all had: it is known from then on, and costs a look into a dictionary.
+
+The board lies in the group's store and no tensor is sent: nothing waits for a GPU, and a CUDA graph may be under capture. Where a
+signature is known to some ranks and new to others, or refused by others, the former are in their collective by then and wait. On a CPU
+that wait is guarded (transport.py): after a second it looks at the board every half second, and raises what it finds.
+"""
+
+import contextlib
+import functools
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from tpinv import contract
+from tpinv.collectives.board import ended
+from tpinv.collectives.group import GroupState, Ranks, state_of
+from tpinv.tree import ReductionTree
+
+KNOWN = 1 << 14  # signatures remembered; the oldest goes first, on every rank alike
+PATIENCE = 1.0  # seconds before a wait looks around
+LOOK = 0.5  # seconds between two looks
+GRACE = 3.0  # seconds for the others to post as well, once one has refused or differs: then every rank names the same ones
+
+
+def agree(ranks: Ranks, name: str, signature: Mapping | Iterable[tuple] = (), check: Callable[[], None] | None = None) -> None:
+    """Called once at the start of a function that will communicate over ``ranks``, on every rank, whatever its arguments are.
+
+    Args:
+        ranks: a resolved group. With one rank ``check`` runs and that is all.
+        name: of the function.
+        signature: everything that must be equal on all ranks, as a mapping or as (field, value) pairs; messages name the fields. Values
+            have a hash and say in ``str`` what they are: numbers, strings, dtypes, shapes, trees, None.
+        check: raises a ValueError for arguments that this rank refuses.
+
+    Raises:
+        ValueError: what ``check`` raised; or, on the other ranks, that a peer refused this call, and its reason; or, on all of them,
+            that the ranks' calls or settings differ.
+        RuntimeError: a peer did not come within TPINV_TIMEOUT seconds (600), has ended, or the group was given up after an error.
+    """
+    if ranks.size == 1 or torch.compiler.is_compiling():  # a traced call agrees when it runs, inside its operator
+        if check is not None:
+            check()
+        return
+    state = state_of(ranks)
+    if state.broken is not None:
+        raise RuntimeError(state.broken)
+    state.calls += 1
+    state.call = call = (name, tuple(signature.items() if isinstance(signature, Mapping) else signature))
+    if check is not None:
+        try:
+            check()
+        except Exception as error:
+            _post_refusal(state, error)
+            raise
+    try:
+        if call in state.known:
+            return
+    except TypeError:  # a value without a hash, such as a list: by what it says
+        state.call = call = (name, tuple((field, _text(value)) for field, value in call[1]))
+        if call in state.known:
+            return
+    if state.board is not None:
+        _compare(state)
+    state.known[call] = None
+    if len(state.known) > KNOWN:
+        del state.known[next(iter(state.known))]
+
+
+def refuse(ranks: Ranks, name: str, error: Exception) -> None:
+    """Tells the peers that this rank refuses this call, for an error found where :func:`agree` cannot be called; it takes its place.
+    The caller raises ``error`` then."""
+    if ranks.size > 1 and not torch.compiler.is_compiling():
+        state = state_of(ranks)
+        state.calls += 1
+        state.call = (name, ())
+        _post_refusal(state, error)
+
+
+@functools.cache
+def chip(device: torch.device) -> str:
+    """What computes on ``device``. Bits depend on it, so the ranks of a group must have one and the same."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name} ({properties.major}.{properties.minor})"
+    if device.type != "cpu":
+        return device.type
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def timeout() -> float:
+    """Seconds that ranks wait for each other: TPINV_TIMEOUT. ValueError where that is no number above 0."""
+    text = os.environ.get("TPINV_TIMEOUT", "600")
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) <= 1e9:
+            return seconds
+    raise ValueError(f"TPINV_TIMEOUT is {text!r}; set it to seconds above 0 and up to 1e9, or unset it")
+
+
+# -- waiting for posts --------------------------------------------------------------------------------------------------------------
+
+
+def _compare(state: GroupState) -> None:
+    """Posts this rank's call, waits for every peer's, and raises unless they are one."""
+    number, started, limit, pause, odd_at = state.calls, time.monotonic(), timeout(), 0.0002, math.inf
+    looked = started + PATIENCE
+    posts = {state.rank: _post_call(state)}
+    while missing := [rank for rank in range(state.size) if rank not in posts]:
+        now = time.monotonic()
+        if state.board.has(number, missing):
+            posts.update((rank, state.board.read(number, rank)) for rank in missing)
+            break
+        if now > started + 0.05:  # one by one: what is wrong already need not wait for all
+            posts.update((rank, post) for rank in missing if (post := state.board.read(number, rank)))
+            if odd_at == math.inf and not _one(posts):
+                odd_at = now
+        if now > odd_at + GRACE:
+            break
+        if now > looked + LOOK:
+            looked = now
+            raise_for_peers(state)
+        if now > started + limit:
+            raise _fail(state, RuntimeError(_late(state, [rank for rank in missing if rank not in posts], limit)))
+        time.sleep(pause)
+        pause = min(2 * pause, 0.02 if now < started + PATIENCE else 0.1)
+    _raise_unless_one(state, posts)
+    state.introduced = True
+    state.board.delete_posts_before(number)
+
+
+def compare_in_wait(state: GroupState) -> None:
+    """For a wait inside a collective: posts this rank's call, once, and raises if a peer has posted another one under that number, or its
+    refusal. A peer that is only late has not posted anything, and is waited for."""
+    number, deadline = state.calls, time.monotonic() + GRACE
+    own = _description(state) if state.board.posted(number) else _post_call(state)
+    while True:
+        posts = {state.rank: own}
+        posts.update((rank, post) for rank in range(state.size) if rank != state.rank and (post := state.board.read(number, rank)))
+        if _one(posts) or len(posts) == state.size or time.monotonic() > deadline:
+            break
+        time.sleep(LOOK / 5)  # the others wait as well, and will post: then all ranks say the same
+    _raise_unless_one(state, posts)
+    raise_for_peers(state)
+
+
+def raise_for_peers(state: GroupState) -> None:
+    """Raises if a peer is where it will not come to the current call from: it refused an earlier one that this rank did not, it went past
+    this one without the comparison that this rank waits for, or its process has ended."""
+    number = state.calls
+    for rank in range(state.size):
+        if rank == state.rank or not (status := state.board.status(rank)):
+            continue
+        for refusal in status["refusals"]:
+            if refusal["at"] <= number and refusal["at"] not in state.refused:
+                raise _refused_by_peer(state, refusal)
+        if state.board.has(number, [rank]):
+            continue
+        if status["call"] > number and state.call not in state.known:  # this rank compares, and that one did not
+            place = f"rank {rank} went past it to its call {status['call']}, {status['name']}, and had compared such a call before"
+            raise _fail(
+                state, ValueError(f"the ranks do not make the same calls: {where(state)} is new on rank {state.rank}; {place}. {_SAME}")
+            )
+        if why := ended(status):
+            raise _fail(
+                state, RuntimeError(f"rank {rank} of {state.size} has ended ({why}); rank {state.rank} waits for it in {where(state)}")
+            )
+
+
+def _raise_unless_one(state: GroupState, posts: Mapping[int, dict]) -> None:
+    refusals = [post for _, post in sorted(posts.items()) if "refused" in post]
+    if refusals:
+        raise _refused_by_peer(state, min(refusals, key=lambda refusal: refusal["rank"]))
+    if differences := _differences(posts):
+        state.refused.add(state.calls)  # the posts stay as they are, so that every rank finds the same
+        raise ValueError(f"the ranks differ in call {state.calls} of their group: {'; '.join(differences)}. {_SAME}")
+
+
+def _one(posts: Mapping[int, dict]) -> bool:
+    return not any("refused" in post for post in posts.values()) and not _differences(posts)
+
+
+def _differences(posts: Mapping[int, dict]) -> list[str]:
+    """One entry for each field that is not the same in all posts: "sequence_parallel: True on rank 0, False on ranks 1, 2"."""
+    calls = {rank: {"function": post["name"], **dict(post["fields"])} for rank, post in sorted(posts.items())}
+    introductions = {rank: dict(post["introduction"]) for rank, post in sorted(posts.items()) if post["introduction"]}
+    found = []
+    for described in (calls, introductions):
+        for field in dict.fromkeys(field for fields in described.values() for field in fields):
+            holders: dict[str, list[int]] = {}
+            for rank, fields in described.items():
+                holders.setdefault(fields.get(field, "not given"), []).append(rank)
+            if len(holders) > 1:
+                found.append(f"{field}: " + ", ".join(f"{value} on {_ranks(where)}" for value, where in holders.items()))
+            if len(holders) > 1 and field == "function":
+                break  # the other fields are not comparable
+    return found
+
+
+# -- what is posted and said --------------------------------------------------------------------------------------------------------
+
+_SAME = "Every rank must make the same calls in the same order, with the same settings and fitting shapes"
+
+
+def _description(state: GroupState) -> dict:
+    name, signature = state.call
+    fields = [(field, _text(value)) for field, value in signature]
+    return {"name": name, "fields": fields, "introduction": [] if state.introduced else _introduction(state.backend)}
+
+
+@functools.cache
+def _introduction(backend: str) -> list[tuple[str, str]]:
+    """What must be one for all calls of a group, compared at its first."""
+    device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else torch.device("cpu")
+    table = contract.fingerprint(ReductionTree(1)).partition("sums.")[2]
+    versions = {"tpinv version": sys.modules["tpinv"].__version__, "torch version": torch.__version__}
+    return list({**versions, "table of sums": table, "chip": chip(device)}.items())
+
+
+def _post_call(state: GroupState) -> dict:
+    description = _description(state)
+    state.board.post(state.calls, state.call[0], description)
+    return description
+
+
+def _post_refusal(state: GroupState, error: Exception, told: Mapping | None = None) -> None:
+    """Of the current call. ``told``: the refusal of another rank that is the reason, whose words are passed on."""
+    state.refused.add(state.calls)
+    if state.board is None:
+        return
+    value_error = isinstance(error, ValueError)
+    said = str(error) if value_error else f"{type(error).__name__}: {error}"
+    own = {"rank": state.rank, "call": state.calls, "name": state.call[0], "refused": said, "value_error": value_error}
+    with contextlib.suppress(RuntimeError):  # the store may have gone with the rank that held it: the error at hand says more
+        state.board.post(state.calls, state.call[0], dict(told) if told else own)
+
+
+def _fail(state: GroupState, error: Exception, told: Mapping | None = None) -> Exception:
+    """``error``, after the peers were told, since they might wait for this rank."""
+    _post_refusal(state, error, told)
+    return error
+
+
+def _refused_by_peer(state: GroupState, refusal: Mapping) -> Exception:
+    kind = ValueError if refusal["value_error"] else RuntimeError
+    error = kind(
+        f"rank {refusal['rank']} of {state.size} refused {refusal['name']} (call {refusal['call']} of the group): {refusal['refused']}"
+    )
+    return _fail(state, error, told=refusal)
+
+
+def last_refusal(state: GroupState) -> str | None:
+    """The newest refusal that any rank has posted, in words."""
+    statuses = [status for rank in range(state.size) if (status := state.board.status(rank))]
+    refusals = [refusal for status in statuses for refusal in status["refusals"]]
+    newest = max(refusals, key=lambda refusal: refusal["at"], default=None)
+    return newest and f"rank {newest['rank']} refused {newest['name']}: {newest['refused']}"
+
+
+def _late(state: GroupState, late: list[int], limit: float) -> str:
+    places = []
+    for rank in late:
+        status = state.board.status(rank)
+        places.append(
+            f"rank {rank} was last seen at its call {status['call']}, {status['name']}" if status else f"rank {rank} has made no call"
+        )
+    return f"waited {limit:g} s for {_ranks(late)} of {state.size} in {where(state)}: {'; '.join(places)}. {_SAME}; TPINV_TIMEOUT sets the seconds"
+
+
+def where(state: GroupState) -> str:
+    """The current call, in words."""
+    return f"call {state.calls} of the group, {state.call[0]}"
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def _text(value) -> str:
+    if isinstance(value, ReductionTree):
+        return value.fingerprint
+    return str(tuple(value) if isinstance(value, torch.Size) else value)
