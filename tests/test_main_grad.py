@@ -1,5 +1,10 @@
 """Weight gradients that are added to main_grad inside backward: the bytes of adding weight.grad to it afterwards."""
 
+import copy
+import gc
+import io
+import weakref
+
 import pytest
 import torch
 from hostile import hostile
@@ -7,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tpinv import column_parallel_linear, reference, row_parallel_linear
 from tpinv.collectives import Ranks
+from tpinv.layers import KeepsMarks
 from tpinv.ops import main_grad
 from tpinv.testing import assert_bitwise_equal, compare
 from tpinv.tree import ReductionTree
@@ -142,3 +148,81 @@ def test_an_empty_batch_adds_zero():
     weight.main_grad.fill_(-0.0)
     main_grad.add(weight, torch.zeros(0, 40).bfloat16(), torch.zeros(0, 24).bfloat16(), TREE, ALONE, dim=0)
     assert_bitwise_equal(weight.main_grad, torch.zeros(40, 24))
+
+
+class Marked(KeepsMarks, torch.nn.Module):
+    """As Megatron's layers: parameters keep their marks, which are numbers, in copies and when they are replaced."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = parameter(torch.bfloat16)
+
+
+def replaced(module: Marked, way: str) -> torch.nn.Parameter:
+    """The weight after ``way``, which takes hooks and buffers off it; as an engine does, it gets a new buffer then."""
+    if way == "deepcopy":
+        module = copy.deepcopy(module)
+    elif way == "assign":
+        module.load_state_dict({"weight": parameter(torch.bfloat16).detach()}, assign=True)
+    elif way == "new":
+        marks = {key: value for key, value in vars(module.weight).items() if isinstance(value, int)}
+        module.weight = torch.nn.Parameter(module.weight.detach().clone())
+        vars(module.weight).update(marks)
+    elif way == "pickle":
+        buffer = io.BytesIO()
+        torch.save(module, buffer)
+        module = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    elif way in ("swap", "overwrite"):
+        setter = getattr(torch.__future__, f"set_{way}_module_params_on_conversion")
+        setter(True)
+        try:
+            module.to(torch.float32).to(torch.bfloat16)
+        finally:
+            setter(False)
+    weight = module.weight
+    weight.main_grad = hostile("exponents", (40, 24), torch.float32, 2)
+    return weight
+
+
+@pytest.mark.parametrize("way", ["kept", "deepcopy", "assign", "new", "pickle", "swap", "overwrite"])
+@pytest.mark.parametrize("linear", LINEARS)
+def test_a_weight_that_was_copied_or_replaced_is_guarded_as_the_first_one_was(linear, way):
+    """The fault: marks go with a copy, the hook stays behind, and a gradient from elsewhere is lost without a word."""
+    module, x = Marked(), hostile("normal", (30, 24), torch.bfloat16, 3)
+    backward(linear, module.weight, True)
+    weight = replaced(module, way)
+
+    def use():
+        return linear(x, weight, tree=TREE, group=ALONE, gradient_accumulation_fusion=True).sum()
+
+    expected = parameter(torch.bfloat16)
+    expected.data.copy_(weight.data)
+    assert_bitwise_equal(backward(linear, weight, True).main_grad, backward(linear, expected, False).main_grad)
+    assert weight.grad_added_to_main_grad
+    weight.square().sum().backward()  # a pass of its own: left to whoever adds .grad to main_grad
+    assert not weight.grad_added_to_main_grad and weight.grad.equal(2 * weight.detach())
+    weight.grad = None
+    with pytest.raises(ValueError, match="gets a gradient from elsewhere"):
+        (use() + weight.square().sum()).backward()
+    with pytest.raises(ValueError, match="used twice in one backward pass"):
+        (use() + use()).backward()
+
+
+def test_a_copied_mark_does_not_say_that_something_was_added():
+    """In a pass with a linear whose forward ran and whose backward does not, such as a loss that is only a penalty."""
+    module = Marked()
+    backward(column_parallel_linear, module.weight, True)
+    weight = replaced(module, "deepcopy")
+    column_parallel_linear(
+        hostile("normal", (30, 24), torch.bfloat16, 3), weight, tree=TREE, group=ALONE, gradient_accumulation_fusion=True
+    )
+    weight.square().sum().backward()
+    assert not weight.grad_added_to_main_grad
+
+
+def test_a_guarded_weight_is_collected():
+    weight = parameter(torch.bfloat16)
+    gone = weakref.ref(backward(column_parallel_linear, weight, True))
+    del weight
+    gc.collect()
+    assert gone() is None

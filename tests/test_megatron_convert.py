@@ -176,9 +176,10 @@ CONFIG_REFUSALS = {  # setting: (value, how the message names it and the fix)
     "batch_invariant_mode": (True, "batch_invariant_mode=True: .*; set batch_invariant_mode=False"),
     "context_parallel_size": (2, "context_parallel_size=2: .*not covered; (use|set context_parallel_size=)"),
     "num_query_groups": (1, "num_query_groups=1 is not a multiple of the tensor-parallel size 2: .*; use a tensor-parallel size that divides 1"),
-    "softmax_type": ("learnable", "softmax_type='learnable': .*; use 'vanilla'"),
+    "softmax_type": ("learnable", "softmax_type='learnable': .*; set softmax_type='vanilla'"),
     "bias_activation_fusion": (True, "bias_activation_fusion with GELU: .*; set bias_activation_fusion=False"),
     "cross_entropy_fusion_impl": ("linear", "cross_entropy_fusion_impl='linear' bypasses the output layer; set cross_entropy_loss_fusion=False"),
+    "rotary_percent": (0.5, "rotary_percent=0.5: nobody has looked at this setting .*pass accept=.'rotary_percent'. if you have"),
 }  # fmt: skip
 
 
@@ -243,7 +244,7 @@ MODULE_REFUSALS = {
     ),
     "module that is not covered": (
         _l2_norm,
-        "decoder.layers.0.self_attention.q_layernorm: .*L2Norm is not covered; use the local layer spec",
+        "decoder.layers.0.self_attention.q_layernorm: .*L2Norm is not covered: nobody has looked at what it adds up; use the local",
     ),
     "no partition_stride": (_unmark, "linear_fc1: its weight has no partition_stride, .*; build with perform_initialization=True"),
     "expert": (lambda m: setattr(_first_layer(m).mlp.linear_fc1, "is_expert", True), "linear_fc1: an expert's linear is not covered"),

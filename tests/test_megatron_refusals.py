@@ -1,6 +1,9 @@
 """What the guard refuses without a model to look at, what convert refuses on a CPU, and a spec whose model was never converted."""
 
+import dataclasses
+import functools
 import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -10,40 +13,129 @@ pytest.importorskip("megatron.core")
 import megatron_jobs as jobs
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 from tpinv.harness.megatron.verify import Run, build_config, build_model
-from tpinv.integrations.megatron import convert, convert_optimizer
+from tpinv.integrations.megatron import convert, convert_optimizer, settings
 from tpinv.integrations.megatron.attention import TPInvariantDotProductAttention, _require_causal
-from tpinv.integrations.megatron.convert import _check_modules, _no_dynamic_batching
-from tpinv.integrations.megatron.guard import check_config
+from tpinv.integrations.megatron.convert import _no_dynamic_batching
+from tpinv.integrations.megatron.guard import check_config, check_data_parallel, check_optimizer_config, warn_of_version
 from tpinv.integrations.megatron.layers import TPInvariantSwiGLU, fuses_main_grad, mark_shared_weights
+from tpinv.integrations.megatron.modules import check_modules
 from tpinv.tree import ReductionTree
 
 pytestmark = pytest.mark.megatron
 TREE = ReductionTree(8)
-SETTINGS = (
-    "attention_dropout attention_output_gate batch_invariant_mode cpu_offloading defer_embedding_wgrad_compute delay_wgrad_compute "
-    "enable_autocast experimental_attention_variant fine_grained_activation_offloading flash_decode fp32_residual_connection fp4 fp8 "
-    "heterogeneous_block_specs hidden_dropout inference_fuse_tp_communication layernorm_zero_centered_gamma "
-    "linear_attention_freq log_max_attention_logit mtp_num_layers multi_latent_attention nccl_all_reduce_for_prefill num_moe_experts qk_clip "
-    "qk_l2_norm quant_recipe symmetric_ar_type tensor_parallel_num_weight_shards tp_comm_overlap use_grouped_gemm_for_dense_mlp "
-    "use_inference_optimized_layers use_kitchen use_te_activation_func use_transformer_engine_op_fuser"
-).split()
-ONES = "context_parallel_size gtp_weight_remat_size mlp_chunks_for_prefill mlp_chunks_for_training".split()
+SIZES = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 8}
 
 
-@pytest.mark.parametrize("name, value", [*((name, True) for name in SETTINGS), *((name, 2) for name in ONES)])
-def test_a_setting_that_changes_bits_is_refused_by_name(name, value):
-    config = SimpleNamespace(num_attention_heads=8, num_query_groups=8)
+def config_of(base: type, **values):
+    """A config with ``values``, put there past the checks of Megatron's __post_init__ and of the version's own fields."""
+    made = base(**SIZES, hidden_dropout=0.0, attention_dropout=0.0) if base is TransformerConfig else base()
+    vars(made).update(values)
+    return made
+
+
+CHECKS = {
+    TransformerConfig: lambda config, accept: check_config(config, TREE, 8, accept),
+    DistributedDataParallelConfig: check_data_parallel,
+    OptimizerConfig: check_optimizer_config,
+}
+
+
+def other_than(*values):
+    """A value that equals none of these."""
+    return next(other for other in (True, 2, "other") if other not in values)
+
+
+@pytest.mark.parametrize("base", CHECKS)
+def test_every_setting_is_looked_at_or_at_its_default(base):
+    """The allowlist: whatever field the installed version has, another value than its default is refused by name unless it is listed."""
+    table, refused = settings.TABLES[base.__name__], 0
+    CHECKS[base](config_of(base), ())
+    for field in dataclasses.fields(base):
+        known = table.get(field.name)
+        if known is not None and known.values is None:
+            continue
+        value = other_than(getattr(config_of(base), field.name), *(known.values if known else ()))
+        config = config_of(base, **{field.name: value})
+        reason = known.why if known else "nobody has looked at this setting (its default is "
+        with pytest.raises(ValueError, match=re.escape(f"{field.name}={value!r}: {reason}") + f".*; set {field.name}=") as error:
+            CHECKS[base](config, ())
+        assert str(error.value).count("\n  - ") == 1, "one reason"
+        refused += 1
+        if known is None:
+            CHECKS[base](config, [field.name])
+        else:
+            with pytest.raises(ValueError, match=re.escape(known.why)):
+                CHECKS[base](config, [field.name])  # what is known to change bits is not the caller's to accept
+    assert refused > len(dataclasses.fields(base)) / 3
+
+
+def test_listed_settings_may_have_any_value_but_by_rule():
+    for name, setting in settings.MODEL.items():
+        if setting.values is None and settings.RULED not in setting.why:
+            check_config(config_of(TransformerConfig, **{name: other_than(None)}), TREE, 8)
+    for name, value, message in [
+        (
+            "activation_func",
+            torch.nn.functional.mish,
+            "mish.* may depend on a shard.s width .*; use silu, gelu, relu or squared_relu",
+        ),
+        ("num_query_groups", 4, "num_query_groups=4 is not a multiple of the tensor-parallel size 8"),
+        ("bias_activation_fusion", True, "bias_activation_fusion with GELU: .*; set bias_activation_fusion=False"),
+        ("finalize_model_grads_func", print, "added once more, .*; use megatron.core.distributed.finalize_model_grads"),
+        ("cross_entropy_fusion_impl", "linear", "bypasses the output layer; set cross_entropy_loss_fusion=False"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check_config(config_of(TransformerConfig, cross_entropy_loss_fusion=True, **{name: value}), TREE, 8)
+    check_config(
+        config_of(TransformerConfig, finalize_model_grads_func=functools.partial(finalize_model_grads, pg_collection=None)), TREE, 8
+    )
+
+
+@dataclasses.dataclass
+class OwnConfig(TransformerConfig):
+    """What a framework derives: a setting of its own, and another default of one of Megatron's."""
+
+    own_kernel: str = "none"
+    softmax_type: str = "learnable"
+
+
+def test_a_derived_configs_own_settings_and_defaults():
+    config = OwnConfig(**SIZES, hidden_dropout=0.0, attention_dropout=0.0)
+    with pytest.raises(ValueError, match="softmax_type='learnable': .*; set softmax_type='vanilla'"):
+        check_config(config, TREE, 8)
+    config.softmax_type = "vanilla"
     check_config(config, TREE, 8)
-    setattr(config, name, value)
-    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: ") + f".*; set {name}="):
+    config.own_kernel = "fast"
+    with pytest.raises(ValueError, match=r"own_kernel='fast': nobody has looked .*pass accept=\['own_kernel'\]"):
+        check_config(config, TREE, 8)
+    config.own_kernel, config.set_by_hand = "none", 3
+    with pytest.raises(ValueError, match=r"set_by_hand=3: nobody has looked at this setting \(its default is none\)"):
         check_config(config, TREE, 8)
 
 
-def test_gradient_accumulation_fusion_is_accepted():
-    check_config(SimpleNamespace(num_attention_heads=8, num_query_groups=8, gradient_accumulation_fusion=True), TREE, 8)
+def test_an_untested_version_is_a_warning_once(caplog):
+    for version, outside in [("0.16.0", True), ("0.16.1", False), ("0.18.3", False), ("0.19.2+abc", False), ("0.20.0", True)]:
+        warn_of_version.cache_clear()
+        with warnings.catch_warnings(record=True) as seen, caplog.at_level("WARNING", "tpinv"):
+            warnings.simplefilter("always")
+            warn_of_version(version)
+            warn_of_version(version)
+        assert [f"megatron-core {version} is outside 0.16.1 to 0.19.2" in str(w.message) for w in seen] == [True] * outside
+        assert len(caplog.records) == outside
+        caplog.clear()
+    warn_of_version.cache_clear()
+
+
+def test_the_tables_are_rendered_for_the_docs():
+    text = settings.render_markdown()
+    assert text.count("| every other | its default | nobody has looked at it |") == 3
+    assert all(f"`{name}`" in text for table in settings.TABLES.values() for name in table)
 
 
 def with_buffer(dtype=torch.float32, **marks) -> torch.nn.Linear:
@@ -109,8 +201,8 @@ def test_dynamic_batching_is_refused():
 def test_an_embedding_that_does_more_than_select_is_refused(options):
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"position_embeddings: an embedding with {name}={value} is not covered"):
-        _check_modules([("position_embeddings", torch.nn.Embedding(5, 4, **options))], TREE)
-    _check_modules([("position_embeddings", torch.nn.Embedding(5, 4))], TREE)
+        check_modules([("position_embeddings", torch.nn.Embedding(5, 4, **options))], TREE)
+    check_modules([("position_embeddings", torch.nn.Embedding(5, 4))], TREE)
 
 
 @pytest.mark.parametrize("kind, inputs", [(TPInvariantSwiGLU, 1), (TPInvariantDotProductAttention, 4)])
@@ -174,7 +266,7 @@ def refusals() -> dict[str, str]:
 
 def test_refused_on_a_cpu_and_before_conversion(megatron_pool):
     found = megatron_pool.run(jobs.in_megatron, 1, refusals, 1, timeout=120)[0]
-    assert "may depend on a shard's width on a CPU; use silu, gelu, relu or squared_relu" in found["activation"]
+    assert "may depend on a shard's width on a CPU" in found["activation"] and "; use silu, gelu, relu or squared" in found["activation"]
     assert "bias_activation_fusion" in found["fusion"] and "set it to False" in found["fusion"]
     assert "OwnAttention" in found["attention"] and "is not covered" in found["attention"]
     assert "its dropout of 0.1 draws from a stream per rank" in found["dropout"]

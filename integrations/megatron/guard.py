@@ -1,81 +1,103 @@
-"""What cannot be invariant, or is not shown to be, is refused before a model trains on it: rule, value, fix."""
+"""What cannot be invariant, or is not shown to be, is refused before a model trains on it: rule, value, fix.
 
+By allowlist (settings.py): a setting that nobody has looked at must stand at its default, so that a new option of a new version is an
+error here until somebody has. The same goes for modules, parameters and hooks (modules.py).
+"""
+
+import dataclasses
+import functools
+import logging
 import math
+import warnings
+from collections.abc import Collection
 
+import megatron.core
+import torch
+from megatron.core.activations import squared_relu
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import TransformerConfig
+
+from tpinv import functional
+from tpinv.integrations.megatron import settings
 from tpinv.tree import ReductionTree
+
+logger = logging.getLogger("tpinv")
+
+TESTED = ((0, 16, 1), (0, 19, 2))  # both ends are in make test
+
+# On a CPU the first two are replaced: torch's last elements of a row may be computed by another function than the others.
+ACTIVATIONS = {torch.nn.functional.silu: functional.silu, torch.nn.functional.gelu: functional.gelu}
+EXACT_ACTIVATIONS = (torch.nn.functional.relu, squared_relu)
+
+NO_DEFAULT = object()
+
+
+def _defaults(base: type, config) -> dict[str, tuple]:
+    """Name -> the values that count as default: what the class declares, and what its __post_init__ makes of that in a small model."""
+    small = {"num_layers": 1, "hidden_size": 1, "num_attention_heads": 1} if base is TransformerConfig else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = base(**small)
+    declared = {
+        field.name: field for field in (*dataclasses.fields(config), *dataclasses.fields(base))
+    }  # a subclass's own defaults do not count
+    values = {}
+    for name in {**declared, **vars(config)}:
+        field, found = declared.get(name), []
+        if field is not None and field.default is not dataclasses.MISSING:
+            found.append(field.default)
+        if field is not None and field.default_factory is not dataclasses.MISSING:
+            found.append(field.default_factory())
+        if hasattr(made, name):
+            found.append(getattr(made, name))
+        values[name] = tuple(found)
+    return values
+
+
+def setting_problems(config, base: type, accept: Collection = ()) -> list[str]:
+    """Every setting of ``config``, an instance of Megatron's dataclass ``base``, that is neither allowed by settings.py nor in ``accept``."""
+    table, problems = settings.TABLES[base.__name__], []
+    for name, defaults in _defaults(base, config).items():
+        known = table.get(name)
+        if not hasattr(config, name) or (known is not None and known.values is None):
+            continue
+        value = getattr(config, name)
+        allowed = (*(known.values if known else ()), *(defaults if known is None or known.default else ()))
+        if any(_same(value, fine) for fine in allowed) or (known is not None and not value and not any(defaults)):
+            continue
+        if known is None and name in accept:
+            continue
+        default = repr(defaults[0]) if defaults else "none"
+        fix = f"set {name}={' or '.join(repr(fine) for fine in known.values) if known and known.values else default}"
+        if known is None:
+            fix += f", or pass accept=[{name!r}] if you have looked at what it does to the sums over ranks"
+        problems.append(
+            f"{name}={value!r}: {known.why if known else f'nobody has looked at this setting (its default is {default})'}; {fix}"
+        )
+    return problems
+
+
+def _same(value, other) -> bool:
+    return value is other or (value == other) is True
 
 
 def _rules(config, tp: int):
-    """(holds, rule and value, fix) for every setting that convert and the specs check. Unknown settings of other versions are None.
-
-    gradient_accumulation_fusion is no rule: tpinv adds to main_grad inside backward with it and without it (layers.py), and only
-    Megatron's own layers, such as the output layer before its conversion, want Apex for it.
-    """
+    """(holds, rule and value, fix): what settings.py cannot say as a list of values."""
 
     def get(name, default=None):
         return getattr(config, name, default)
 
     groups = get("num_query_groups") or get("num_attention_heads")
-    gelu_fused = bool(get("bias_activation_fusion")) and bool(get("add_bias_linear")) and not get("gated_linear_unit")
-    off = [  # (setting, why it changes bits with TP or is not shown not to)
-        ("hidden_dropout", "dropout draws from a stream per rank"),
-        ("attention_dropout", "dropout draws from a stream per rank"),
-        ("fp8", "fp8 scales are taken from a rank's shard"),
-        ("fp4", "fp4 scales are taken from a rank's shard"),
-        ("quant_recipe", "quantisation scales are taken from a rank's shard"),
-        ("tp_comm_overlap", "userbuffers add chunks in an order of their own"),
-        ("defer_embedding_wgrad_compute", "deferred wgrads are accumulated in another order"),
-        ("delay_wgrad_compute", "deferred wgrads are computed by the stock layers"),
-        ("enable_autocast", "autocast does not reach tpinv's products"),
-        ("fp32_residual_connection", "norms would pass fp32 on to linears of another dtype"),
-        ("cpu_offloading", "activation offloading hooks the stock layers' autograd functions"),
-        ("fine_grained_activation_offloading", "activation offloading hooks the stock layers' autograd functions"),
-        ("multi_latent_attention", "multi-latent attention is not covered"),
-        ("num_moe_experts", "mixture of experts is not covered"),
-        ("mtp_num_layers", "multi-token prediction is not covered"),
-        ("experimental_attention_variant", "only softmax attention is covered"),
-        ("linear_attention_freq", "only softmax attention is covered"),
-        ("heterogeneous_block_specs", "heterogeneous blocks are not covered"),
-        ("attention_output_gate", "the output gate is not covered"),
-        ("qk_clip", "clipping of queries and keys is not covered"),
-        ("log_max_attention_logit", "the local attention does not record its largest logit"),
-        ("qk_l2_norm", "the L2 norm of queries and keys is not covered"),
-        ("flash_decode", "flash attention's schedule depends on the heads of a rank"),
-        ("use_inference_optimized_layers", "they replace tpinv's linears in inference"),
-        ("inference_fuse_tp_communication", "the fused reduction adds in rank order"),
-        ("nccl_all_reduce_for_prefill", "NCCL adds in an order of its own"),
-        ("layernorm_zero_centered_gamma", "the zero-centred gamma is not covered"),
-        ("symmetric_ar_type", "symmetric-memory all-reduces add in rank order"),
-        ("tensor_parallel_num_weight_shards", "weight shards beside tensor parallelism are not covered"),
-        ("use_transformer_engine_op_fuser", "TransformerEngine's fused operations are not covered"),
-        ("use_grouped_gemm_for_dense_mlp", "grouped products are not covered"),
-        ("use_kitchen", "kitchen layers are not covered"),
-        ("use_te_activation_func", "TransformerEngine's activations are not covered"),
-        ("batch_invariant_mode", "batch_invariant_mode replaces aten::mm underneath tpinv's own products"),
-    ]
-    one = [
-        ("mlp_chunks_for_training", "under sequence parallelism a chunk gathers other tokens at every TP"),
-        ("mlp_chunks_for_prefill", "under sequence parallelism a chunk gathers other tokens at every TP"),
-        ("context_parallel_size", "context parallelism is not covered"),
-        ("gtp_weight_remat_size", "weight rematerialisation is not covered"),
-    ]
-    for name, why in one:
-        yield get(name, 1) in (None, 1), f"{name}={get(name)!r}: {why}", f"set {name}=1"
-    for name, why in off:
-        yield not get(name), f"{name}={get(name)!r}: {why}", f"set {name}={_off_value(get(name))}"
+    gelu_fused = get("bias_activation_fusion") and get("add_bias_linear") and not get("gated_linear_unit")
     yield (
         groups >= tp and groups % tp == 0,
         f"num_query_groups={groups} is not a multiple of the tensor-parallel size {tp}: dK and dV of a group would be split over ranks",
         f"use a tensor-parallel size that divides {groups}",
     )
     yield (
-        get("softmax_type", "vanilla") in (None, "vanilla"),
-        f"softmax_type={get('softmax_type')!r}: its offsets are not covered",
-        "use 'vanilla'",
-    )
-    yield (
         not gelu_fused,
-        "bias_activation_fusion with GELU: the fused kernel wants the bias that tpinv has added already",
+        "bias_activation_fusion with GELU: the fused kernel adds a bias that tpinv has added already",
         "set bias_activation_fusion=False",
     )
     yield (
@@ -83,18 +105,58 @@ def _rules(config, tp: int):
         "cross_entropy_fusion_impl='linear' bypasses the output layer",
         "set cross_entropy_loss_fusion=False",
     )
+    activation = get("activation_func", EXACT_ACTIVATIONS[0])
+    yield (
+        activation in {*ACTIVATIONS, *ACTIVATIONS.values(), *EXACT_ACTIVATIONS},
+        f"activation_func={activation} may depend on a shard's width on a CPU, and is not tested on a GPU",
+        "use silu, gelu, relu or squared_relu",
+    )
+    finalize = get("finalize_model_grads_func")
+    while isinstance(finalize, functools.partial):
+        finalize = finalize.func
+    yield (
+        finalize is None or getattr(finalize, "__module__", "").startswith("megatron.core."),
+        f"finalize_model_grads_func={finalize}: gradients may be added once more, in an order of its own",
+        "use megatron.core.distributed.finalize_model_grads",
+    )
 
 
-def _off_value(value) -> str:
-    return "0.0" if isinstance(value, float) else "False" if isinstance(value, bool) else "None"
-
-
-def check_config(config, tree: ReductionTree, tp: int) -> None:
-    """ValueError naming every setting of a TransformerConfig that keeps a model from being invariant."""
+def check_config(config, tree: ReductionTree, tp: int, accept: Collection = ()) -> None:
+    """ValueError naming every setting of a TransformerConfig that keeps a model from being invariant, or that nobody has looked at."""
     tree.owned(0, tp)
-    broken = [f"  - {rule}; {fix}" for holds, rule, fix in _rules(config, tp) if not holds]
-    if broken:
-        raise ValueError("this model cannot be made invariant to the tensor-parallel size:\n" + "\n".join(broken))
+    warn_of_version(megatron.core.__version__)
+    broken = setting_problems(config, TransformerConfig, accept)
+    broken += [f"{rule}; {fix}" for holds, rule, fix in _rules(config, tp) if not holds]
+    _raise("this model cannot be made invariant to the tensor-parallel size", broken)
+
+
+def check_data_parallel(config, accept: Collection = ()) -> None:
+    """The same for the DistributedDataParallelConfig that a chunk is wrapped with."""
+    _raise("this DistributedDataParallel is not covered", setting_problems(config, DistributedDataParallelConfig, accept))
+
+
+def check_optimizer_config(config, accept: Collection = ()) -> None:
+    """The same for an OptimizerConfig."""
+    _raise("this optimizer is not covered", setting_problems(config, OptimizerConfig, accept))
+
+
+def _raise(what: str, problems: list[str]) -> None:
+    if problems:
+        raise ValueError(f"{what}:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+@functools.cache  # once for each version in a process
+def warn_of_version(version: str) -> None:
+    """A warning, and a line in the log, when Megatron-Core is older or newer than what tpinv is tested with."""
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+    low, high = TESTED
+    if not low <= numbers <= high:
+        text = (
+            f"megatron-core {version} is outside {'.'.join(map(str, low))} to {'.'.join(map(str, high))}, which tpinv is tested with: its settings "
+            "are checked against the list of those versions, but what its layers do may have changed; run tpinv verify"
+        )
+        logger.warning(text)
+        warnings.warn(text, stacklevel=3)
 
 
 def padded_vocab_size(vocab_size: int, tree: ReductionTree, divisible_by: int = 128) -> int:

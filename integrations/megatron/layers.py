@@ -4,8 +4,9 @@ They build, name, shard, initialise and checkpoint their parameters exactly as t
 Megatron-Core), so a built module becomes one by changing its ``__class__`` (convert.py), and a spec by naming it (specs.py).
 Each carries its ``tree``: as a class attribute of the subclass that ``bind`` makes, or set on the instance by ``convert``.
 
-A bias is always added inside and never handed back for the caller to add: the gradient that autograd would give it there is
-``torch.sum``, whose order depends on the shard's width, and under sequence parallelism only a part of the tokens.
+A bias is always added inside and never left to the caller: the gradient that autograd would give it there is ``torch.sum``, whose order
+depends on the shard's width, and under sequence parallelism only a part of the tokens. A caller that asked for it by ``skip_bias_add``
+gets a vector of its shape and dtype that holds -0.0, the one number that changes no bit of what it is added to.
 """
 
 import collections
@@ -13,8 +14,6 @@ import copy
 import functools
 
 import torch
-from megatron.core.activations import squared_relu
-from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.mlp import MLP
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from tpinv import functional
 from tpinv.collectives import Ranks
+from tpinv.integrations.megatron.guard import ACTIVATIONS
 from tpinv.layers import KeepsMarks
 from tpinv.tree import ReductionTree
 
@@ -39,7 +39,14 @@ class TreeBound(KeepsMarks):
     def bind(cls, tree: ReductionTree) -> type:
         return type(cls.__name__, (cls,), {"tree": tree, "__module__": cls.__module__, "__doc__": cls.__doc__})
 
+    def parameter_sharding(self) -> dict[str, tuple[int, int] | None]:
+        """Parameter name -> (dimension, stride) of its shards over the tensor-parallel ranks, or None: whole on every rank, and so is its
+        gradient. Names that are not in it are left to Megatron."""
+        return {}
+
     def require_converted(self) -> None:
+        if problems := foreign_parts(self):
+            raise ValueError(f"{type(self).__name__} has changed since it was converted: {'; '.join(problems)}")
         if not self.converted:
             raise ValueError(
                 f"this {type(self).__name__} was built from tpinv's spec, but its model was not converted: the embedding, the output "
@@ -47,12 +54,19 @@ class TreeBound(KeepsMarks):
             )
 
 
-def mark_complete(module: torch.nn.Module) -> None:
-    """The gradients of ``module``'s replicated parameters come out of backward complete: takes off the mark by which Megatron's
-    finalisation would sum them once more over the ranks, and sets the one that hooks.py looks for."""
-    for parameter in module.parameters(recurse=False):
-        if not getattr(parameter, "tensor_model_parallel", False):
-            parameter.sequence_parallel, parameter.tpinv_complete_grad = False, True
+OWNED = {"weight", "bias"}
+
+
+def foreign_parts(module: torch.nn.Module) -> list[str]:
+    """What hangs under a module that computes with a weight and a bias and would be left out of its sums, such as a LoRA adapter."""
+    problems = []
+    if not module._parameters.keys() <= OWNED and (
+        foreign := [n for n, p in module._parameters.items() if p is not None and n not in OWNED]
+    ):
+        problems.append(f"{type(module).__name__} does not know its parameters {', '.join(foreign)}; for adapters, use add_lora")
+    if module._modules:
+        problems.append(f"{type(module).__name__} does not know its modules {', '.join(module._modules)}; for adapters, use add_lora")
+    return problems
 
 
 def refuse(module: torch.nn.Module, arguments: dict) -> None:
@@ -88,12 +102,27 @@ def mark_shared_weights(modules: list[torch.nn.Module]) -> None:
                 parameter.zero_out_wgrad = True
 
 
+def stride_of(linear: ColumnParallelLinear) -> int:
+    """2 for SwiGLU's fc1. Megatron says it with a mark on the weight; a converted linear knows it itself."""
+    if "tpinv_stride" in vars(linear):
+        return linear.tpinv_stride
+    return getattr(linear.weight, "partition_stride", 1)  # check_modules has seen to it that the mark is there
+
+
+def neutral_bias(linear: torch.nn.Module) -> Tensor | None:
+    """What a caller that adds the bias itself gets for one that is in the output already."""
+    return torch.full_like(linear.bias, -0.0, requires_grad=False) if linear.skip_bias_add and linear.bias is not None else None
+
+
 class TPInvariantColumnParallelLinear(TreeBound, ColumnParallelLinear):
     """ColumnParallelLinear: dgrad is a tree over out-features. SwiGLU's fc1 is the one with stride 2."""
 
     def __init__(self, *args, stride: int = 1, **kwargs):
         super().__init__(*args, stride=stride, **kwargs)
         self.tpinv_stride = stride  # Megatron keeps it only as a mark on the weight, which loading may drop
+
+    def parameter_sharding(self) -> dict[str, tuple[int, int] | None]:
+        return {"weight": (0, self.tpinv_stride), "bias": (0, self.tpinv_stride)}
 
     def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None):
         self.require_converted()
@@ -113,15 +142,14 @@ class TPInvariantColumnParallelLinear(TreeBound, ColumnParallelLinear):
             gather_output=gather,
             gradient_accumulation_fusion=fuses_main_grad(self, weight),
         )
-        return output, None
+        return output, neutral_bias(self)
 
 
 class TPInvariantRowParallelLinear(TreeBound, RowParallelLinear):
     """RowParallelLinear: the forward is a tree over in-features; the bias's gradient is complete on every rank."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        mark_complete(self)
+    def parameter_sharding(self) -> dict[str, tuple[int, int] | None]:
+        return {"weight": (1, 1), "bias": None}
 
     def forward(self, input_: Tensor):
         self.require_converted()
@@ -134,11 +162,7 @@ class TPInvariantRowParallelLinear(TreeBound, RowParallelLinear):
             sequence_parallel=self.sequence_parallel and self.tp_group.size() > 1,
             gradient_accumulation_fusion=fuses_main_grad(self, self.weight),
         )
-        return output, None
-
-
-ACTIVATIONS = {torch.nn.functional.silu: functional.silu, torch.nn.functional.gelu: functional.gelu}
-EXACT_ACTIVATIONS = (torch.nn.functional.relu, squared_relu)
+        return output, neutral_bias(self)
 
 
 def replace_activation(mlp: MLP) -> None:
@@ -171,7 +195,11 @@ def fuse_swiglu(mlp: MLP) -> None:
 class TPInvariantVocabParallelEmbedding(TreeBound, VocabParallelEmbedding):
     """VocabParallelEmbedding: selects in the forward, sums tokens in the order (sequence, batch) in the backward, SP or not."""
 
+    def parameter_sharding(self) -> dict[str, tuple[int, int] | None]:
+        return {"weight": (0, 1)}
+
     def forward(self, input_: Tensor):
+        self.require_converted()
         scatter = self.reduce_scatter_embeddings and self.tp_group.size() > 1
         output = functional.vocab_parallel_embedding(input_.t(), self.weight, group=self.tp_group, sequence_parallel=scatter)
         return output if self.reduce_scatter_embeddings else output.transpose(0, 1)
@@ -194,7 +222,9 @@ class _NormMixin(TreeBound):
     def share_rows(self, tp_group, *, by_sequence: bool = False, by_heads: bool = False) -> None:
         """Rows are sharded over ``tp_group`` by sequence or heads, or not at all. ``by_heads`` orders the rows, so also at TP = 1."""
         self.tp_group, self.rows_by_sequence, self.rows_by_heads = tp_group, by_sequence, by_heads
-        mark_complete(self)
+
+    def parameter_sharding(self) -> dict[str, tuple[int, int] | None]:
+        return {"weight": None, "bias": None}
 
     def _rows(self) -> dict:
         return {
@@ -240,11 +270,3 @@ class TPInvariantQKNorm(TPInvariantNorm):
     """The same for q_layernorm and k_layernorm: one weight for all heads, and the heads are sharded."""
 
     by_heads = True
-
-
-def language_model_loss(model: LanguageModule, labels: Tensor, logits: Tensor) -> Tensor:
-    """In place of LanguageModule.compute_language_model_loss: labels [b, s], logits [s, b, V/p] or gathered [s, b, V] -> [b, s]."""
-    gathered = logits.shape[-1] == model.vocab_size
-    group = ALONE if gathered else model.output_layer.tp_group
-    loss = functional.vocab_parallel_cross_entropy(logits, labels.transpose(0, 1).contiguous(), tree=model.tpinv_tree, group=group)
-    return loss.transpose(0, 1).contiguous()

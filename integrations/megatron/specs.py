@@ -20,7 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from tpinv.integrations.megatron import hooks, layers
+from tpinv.integrations.megatron import layers
 from tpinv.integrations.megatron.attention import TPInvariantDotProductAttention
 from tpinv.integrations.megatron.guard import check_config
 from tpinv.tree import ReductionTree
@@ -83,7 +83,6 @@ def gpt_layer_spec(config, *, tree: ReductionTree, vp_stage: int | None = None) 
     Raises ValueError for what cannot be invariant (guard.py). Pass the built model through ``convert``.
     """
     check_config(config, tree, config.tensor_model_parallel_size)
-    hooks.install_finalize_filter()
     return block_spec(config, TPInvariantSpecProvider(tree), vp_stage=vp_stage)
 
 
@@ -138,5 +137,4 @@ def hybrid_stack_spec(config, *, tree: ReductionTree) -> ModuleSpec:
     Mamba, delta-net and expert layers are not in it: a pattern that names them fails to build. Pass the built model through ``convert``.
     """
     check_config(config, tree, config.tensor_model_parallel_size)
-    hooks.install_finalize_filter()
     return stack_spec(config, TPInvariantSpecProvider(tree))

@@ -6,10 +6,13 @@ That is what ``main_grad.add_(weight.grad)`` makes of it after backward, so fuse
 memory is read and written. The agreement with whoever owns the buffer is Megatron's (gradient_accumulation_fusion): its hooks are to run as
 ever, so they find a tensor without meaning in the place of the gradient, and ``weight.grad_added_to_main_grad`` tells them that there is
 nothing left to add. A gradient that the weight gets from elsewhere in the same backward pass would be lost with it: that is an error.
+
+What sees to that is a hook on the weight (``_Guard``). Copies, ``load_state_dict(assign=True)`` and swapped tensors carry over names and
+numbers, not hooks, so nothing is remembered under a name: every forward and every addition asks whether this very tensor has its own.
 """
 
+import collections
 import functools
-import weakref
 
 import torch
 from torch import Tensor
@@ -28,6 +31,8 @@ def check(weight: Tensor) -> None:
             f"gradient_accumulation_fusion adds to weight.main_grad, which must be float32 {tuple(weight.shape)} on {weight.device}, "
             f"not {found}; allocate it before the forward, or pass gradient_accumulation_fusion=False"
         )
+    if weight.requires_grad and weight.is_leaf and not torch.compiler.is_compiling():
+        _guard(weight)
 
 
 def accumulates(node) -> bool:
@@ -45,15 +50,13 @@ def add(weight: Tensor, dy: Tensor, x: Tensor, tree: ReductionTree, ranks: Ranks
     A weight that a backward pass meets a second time is a ValueError: autograd would have added both gradients in the weight's
     dtype before the buffer sees them, and the first one is in it already.
     """
-    backward = torch._C._current_graph_task_id()
-    if getattr(weight, "tpinv_fused_in", None) == backward:
+    backward, guard = torch._C._current_graph_task_id(), _guard(weight)
+    if guard.added_in == backward:
         raise ValueError(
             f"weight {tuple(weight.shape)} is used twice in one backward pass, where gradient_accumulation_fusion would round other sums; "
             "pass gradient_accumulation_fusion=False (with Megatron-Core, set weight.zero_out_wgrad = True)"
         )
-    if not hasattr(weight, "tpinv_fused_in"):
-        weight.register_hook(_only_the_stand_in(weakref.ref(weight)))
-    weight.tpinv_fused_in = backward
+    guard.added_in = backward
     products.add_local_product(weight.main_grad, dy.t(), x, tree, ranks, dim=dim, stride=stride)
     weight.grad_added_to_main_grad = True
     return _zero(weight.dtype, weight.device).expand_as(weight)  # autograd never adds to an expanded tensor in place
@@ -64,13 +67,27 @@ def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.zeros((), dtype=dtype, device=device)
 
 
-def _only_the_stand_in(reference: weakref.ref):
-    """A hook of a weight: sees the sum of all that autograd has for it, before it is accumulated."""
+class _Guard:
+    """A hook of a weight: sees the sum of all that autograd has for it, before it is accumulated.
 
-    @torch.utils.hooks.unserializable_hook
-    def hook(grad: Tensor) -> Tensor | None:
-        weight = reference()
-        if weight.tpinv_fused_in != torch._C._current_graph_task_id():  # this pass has added nothing: what comes is left to the hooks
+    It holds the weight strongly (the two are collected together): a tensor with a weak reference cannot be swapped, which
+    ``torch.__future__.set_swap_module_params_on_conversion`` does.
+    """
+
+    __torch_unserializable__ = True  # torch.save leaves it out and does not warn
+
+    def __init__(self, weight: Tensor):
+        self.weight, self.added_in = weight, None  # the backward pass that has added to main_grad
+
+    def __deepcopy__(self, memo) -> None:
+        return None
+
+    def __reduce__(self):
+        return collections.OrderedDict, ()  # in a pickle nothing, and nothing that torch.load(weights_only=True) refuses
+
+    def __call__(self, grad: Tensor) -> Tensor | None:
+        weight = self.weight
+        if self.added_in != torch._C._current_graph_task_id():  # this pass has added nothing: what comes is left to the hooks
             weight.grad_added_to_main_grad = False
             return None
         if grad.data_ptr() != _zero(weight.dtype, weight.device).data_ptr():
@@ -80,4 +97,18 @@ def _only_the_stand_in(reference: weakref.ref):
             )
         return torch.empty_like(weight)
 
-    return hook
+
+def _guard(weight: Tensor) -> _Guard:
+    """The guard of this very tensor, put there if it has none. Swapping tensors leaves the dict of hooks behind with a tensor that no
+    longer calls them, but takes the attribute away; copies and new parameters have neither."""
+    guard = getattr(weight, "tpinv_guard", None)
+    if isinstance(guard, _Guard) and guard.weight is weight:
+        return guard
+    if weight._backward_hooks is not None:
+        for key in [key for key, hook in weight._backward_hooks.items() if isinstance(hook, _Guard)]:
+            del weight._backward_hooks[key]
+        weight._backward_hooks = weight._backward_hooks  # torch registers the dict with the tensor that it is assigned to
+    weight.tpinv_guard = guard = _Guard(weight)
+    weight.register_hook(guard)
+    weight.grad_added_to_main_grad = False  # by this tensor nothing was, whatever a copied mark says
+    return guard
