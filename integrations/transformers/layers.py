@@ -1,0 +1,101 @@
+"""transformers' modules with tpinv's arithmetic: subclasses that override ``forward`` and keep parameters, names and attributes.
+
+A model is whole on every rank, so that nothing here communicates; the order of additions is that of any other TP size.
+Legend: b sequences, s tokens, H hidden, N out-features, K in-features.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
+
+from tpinv import functional
+from tpinv.collectives import Ranks
+
+ALONE = Ranks(None, 0, 1)
+
+
+class TPInvariantColumnLinear(nn.Linear):
+    """q, k, v, gate, up and lm_head: y is a chain over in-features; the tree is over out-features, in the gradient of x."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.column_parallel_linear(input, self.weight, self.bias, tree=self.tree, group=ALONE)
+
+
+class TPInvariantRowLinear(nn.Linear):
+    """o and down: y is the tree over in-features, whose leaves the ranks of another TP size own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.row_parallel_linear(input, self.weight, self.bias, tree=self.tree, group=ALONE)
+
+
+class TPInvariantEmbedding(nn.Embedding):
+    """The gradient of a row is a chain over its tokens, in their order."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.vocab_parallel_embedding(input, self.weight, group=ALONE)
+
+
+class _RMSNorm:
+    """``heads_parallel`` orders rows by heads, as q and k norms of other TP sizes must; set by convert."""
+
+    heads_parallel = False
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return functional.rms_norm(
+            hidden_states, self.weight, self.variance_epsilon, tree=self.tree, group=ALONE, heads_parallel=self.heads_parallel
+        )
+
+
+class TPInvariantLlamaRMSNorm(_RMSNorm, LlamaRMSNorm):
+    pass
+
+
+class TPInvariantQwen3RMSNorm(_RMSNorm, Qwen3RMSNorm):
+    pass
+
+
+class _Float32Rotary:
+    """cos and sin stay float32, so that queries and keys are rotated in float32 and rounded once (attention.py rounds them), as
+    TorchTitan does; transformers, Megatron-Core and vLLM round cos, sin and each product to the model's dtype."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x.new_empty(0, dtype=torch.float32), position_ids)
+
+
+class Float32LlamaRotaryEmbedding(_Float32Rotary, LlamaRotaryEmbedding):
+    pass
+
+
+class Float32Qwen3RotaryEmbedding(_Float32Rotary, Qwen3RotaryEmbedding):
+    pass
+
+
+class TPInvariantSiLU(nn.Module):
+    """On a CPU, torch's silu depends on where an element lies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.silu(x)
+
+
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    *,
+    tree,
+    **_,
+) -> Tensor:
+    """transformers' ForCausalLMLoss: logits [b, s, V], labels [b, s] -> the mean over labels that count, or their sum / num_items_in_batch.
+
+    The sum over the vocabulary is the tree; the one over tokens is torch's, which no TP size enters.
+    """
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    target = shift_labels.to(logits.device)
+    losses = functional.vocab_parallel_cross_entropy(logits, target, tree=tree, group=ALONE, ignore_index=ignore_index)
+    items = (target != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    return losses.sum() / items
