@@ -20,7 +20,7 @@ def written(path, *ranks: dict[str, torch.Tensor]):
     path.mkdir(parents=True)
     for rank, outputs in enumerate(ranks):
         recorder = record(nn.Identity(), path.parent / f"{path.name}-{rank}")
-        recorder.rank, recorder.ranks = rank, len(ranks)
+        recorder.run, recorder.rank, recorder.ranks = "one", rank, len(ranks)
         for name, value in outputs.items():
             recorder._add("forward", name, "output", value)
         recorder.close()
@@ -58,10 +58,10 @@ def test_garbage_in_the_last_rank(a, b, planted, rule, tmp_path):
 def test_what_the_first_rank_has_not_is_not_compared(tmp_path, capsys):
     a = written(tmp_path / "a", {"m": WHOLE}, {"m": WHOLE, "x": WHOLE})
     b = written(tmp_path / "b", {"m": WHOLE}, {"m": WHOLE, "x": BAD})
-    assert diff(a, b) == 1
+    assert diff(a, b) == 2
     printed = capsys.readouterr().out
     assert "1 could not be compared, first step 0, forward: x output: not on every rank" in printed
-    assert diff(a, written(tmp_path / "c", {"m": WHOLE}, {"m": WHOLE})) == 1
+    assert diff(a, written(tmp_path / "c", {"m": WHOLE}, {"m": WHOLE})) == 2
     assert "first step 0, forward: x output: only in" in capsys.readouterr().out
 
 

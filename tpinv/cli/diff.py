@@ -1,17 +1,17 @@
 """``tpinv diff A B``: where two recorded runs (tpinv.testing.record) part. Names the first module and tensor whose bytes differ, in
 the order in which run A computed them, so that what comes before it is known to be the same.
 
-Exit status 0 if everything recorded is the same bytes, 1 if something differs or could not be compared, 2 if A or B is not a recording.
+Exit status 0 if everything recorded is the same bytes, 1 if bytes (or dtypes) differ, 2 if nothing differs but something could not be
+compared, or if A or B is not the recording of one run, or if their trees say that they cannot agree.
 """
 
 import argparse
-import json
 import math
 
 from rich.console import Console
 from rich.table import Table
 
-from tpinv.cli.verify import check_outputs
+from tpinv.cli.outputs import check_outputs, finite, write_json
 from tpinv.diff import Comparison, Run, compare_runs, renamed
 
 PHASES = ("parameter", "forward", "recompute", "backward", "gradient")
@@ -52,6 +52,13 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(rf"--map {rule!r} must be OLD=NEW, such as '^decoder\.layers=layers'")
         rules.append((old, new))
     a, b = Run(arguments.a), Run(arguments.b)
+    if arguments.rows < 0:
+        raise ValueError(f"--rows {arguments.rows} must be at least 0")
+    if a.fingerprints and b.fingerprints and a.fingerprints != b.fingerprints:
+        raise ValueError(
+            f"{a.path} and {b.path} add in different orders and cannot agree: {', '.join(a.fingerprints)} and {', '.join(b.fingerprints)}; "
+            "record both with one tree and one version of tpinv"
+        )
     renamed(b, rules)
     found = compare_runs(a, b)
     differ = [row for row in found if row.differs]
@@ -62,6 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False)
     for name, which in (("A", a), ("B", b)):
         console.print(f"{name}  {which.path}: {which.ranks} rank{'s' if which.ranks > 1 else ''}, {len(which.parts[0])} tensors each")
+    for name in sorted(a.versions.keys() | b.versions.keys()):
+        if a.versions.get(name) != b.versions.get(name):
+            console.print(f"A and B have other versions of {name}: {a.versions.get(name)} and {b.versions.get(name)}")
     console.print(_phases(found))
     if differ:
         _print_first(found, differ[0], console)
@@ -76,12 +86,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         summary = {"equal": ok, "tensors": len(found), "differing": len(differ), "not_compared": len(unknown)}
         rows = [_json(row) for row in found if row.differs or not row.compared]
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(summary | {"first": _json(differ[0]) if differ else None, "rows": rows}, file, indent=1)
+        write_json(arguments.json, summary | {"first": _json(differ[0]) if differ else None, "rows": rows})
     if arguments.plot:
         from tpinv.cli.plot import module_map
 
         module_map(found, arguments.plot, f"{arguments.b} against {arguments.a}")
+    if not ok and not differ and not any(row.unlike for row in unknown):
+        how = "" if arguments.partial else "; --partial does not mind them"
+        raise ValueError(f"nothing differs in {compared} tensors, but {len(unknown)} could not be compared{how}")
     return 0 if ok else 1
 
 
@@ -109,19 +121,18 @@ def _print_first(found: list[Comparison], first: Comparison, console: Console) -
     kind = first.key.phase if first.key.phase in ("parameter", "gradient") else first.key.tensor.partition(".")[0]
     console.print(f"  {ARISES[kind]}", soft_wrap=True)
     if first.histogram:
-        console.print("  ulp")
+        console.print("  in ulps of the tensor's largest value")
     for power, count in enumerate(first.histogram):
         if not count:
             continue
-        lowest, highest = 1 << power, (2 << power) - 1
-        label = str(lowest) if lowest == highest else f"{lowest}-{highest}"
+        label = f"{1 << power >> 1}-{1 << power}"
         console.print(f"  {label:>21} {count:>9} {'█' * math.ceil(40 * count / max(first.histogram))}")
 
 
 def _rows(rows: list[Comparison], total: int) -> Table:
-    table = Table("step", "phase", "module", "tensor", "differ", "max ulp", "rule", title=f"the first {len(rows)} of {total} that differ")
+    table = Table("step", "phase", "module", "tensor", "differ", "at most", "rule", title=f"the first {len(rows)} of {total} that differ")
     for row in rows:
-        count, ulp = (f"{row.difference.count} of {row.difference.total}", str(row.difference.max_ulp)) if row.difference else ("?", "?")
+        count, ulp = (f"{row.difference.count} of {row.difference.total}", row.difference.distance) if row.difference else ("?", "?")
         call = f" #{row.key.call + 1}" if row.key.call else ""
         table.add_row(str(row.key.step), row.key.phase, row.key.module or "(model)", row.key.tensor + call, count, ulp, row.rule)
     return table
@@ -131,7 +142,7 @@ def _json(row: Comparison) -> dict:
     result = {**row.key._asdict(), "rule": row.rule, "compared": row.compared}
     if row.difference:
         values = {"a": row.difference.expected, "b": row.difference.actual}
-        finite = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}  # JSON has no NaN
-        result |= {"count": row.difference.count, "total": row.difference.total, "index": row.difference.index, **finite}
-        result |= {"max_ulp": row.difference.max_ulp, "ulp_histogram": row.histogram}
+        result |= {name: finite(value) for name, value in values.items()}
+        result |= {"count": row.difference.count, "total": row.difference.total, "index": row.difference.index}
+        result |= {"max_ulp": row.difference.max_ulp, "nonfinite": row.difference.nonfinite, "ulp_histogram": row.histogram}
     return result

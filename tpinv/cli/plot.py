@@ -2,35 +2,48 @@
 
 import math
 
+RED = "#d62728"  # beyond every number: NaN or infinite on one side
+LABEL = "log2(1 + largest difference in ulps of the tensor's largest value), red: NaN or inf"
+
 
 def heat_map(rows, path: str, title: str) -> None:
-    """Writes a PNG (or whatever the suffix of ``path`` names). Colour is log2(1 + largest ulp distance of a tensor); white is equal bytes."""
+    """Writes a PNG (or whatever the suffix of ``path`` names). Colour is log2(1 + the largest difference of a tensor in ulps of its largest
+    value); white is equal bytes, grey was not compared."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     panels = {layers: [row for row in rows if row.layers == layers and row.tp > 1] for layers in ("stock", "tpinv")}
-    names = list(next(iter(panels.values()))[0].ulps)
-    top = max((math.log2(1 + ulp) for row in rows for ulp in row.ulps.values()), default=1.0) or 1.0
+    names = list(dict.fromkeys(name for row in rows for name in row.ulps))
+    top = _top(ulp for row in rows for ulp in row.ulps.values())
     width = max(len(panel) for panel in panels.values())
     figure, axes = pyplot.subplots(
         1, 2, sharey=True, figsize=(6.5 + 0.9 * width, 1.6 + 0.145 * len(names)), layout="constrained", squeeze=False
     )
+    colors = matplotlib.colormaps["viridis_r"].with_extremes(bad="lightgrey", under="white", over=RED)
     for axis, (layers, panel) in zip(axes[0], panels.items(), strict=True):
         image = axis.imshow(
-            [[math.log2(1 + row.ulps[name]) or math.nan for row in panel] for name in names],
-            aspect="auto", interpolation="nearest", vmin=0.0, vmax=top, cmap="viridis_r",
+            [[_color(row.ulps.get(name, math.nan)) for row in panel] for name in names],
+            aspect="auto", interpolation="nearest", vmin=0.0, vmax=top, cmap=colors,
         )  # fmt: skip
         differing, total = sum(row.differing for row in panel), sum(row.tensors for row in panel)
         axis.set_title(f"{layers}: {differing} of {total} differ", fontsize=10)
         axis.set_xticks(range(len(panel)), [f"TP={row.tp}{' SP' if row.sp else ''}" for row in panel], fontsize=8, rotation=45, ha="right")
         axis.set_yticks(range(len(names)), names, fontsize=6)
-        axis.set_facecolor("white")
-    figure.colorbar(image, ax=axes[0].tolist(), label="log2(1 + largest distance in ulp)", shrink=0.5)
+    figure.colorbar(image, ax=axes[0].tolist(), label=LABEL, shrink=0.5)
     figure.suptitle(f"distance from TP=1, white: the same bytes\n{title}", fontsize=10)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _color(ulp: float | None) -> float:
+    """Below 0, white, for None (the same bytes); NaN, grey, for NaN (not compared); the logarithm otherwise."""
+    return -1.0 if ulp is None else math.log2(1 + ulp)
+
+
+def _top(ulps) -> float:
+    return max((math.log2(1 + ulp) for ulp in ulps if ulp is not None and math.isfinite(ulp)), default=0.0) or 1.0
 
 
 def module_map(rows, path: str, title: str) -> None:
@@ -40,25 +53,25 @@ def module_map(rows, path: str, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    distances: dict[tuple[str, str], float] = {}
+    distances: dict[tuple[str, str], float | None] = {}
     compared = [row for row in rows if row.compared]
     for row in compared:
         at = (row.key.module or "(model)", _column(row.key))
-        ulp = row.difference.max_ulp if row.difference else 0
-        distances[at] = max(distances.get(at, 0.0), math.log2(1 + ulp) if ulp else float(row.differs))
+        ulp = (math.inf if row.difference.nonfinite else row.difference.max_ulp) if row.difference else 1.0  # digests do not tell
+        distances[at] = max(distances.get(at), ulp if row.differs else None, key=_color)
     # Parameters are recorded first, in the order of construction; modules shall stand in the order in which they are called.
     modules = list(dict.fromkeys(row.key.module or "(model)" for row in sorted(compared, key=lambda row: row.key.phase != "forward")))
     tensors = sorted({tensor for _, tensor in distances}, key=_place)
-    top = max(distances.values(), default=0.0) or 1.0
+    top = _top(distances.values())
     figure, axis = pyplot.subplots(figsize=(4.5 + 0.45 * len(tensors), 1.8 + 0.145 * len(modules)), layout="constrained")
-    colors = matplotlib.colormaps["viridis_r"].with_extremes(bad="lightgrey", under="white")
+    colors = matplotlib.colormaps["viridis_r"].with_extremes(bad="lightgrey", under="white", over=RED)
     image = axis.imshow(
-        [[distances.get((module, tensor), math.nan) for tensor in tensors] for module in modules],
-        aspect="auto", interpolation="nearest", vmin=1e-6, vmax=top, cmap=colors,
+        [[_color(distances.get((module, tensor), math.nan)) for tensor in tensors] for module in modules],
+        aspect="auto", interpolation="nearest", vmin=0.0, vmax=top, cmap=colors,
     )  # fmt: skip
     axis.set_xticks(range(len(tensors)), tensors, fontsize=7, rotation=60, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(modules)), modules, fontsize=6)
-    figure.colorbar(image, ax=axis, label="log2(1 + largest distance in ulp)", shrink=0.5)
+    figure.colorbar(image, ax=axis, label=LABEL, shrink=0.5)
     figure.suptitle(f"{title}\nwhite: the same bytes, grey: no such tensor", fontsize=9)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -1,53 +1,44 @@
-"""``tpinv verify``: the claim, checked on this machine. Trains a real model at several tensor-parallel sizes, with the stock layers and
-with tpinv, and compares every logit, loss, gradient, gradient norm and final parameter with those of TP = 1, byte for byte.
+"""``tpinv verify``: the claim, checked on this machine. Trains a real model, or yours (``--model``), at several tensor-parallel sizes, with
+the stock layers and with tpinv, and compares every logit, loss, gradient, gradient norm and final parameter with those of TP = 1, byte for byte.
 
-Exit status 0 only if tpinv differs nowhere and the stock run differs somewhere: a comparison that cannot fail proves nothing.
+Exit status 0 only if tpinv differs nowhere and the stock run differs somewhere: a comparison that cannot fail proves nothing (status 2).
 """
 
 import argparse
 import contextlib
 import importlib
-import json
 import math
 import os
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import Tensor
 
-from tpinv.testing import RankPool, compare
+from tpinv.cli.outputs import check_outputs, write_json
+from tpinv.harness.comparison import Row, train_and_compare
+from tpinv.testing import RankPool
 from tpinv.tree import ReductionTree
 
 FRAMEWORKS = {"megatron": "tpinv.harness.megatron.verify", "torchtitan": "tpinv.harness.torchtitan.verify"}
+PLAIN = "tpinv.harness.plain"  # what --model may be of besides
 VARIANTS = "llama (default): RMSNorm, SwiGLU, grouped queries, rope; gpt: LayerNorm, GELU, biases, learned positions"
 COLUMNS = {"layers": "left", "TP": "right", "SP": "left", "differing": "right", "first that differs": "left", "loss per step": "left"}
-
-
-@dataclass
-class Row:
-    """One run, compared with TP = 1 of the same layers."""
-
-    layers: str
-    tp: int
-    sp: bool
-    tensors: int
-    differing: int
-    first_difference: str | None
-    first_ulp: int
-    max_ulp: int
-    losses: list[float]
-    ulps: dict[str, int] = field(default_factory=dict)
+# What describes the model of verify's own, and a model of yours says itself.
+OF_OUR_MODEL = ("hidden", "num_layers", "variant", "tied", "qk_norm", "recompute", "distributed_optimizer")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--framework", default="megatron", choices=sorted(FRAMEWORKS), help="whose model and training loop (default megatron)"
-    )
+        "--model", metavar="MODULE:FUNCTION",
+        help="train your own model: a factory as my_package.my_module:build or path/file.py:build (docs/verify.md)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--framework", choices=["plain", *sorted(FRAMEWORKS)],
+        help="whose model and training loop (default megatron; with --model: what the factory's module imports, else plain)",
+    )  # fmt: skip
     parser.add_argument("--tp", default="1,2,4,8", help="tensor-parallel sizes, compared with 1 (default 1,2,4,8)")
     parser.add_argument("--sequence-parallel", action="store_true", help="run every size above 1 with sequence parallelism as well")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of parameters and activations (default fp32)")
@@ -56,10 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cpu", choices=["cpu", "cuda"], help="cuda: NCCL if every rank has a GPU, else ranks share GPUs over gloo"
     )
-    parser.add_argument("--hidden", type=int, default=0, help="hidden size, about, with heads of 128 (default: as small as can be)")
-    parser.add_argument("--num-layers", type=int, default=0, help="transformer layers (default 2)")
+    parser.add_argument("--hidden", type=int, help="hidden size, about, with heads of 128 (default: as small as can be)")
+    parser.add_argument("--num-layers", type=int, help="transformer layers (default 2)")
     parser.add_argument("--leaves", type=int, default=8, help="leaves of the tree, a multiple of every size (default 8; 24 for 3 and 6)")
-    parser.add_argument("--variant", default="llama", choices=["llama", "gpt"], help=VARIANTS)
+    parser.add_argument("--variant", choices=["llama", "gpt"], help=VARIANTS)
     parser.add_argument("--tied", action="store_true", help="share the embedding with the output layer")
     parser.add_argument("--qk-norm", action="store_true", help="normalise queries and keys")
     parser.add_argument("--recompute", action="store_true", help="recompute every layer's activations in the backward pass")
@@ -79,81 +70,135 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a GPU; there is none here")
     console = Console()
+    framework, settings, about = _own_model(arguments, sizes) if arguments.model else _our_model(arguments, sizes)
     console.print(
-        f"[bold]{tree.fingerprint}[/]  {arguments.framework} {arguments.variant}{' tied' if arguments.tied else ''}"
-        f"{' qk-norm' if arguments.qk_norm else ''} {arguments.dtype} on {arguments.device}, {arguments.steps} steps of {arguments.micro_batches} micro-batches"
-    )
-    rows = _compare_all(arguments, sizes, console)
+        f"[bold]{tree.fingerprint}[/]  {about} {arguments.dtype} on {arguments.device}, {arguments.steps} steps of "
+        f"{arguments.micro_batches} micro-batches", soft_wrap=True,
+    )  # fmt: skip
+    rows = _compare_all(arguments, sizes, framework, settings, console)
     console.print(_table(rows))
-    ok = _verdict(rows, console)
+    ours, stock, unknown = _sums(rows)
+    _verdict(rows, console)
+    ok = not ours and not unknown and stock > 0
     if arguments.json:
-        listed = [{name: value for name, value in asdict(row).items() if name not in ("ulps", "first_ulp")} for row in rows]
-        for row in listed:  # JSON has no NaN
-            row["losses"] = [loss if math.isfinite(loss) else None for loss in row["losses"]]
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"fingerprint": tree.fingerprint, "ok": ok, "rows": listed}, file, indent=1)
+        write_json(arguments.json, {"fingerprint": tree.fingerprint, "ok": ok, "rows": [_json(row) for row in rows]})
     if arguments.plot:
         from tpinv.cli.plot import heat_map
 
-        heat_map(rows, arguments.plot, f"{arguments.framework} {arguments.variant} {arguments.dtype}, {tree.fingerprint}")
+        heat_map(rows, arguments.plot, f"{about} {arguments.dtype}, {tree.fingerprint}")
+    if not ours and unknown:
+        raise ValueError(
+            f"{unknown} tensors could not be compared, so this run proves nothing about them; docs/verify.md says what to name"
+        )
+    if not ours and not stock:
+        raise ValueError("the stock layers do not differ either, so this run proves nothing; use more steps or larger sizes")
     return 0 if ok else 1
 
 
 def _sizes(arguments: argparse.Namespace) -> tuple[int, ...]:
+    """All sizes, 1 among them. Also refuses numbers that no run could have, with the option's name."""
     try:
-        sizes = sorted({1, *(int(size) for size in arguments.tp.split(","))})
+        named = [int(size) for size in arguments.tp.split(",")]
     except ValueError:
         raise ValueError(f"--tp {arguments.tp!r} must be integers separated by commas, such as 1,2,4,8") from None
-    if sizes[0] < 1 or len(sizes) < 2:
-        raise ValueError(f"--tp {arguments.tp!r} must name at least one size above 1, such as 1,2,4,8")
+    if min(named) < 1 or max(named) < 2:
+        raise ValueError(f"--tp {arguments.tp!r} must name at least one size above 1, and none below 1, such as 1,2,4,8")
+    if len(set(named)) < len(named):
+        raise ValueError(f"--tp {arguments.tp!r} names a size twice; name each once")
     if arguments.steps < 1 or arguments.micro_batches < 1:
         raise ValueError(f"--steps {arguments.steps} and --micro-batches {arguments.micro_batches} must be at least 1")
-    return tuple(sizes)
+    for name in ("hidden", "num_layers"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if not 0 < arguments.timeout < math.inf:
+        raise ValueError(f"--timeout {arguments.timeout:g} must be a positive number of seconds")
+    return tuple(sorted({1, *named}))
 
 
-def check_outputs(arguments: argparse.Namespace) -> None:
-    """Before the work, not after it."""
-    for option, path in ((f"--{name}", getattr(arguments, name, None)) for name in ("json", "csv", "plot")):
-        if path and not os.path.isdir(directory := os.path.dirname(path) or "."):
-            raise ValueError(f"{option} {path} cannot be written: there is no directory {directory}")
-    if arguments.plot:
-        try:
-            importlib.import_module("matplotlib")
-            supported = importlib.import_module("matplotlib.figure").Figure().canvas.get_supported_filetypes()
-        except ModuleNotFoundError as error:
-            raise ValueError(f"--plot needs matplotlib ({error}); pip install 'tpinv[plot]'") from error
-        if os.path.splitext(arguments.plot)[1].lstrip(".") not in supported:
-            raise ValueError(f"--plot {arguments.plot} must end in one of {', '.join(sorted(supported))}")
+# -- what is trained --------------------------------------------------------------------------------------------------------------
 
 
-def _compare_all(arguments: argparse.Namespace, sizes: tuple[int, ...], console: Console) -> list[Row]:
+def _our_model(arguments: argparse.Namespace, sizes: tuple[int, ...]):
+    """The framework's name, settings(framework, layers, size, sp), and a title, for verify's own small model."""
+    framework = arguments.framework or "megatron"
+    if framework not in FRAMEWORKS:
+        raise ValueError(f"--framework {framework} has no model of its own; name yours with --model")
+    variant = arguments.variant or "llama"
+    given = {name: getattr(arguments, name) for name in ("device", "hidden", "num_layers", "recompute", "distributed_optimizer")}
+    given = {name: value for name, value in given.items() if value not in ("cpu", None, False)}
+
+    def settings(module, layers: str, size: int, sp: bool):
+        if unknown := given.keys() - module.Run.__dataclass_fields__.keys():
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(unknown))
+            raise ValueError(f"{names} cannot be chosen for {framework}; leave it out")
+        return module.Run(
+            layers=layers, tp=size, sequence_parallel=sp, sizes=sizes, leaves=arguments.leaves, variant=variant, dtype=arguments.dtype,
+            steps=arguments.steps, micro_batches=arguments.micro_batches, tied=arguments.tied, qk_norm=arguments.qk_norm, **given,
+        )  # fmt: skip
+
+    about = f"{framework} {variant}{' tied' if arguments.tied else ''}{' qk-norm' if arguments.qk_norm else ''}"
+    return framework, settings, about
+
+
+def _own_model(arguments: argparse.Namespace, sizes: tuple[int, ...]):
+    """The same for the user's."""
+    from tpinv.harness.own import OwnRun, framework_of, load_factory
+
+    if told := [name for name in OF_OUR_MODEL if getattr(arguments, name)]:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in told)
+        raise ValueError(f"{names} would describe verify's own model; with --model the factory says what is built")
+    factory = load_factory(arguments.model)
+    framework = arguments.framework or framework_of(factory)
+
+    def settings(module, layers: str, size: int, sp: bool):
+        return OwnRun(
+            model=arguments.model, layers=layers, tp=size, sequence_parallel=sp, sizes=sizes, leaves=arguments.leaves, dtype=arguments.dtype,
+            steps=arguments.steps, micro_batches=arguments.micro_batches, device=arguments.device,
+        )  # fmt: skip
+
+    return framework, settings, f"{arguments.model} ({framework})"
+
+
+# -- running and reporting --------------------------------------------------------------------------------------------------------
+
+
+def _compare_all(arguments: argparse.Namespace, sizes: tuple[int, ...], name: str, settings, console: Console) -> list[Row]:
     layouts = [(size, sp) for size in sizes for sp in ((False, True) if arguments.sequence_parallel and size > 1 else (False,))]
-    module = FRAMEWORKS[arguments.framework]
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True
     )
-    rows = []
+    module = PLAIN if name == "plain" else FRAMEWORKS[name]
+    rows: list[Row] = []
     # The fork server must not touch CUDA, which whatever a framework imports may do.
     preload = [module] if arguments.device == "cpu" else []
     with warnings.catch_warnings(), bar, _environment_of_workers(arguments.device), RankPool(preload=preload) as pool:
         warnings.simplefilter("ignore")
-        task = bar.add_task(f"importing {arguments.framework}", total=2 * len(layouts))
-        try:
-            framework = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{arguments.framework} cannot be imported ({error}); pip install 'tpinv[{arguments.framework}]'") from error
-        for layers in ("stock", "tpinv"):
-            for size, sp in layouts:
-                bar.update(task, description=f"{layers}  TP={size}{'  SP' if sp else ''}")
-                settings = _settings(framework, arguments, sizes, layers, size, sp)
-                job = (_train_and_compare, size, framework.train, settings)
-                started = time.monotonic()
-                rows.append(row := pool.run(*job, timeout=arguments.timeout, device=arguments.device)[0])
-                bar.advance(task)
-                if not console.is_terminal:  # which shows no bar, and the table comes last
-                    found = "trained" if size == 1 else f"{row.differing} of {row.tensors} differ"
-                    console.print(f"{layers} TP={size}{' SP' if sp else ''}: {found}, {time.monotonic() - started:.0f} s")
+        task = bar.add_task(f"importing {name}", total=2 * len(layouts))
+        framework = _import(module, name)
+        runs = [(layers, size, sp, settings(framework, layers, size, sp)) for layers in ("stock", "tpinv") for size, sp in layouts]
+        for layers, size, sp, run_settings in runs:
+            bar.update(task, description=f"{layers}  TP={size}{'  SP' if sp else ''}")
+            job = (framework.train_own, run_settings) if arguments.model else (framework.train, run_settings)
+            started = time.monotonic()
+            row = pool.run(
+                train_and_compare, size, *job, bool(arguments.model), timeout=arguments.timeout, device=arguments.device
+            )[0]  # fmt: skip
+            rows.append(row)
+            bar.advance(task)
+            which = f"{layers} TP={size}{' SP' if sp else ''}"
+            if not console.is_terminal:  # which shows no bar, and the table comes last
+                found = "trained" if size == 1 else f"{row.differing} of {row.tensors} differ"
+                console.print(f"{which}: {found}, {time.monotonic() - started:.0f} s")
+            if row.loaded:
+                console.print(f"{which}: {row.loaded} initial tensors depended on TP; it started from those of TP=1")
     return rows
+
+
+def _import(module: str, name: str):
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{name} cannot be imported ({error}); pip install 'tpinv[{name}]'") from error
 
 
 @contextlib.contextmanager
@@ -167,59 +212,6 @@ def _environment_of_workers(device: str):
     finally:
         os.environ.clear()
         os.environ.update(saved)
-
-
-def _settings(framework, arguments: argparse.Namespace, sizes: tuple[int, ...], layers: str, size: int, sp: bool):
-    given = {name: getattr(arguments, name) for name in ("device", "hidden", "num_layers", "recompute", "distributed_optimizer")}
-    given = {name: value for name, value in given.items() if value not in ("cpu", 0)}
-    if unknown := given.keys() - framework.Run.__dataclass_fields__.keys():
-        raise ValueError(f"{', '.join(sorted(unknown))} cannot be chosen for {arguments.framework}; leave it out")
-    return framework.Run(
-        layers=layers,
-        tp=size,
-        sequence_parallel=sp,
-        sizes=sizes,
-        leaves=arguments.leaves,
-        variant=arguments.variant,
-        dtype=arguments.dtype,
-        steps=arguments.steps,
-        micro_batches=arguments.micro_batches,
-        tied=arguments.tied,
-        qk_norm=arguments.qk_norm,
-        **given,
-    )
-
-
-_first: dict[str, Tensor] = {}  # on rank 0: what TP = 1 of the same layers recorded
-
-
-def _train_and_compare(train, settings) -> Row | None:
-    """Trains on this rank. Rank 0, which trains at every size, keeps the recording of TP = 1 and compares the others with it where they are."""
-    recording = train(settings)
-    if recording is None:
-        return None
-    if settings.tp == 1:
-        _first.clear()
-        _first.update(recording)
-    return _row(settings.layers, settings.tp, settings.sequence_parallel, recording, _first)
-
-
-def _row(layers: str, size: int, sp: bool, recording: dict[str, Tensor], reference: dict[str, Tensor]) -> Row:
-    """Compares a recording with that of TP = 1. What was drawn before training must be equal, or the comparison would be unfair."""
-    if recording.keys() != reference.keys():
-        raise RuntimeError(f"{layers} TP={size} recorded other tensors than TP=1: {sorted(recording.keys() ^ reference.keys())}")
-    differences = {name: compare(recording[name], reference[name]) for name in reference}
-    unfair = [name for name, difference in differences.items() if name.startswith("initial/") and difference]
-    if unfair:
-        raise RuntimeError(f"{layers} TP={size} did not start from the weights of TP=1: {unfair}")
-    computed = {name: difference for name, difference in differences.items() if not name.startswith("initial/")}
-    wrong = {name: difference.max_ulp for name, difference in computed.items() if difference}
-    first = next(iter(wrong), None)
-    losses = [recording[name].item() for name in recording if name.endswith("/loss")]
-    return Row(
-        layers, size, sp, len(computed), len(wrong), first, wrong.get(first, 0), max(wrong.values(), default=0), losses,
-        {name: wrong.get(name, 0) for name in computed},
-    )  # fmt: skip
 
 
 def _table(rows: list[Row]) -> Table:
@@ -236,19 +228,40 @@ def _table(rows: list[Row]) -> Table:
         else:
             color = "red" if row.differing else "green"
             found = f"[{color}]{row.differing} of {row.tensors}[/]"
-            first = f"{row.first_difference}  ({row.first_ulp} ulp; at most {row.max_ulp} anywhere)" if row.differing else ""
+            largest = "NaN or inf" if math.isinf(row.max_ulp) else f"{row.max_ulp:.3g}"
+            first = f"{row.first_difference}  ({row.first_distance}; at most {largest} anywhere)" if row.differing else ""
+            if row.not_compared:
+                name, why = next(iter(row.not_compared.items()))
+                found += f", [yellow]{len(row.not_compared)} not compared[/]"
+                first = "\n".join(filter(None, (first, f"not compared: {name}, {why}")))
         table.add_row(row.layers, str(row.tp), "on" if row.sp else "off", found, first, " ".join(f"{loss:.6f}" for loss in row.losses))
     return table
 
 
-def _verdict(rows: list[Row], console: Console) -> bool:
-    ours = sum(row.differing for row in rows if row.layers == "tpinv")
-    stock = sum(row.differing for row in rows if row.layers == "stock")
+def _sums(rows: list[Row]) -> tuple[int, int, int]:
+    """Differing tensors of tpinv, of stock, and those of tpinv that could not be compared."""
+    ours, stock = (sum(row.differing for row in rows if row.layers == layers) for layers in ("tpinv", "stock"))
+    return ours, stock, sum(len(row.not_compared) for row in rows if row.layers == "tpinv")
+
+
+def _verdict(rows: list[Row], console: Console) -> None:
+    ours, stock, unknown = _sums(rows)
+    count = sum(row.tensors for row in rows if row.layers == "tpinv" and row.tp > 1)
     if ours:
         console.print("[red]tpinv differs: this is a bug, or a part of the model that tpinv does not cover[/]")
+    elif unknown:
+        console.print(f"[yellow]tpinv: the same bytes in {count - unknown} of {count} comparisons, the others could not be made[/]")
     elif not stock:
         console.print("[red]the stock layers do not differ either, so this run proves nothing; use more steps or larger sizes[/]")
     else:
-        count = sum(row.tensors for row in rows if row.layers == "tpinv" and row.tp > 1)
         console.print(f"[green]tpinv: the same bytes in all {count} comparisons[/]; stock layers: {stock} of them differ")
-    return not ours and stock > 0
+    if not any(row.loaded for row in rows):
+        console.print("initial weights were the same bytes at every size")
+
+
+def _json(row: Row) -> dict:
+    names = ("layers", "tp", "sp", "tensors", "differing", "first_difference")
+    listed = {name: getattr(row, name) for name in names}
+    listed["max_ulp"] = row.max_ulp if math.isfinite(row.max_ulp) else "NaN or inf"  # JSON has neither
+    listed["losses"] = [loss if math.isfinite(loss) else None for loss in row.losses]
+    return listed | ({"not_compared": row.not_compared} if row.not_compared else {}) | ({"loaded": row.loaded} if row.loaded else {})

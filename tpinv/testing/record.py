@@ -20,22 +20,31 @@ shared experts), the gradients are then added in another order, (a + b) + c as a
 
 and the parameters once more at the end, after the last optimizer step. Buffers, and what no module computes, are not recorded.
 
-Tensors are kept by the digest of their bytes, so that one module's output, which is the next one's input, is kept once.
+Tensors are kept by the digest of their bytes, so that one module's output, which is the next one's input, is kept once. Each rank's
+file says which run it is of (an id that rank 0 draws and the others read from the process group's store), its rank and their number,
+the fingerprints of the model's trees, and the versions: ``tpinv diff`` refuses files of different runs and orders that cannot agree.
 """
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import os
 import re
+import uuid
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-FORMAT = "tpinv recording 1"
+from tpinv.contract import fingerprint
+from tpinv.tree import ReductionTree
+
+FORMAT = "tpinv recording 2"
+RUN_ID_WAIT = timedelta(seconds=60)  # for the first rank to begin its recording
 
 
 class record:
@@ -62,6 +71,8 @@ class record:
     ):  # fmt: skip
         distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.ranks = (dist.get_rank(group), dist.get_world_size(group)) if distributed else (0, 1)
+        if self.rank < 0:
+            raise ValueError("record: this rank is not in the group; call it on the group's ranks only")
         self.path, self.keep, self._grad_input = os.fspath(path), keep, grad_input
         os.makedirs(self.path, exist_ok=True)
         if strangers := sorted(set(os.listdir(self.path)) - {f"rank{rank}.pt" for rank in range(self.ranks)}):
@@ -71,6 +82,8 @@ class record:
             self.shards = {re.compile(name): (dim, 1) if isinstance(dim, int) else tuple(dim) for name, dim in (shards or {}).items()}
         except re.error as error:
             raise ValueError(f"{error.pattern!r} is no regular expression: {error}") from None
+        self.run = _run_id(group, self.path) if self.ranks > 1 else uuid.uuid4().hex
+        self.fingerprints = sorted({fingerprint(tree) for tree in _trees(model)})
         self._step, self._dirty, self._warned = 0, False, False
         self._events: list[dict] = []
         self._tensors: dict[str, Tensor] = {}
@@ -112,7 +125,9 @@ class record:
             self.step()
         if self._step:
             self._add_parameters()
-        recording = {"format": FORMAT, "rank": self.rank, "ranks": self.ranks, "events": self._events, "tensors": self._tensors}
+        versions = {"torch": str(torch.__version__), "tpinv": importlib.metadata.version("tpinv"), "device": _device(self._parameters)}
+        recording = {"format": FORMAT, "run": self.run, "rank": self.rank, "ranks": self.ranks, "fingerprints": self.fingerprints}
+        recording |= {"versions": versions, "events": self._events, "tensors": self._tensors}
         torch.save(recording, os.path.join(self.path, f"rank{self.rank}.pt"))
 
     # -- hooks -------------------------------------------------------------------------------------------------------
@@ -123,7 +138,7 @@ class record:
                 self._dirty = True
                 self._add_parameters()
             inputs = {str(i): value for i, value in enumerate(args)} | kwargs
-            for name, tensor in _named(inputs, "input"):
+            for name, tensor in named_tensors(inputs, "input"):
                 self._add(_forward_phase(), module, name, tensor)
                 where = next((at for at, value in inputs.items() if value is tensor), None)
                 # A parameter, or a tensor that carries attributes, must reach the module as what it is.
@@ -135,7 +150,7 @@ class record:
 
     def _after(self, module: str, stride: int):
         def hook(_, args: tuple, output):
-            for name, tensor in _named(output, "output"):
+            for name, tensor in named_tensors(output, "output"):
                 self._add(_forward_phase(), module, name, tensor, stride=stride)
                 if _has_gradient(tensor):
                     self._watch(tensor, module, f"grad_{name}", stride)
@@ -193,6 +208,39 @@ class record:
         )
 
 
+def _run_id(group, path: str) -> str:
+    """The same random string on every rank of the group, by its store: no collective, which ranks that do not record would miss."""
+    store = dist.distributed_c10d._get_default_store()
+    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+    name = f"tpinv.testing.record/{','.join(map(str, ranks))}"
+    turn = store.add(f"{name}/{dist.get_rank()}", 1)  # each rank counts its own recordings
+    key = f"{name}/run{turn}"
+    if dist.get_rank(group) == 0:
+        store.set(key, uuid.uuid4().hex)
+    try:
+        store.wait([key], RUN_ID_WAIT)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"record({path!r}): rank {ranks[0]} did not begin its recording {turn} within {RUN_ID_WAIT}; record on every rank"
+        ) from error
+    return store.get(key).decode()
+
+
+def _trees(model: nn.Module) -> set[ReductionTree]:
+    """Those that the model's modules hold, by whatever name."""
+    return {
+        tree
+        for module in model.modules()
+        for tree in (*vars(module).values(), getattr(module, "tree", None))
+        if isinstance(tree, ReductionTree)
+    }
+
+
+def _device(parameters: list[tuple[str, nn.Parameter]]) -> str:
+    device = next((parameter.device for _, parameter in parameters), torch.device("cpu"))
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _has_gradient(tensor: Tensor) -> bool:
     return torch.is_grad_enabled() and tensor.requires_grad
 
@@ -208,7 +256,7 @@ def _digest(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _named(value, name: str) -> list[tuple[str, Tensor]]:
+def named_tensors(value, name: str) -> list[tuple[str, Tensor]]:
     """The tensors in nested arguments or results. A single one is called ``name`` alone, as (y, None) and y are the same to a reader."""
     found = list(_walk(value, ""))
     return [(name, tensor) for _, tensor in found] if len(found) == 1 else [(name + path, tensor) for path, tensor in found]
