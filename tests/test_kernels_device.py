@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from tpinv.kernels.attention import backward as attention_backward
 from tpinv.kernels.attention import forward as attention
+from tpinv.kernels.attention import paged
 from tpinv.kernels.rows import activation, cross_entropy, embedding, norm, squares
 from tpinv.runtime.device import on_device_of_first, table
 
@@ -17,6 +18,7 @@ GUARDED = {
     activation: ("silu", "silu_backward", "swiglu", "swiglu_backward"),
     attention: ("forward",),
     attention_backward: ("backward",),
+    paged: ("append", "forward"),
     cross_entropy: ("row_max", "vocab_sums", "vocab_grad"),
     embedding: ("sum_by_id",),
     norm: ("norm", "norm_backward"),

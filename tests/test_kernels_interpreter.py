@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-NAMES = ["interpreted_step", "interpreted_kernels"]
+NAMES = ["interpreted_step", "interpreted_kernels", "interpreted_attention"]
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpinv.kernels.attention.forward import DYNAMIC, LOG2E, Pack, blocks, constants, launches, new, padded_width, place, strides, tile
+from tpinv import contract
+from tpinv.kernels.attention.forward import DYNAMIC, MAX_WIDTH, constants, launches, new, padded_width, place, strides
+from tpinv.kernels.attention.leaves import LOG2E, tile
 from tpinv.kernels.rows.pairwise import row_tree
+from tpinv.reference.attention import Pack
 from tpinv.runtime.device import on_device_of_first
 from tpinv.runtime.launch import entry
 
 _ELEMENTS = 4096  # of a program that sums rows
+# Bytes of an element -> head width up to -> warps, stages of dq, and of dk with dv, whose blocks are contract.ATTENTION_BLOCKS.
+SCHEDULES = {
+    2: {64: ((8, 3), (8, 3)), 128: ((4, 2), (8, 2)), 256: ((8, 2), (8, 2))},
+    4: {128: ((4, 1), (4, 1)), 256: ((4, 1), (4, 1))},
+}
+
+
+def blocks(width: int, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
+    """(query rows, keys, warps, stages) of dq, and (keys, query rows, warps, stages) of dk and dv. ValueError above MAX_WIDTH."""
+    for limit, sizes in contract.ATTENTION_BLOCKS[dtype.itemsize].items():
+        if width <= limit:
+            return [(*size, *schedule) for size, schedule in zip(sizes, SCHEDULES[dtype.itemsize][limit], strict=True)]
+    raise ValueError(f"heads of width {width} are wider than {MAX_WIDTH}; use narrower ones")
 
 
 @entry
@@ -191,7 +207,7 @@ def fill_dkv(q, k, v, dout, lse, delta, dk, dv, scale: float, causal: bool, pack
     batch, heads, width = q.shape[1:]
     sk, _, groups, _ = k.shape
     per_group, common = heads // groups, constants(q, causal)
-    keys, rows, warps, stages = blocks(width, q.dtype)[2]
+    keys, rows, warps, stages = blocks(width, q.dtype)[1]
     part_dk, part_dv = (dk, dv) if per_group == 1 else new(q, pack)(2, sk, batch, heads, width, dtype=torch.float32)
     for grid, place_args in launches(q, k, pack, keys, by_keys=True):
         dkv_kernel[grid](
@@ -204,7 +220,7 @@ def fill_dkv(q, k, v, dout, lse, delta, dk, dv, scale: float, causal: bool, pack
 
 
 def fill_dq(q, k, v, dout, lse, delta, dq, scale: float, causal: bool, pack: Pack | None) -> None:
-    rows, keys, warps, stages = blocks(q.shape[3], q.dtype)[1]
+    rows, keys, warps, stages = blocks(q.shape[3], q.dtype)[0]
     for grid, place_args in launches(q, k, pack, rows):
         dq_kernel[grid](
             q, k, v, dout, lse, delta, dq, *strides(q, k, v, dout, dq), *place_args, scale * LOG2E, scale,

@@ -1,20 +1,16 @@
-"""Attention on the GPU whose bits depend on one query head, its keys and its values, and nothing else.
+"""Attention's forward for training and prefill, over tensors, packs or pages: bits depend on one query head, its keys and values alone.
 
-Three kernels, FlashAttention-2's recurrences (arXiv 2307.08691) in fixed blocks and without atomics:
+A program takes a tile of rows of one head through the node's leaves (kernels/attention/leaves.py; reference/attention.py is the contract).
+Nothing that libraries let vary is in the bits: no split of the keys by how busy the GPU is, no atomics, and neither a tile's rows nor warps.
+A row keeps its bits when the sequence grows: what the mask hides adds zeros, if it is finite (0 * NaN is NaN).
 
-    forward     a program per query block: out and the row's log2 of sum(exp2); key blocks in increasing order from key 0
-    dq          a program per query block: key blocks in increasing order
-    dk, dv      a program per key block and query head: query blocks in increasing order; then, for grouped queries, one chain
-                over the heads of the group, in fp32
+Up to one node (4096 keys) a node's total lives in registers. Longer sequences need the tree's pending values, log2(nodes) of them, kept in
+scratch: a fixed number of programs takes one tile after the other, so that scratch does not grow with the sequence
+(:func:`scratch_floats`). Which of the two kernels runs follows the longest sequence and is not in the bits.
 
-What libraries let vary is fixed here: no split of the keys by how busy the GPU is, no atomics, block sizes by head width and dtype
-alone. They enter the bits (the softmax is rescaled once a block), so unlike the products' tiles they are part of the contract on GPUs:
-``BLOCKS``. A row also keeps its bits when the sequence grows: what the mask hides adds zeros, if it is finite (0 * NaN is NaN).
-
-Sequences of different lengths can lie one behind another in one tensor, a pack. A program of a pack looks up where its sequence starts
-and ends and then does what it does for a batch: blocks are counted from the first row of the sequence, so it has the bits it has alone.
-
-Multiply-adds are written out and contraction is off, so that no specialization of the compiler decides a rounding.
+Sequences of different lengths can lie one behind another in one tensor, a pack, or a request's keys in pages. A program looks up where its
+sequence starts and ends and then does what it does for a batch: blocks are counted from the first key of the sequence, so it has the bits
+it has alone.
 """
 
 from collections.abc import Iterator
@@ -24,23 +20,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tpinv import contract
+from tpinv.kernels.attention.leaves import BLOCK, LOG2E, NODE, merge, quotient, tile, walk
 from tpinv.reference.attention import Pack
 from tpinv.runtime.device import ceil_div, on_device_of_first
 from tpinv.runtime.launch import entry
 
-# head width up to -> (query rows, keys, warps, stages): forward, dq; (keys, query rows, warps, stages): dk and dv. fp32 is for tests.
-BLOCKS = {
-    2: {
-        64: ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
-        128: ((128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
-        256: ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
-    },
-    4: {128: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)), 256: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))},
-}
+# Bytes of an element -> head width up to -> rows, warps, stages of a program. Not in the bits. fp32 is for tests.
+TILES = {2: {64: (128, 8, 3), 128: (128, 8, 3), 256: (64, 8, 2)}, 4: {128: (32, 4, 1), 256: (16, 4, 1)}}
 MAX_WIDTH = 256
-LOG2E = 1.4426950408889634
 DYNAMIC = ["q_rows", "k_rows", "batch", "per_group"]
 GRID_LIMIT = 65535  # of the second and third axis
+LEVELS = 8  # pending values of the tree
+MAX_KEYS = contract.ATTENTION_LEAF * contract.ATTENTION_NODE << LEVELS
+PROGRAMS = 1  # of a multiprocessor, when there is a tree
 
 
 @triton.jit
@@ -49,47 +42,106 @@ def place(cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch):
 
     int64: a stride fits into int32 and its multiple may not."""
     batch, head = tl.program_id(2).to(tl.int64) + batch, tl.program_id(1).to(tl.int64)
-    q_at, queries, k_at, keys = 0, q_rows, 0, k_rows
+    q_at, queries, k_at, keys = extent(cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch)
     if cu_q is not None:
-        q_at, queries = tl.load(first_q + batch).to(tl.int64), tl.load(cu_q + batch + 1) - tl.load(cu_q + batch)
-        k_at, keys = tl.load(first_k + batch).to(tl.int64), tl.load(cu_k + batch + 1) - tl.load(cu_k + batch)
         batch = tl.zeros_like(batch)
     return batch, head, q_at, queries, k_at, keys
 
 
 @triton.jit
-def tile(ptr, row, rows, stride, dim, DIM: tl.constexpr, MASKED: tl.constexpr = True):
-    """Rows [ROWS, DIM padded]; zeros past the end. MASKED: rows may lie past the end."""
-    at = ptr + row[:, None].to(tl.int64) * stride + dim[None, :]
-    if dim.shape[0] != DIM:
-        return tl.load(at, mask=(row[:, None] < rows) & (dim[None, :] < DIM), other=0.0)
-    elif MASKED:
-        return tl.load(at, mask=row[:, None] < rows, other=0.0)
-    else:
-        return tl.load(at)
+def extent(cu_q, cu_k, first_q, first_k, q_rows, k_rows, sequence):
+    """First query, queries, first key and keys of a sequence."""
+    q_at, queries, k_at, keys = 0, q_rows, 0, k_rows
+    if cu_q is not None:
+        q_at, queries = tl.load(first_q + sequence).to(tl.int64), tl.load(cu_q + sequence + 1) - tl.load(cu_q + sequence)
+        k_at, keys = tl.load(first_k + sequence).to(tl.int64), tl.load(cu_k + sequence + 1) - tl.load(cu_k + sequence)
+    return q_at, queries, k_at, keys
 
 
 @triton.jit
-def _forward_step(
-    q, acc, total, top, k_ptr, v_ptr, k_s, v_s, at, row, keys, offset, dim, scale,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
+def _parked(ptr, level, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Where a pending value is: acc [ROWS, WIDTH], total and top [ROWS]."""
+    row = tl.arange(0, ROWS)
+    ptr += level * (ROWS * (WIDTH + 2))
+    return ptr + row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], ptr + ROWS * WIDTH + row, ptr + ROWS * (WIDTH + 1) + row
+
+
+@triton.jit
+def _rows(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, parked_ptr, table_ptr, q_s, k_s, k_b, v_s, v_b, o_s, block, queries, keys, scale,
+    CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, TREE: tl.constexpr,
+    LEAF: tl.constexpr,
 ):  # fmt: skip
-    key = at + tl.arange(0, KEYS)
-    k = tile(k_ptr, key, keys, k_s, dim, DIM, MASKED)
-    scores = tl.dot(q, k.T, input_precision="ieee")
-    if MASKED:
-        seen = (key < keys)[None, :]
-        if CAUSAL:
-            seen = seen & (key[None, :] <= row[:, None] + offset)
-        scores = tl.where(seen, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-    p = tl.exp2(tl.fma(scores, tl.zeros_like(scores) + scale, tl.zeros_like(scores) - new_top[:, None]))
-    shrink = tl.exp2(top - new_top)
-    total = tl.fma(total, shrink, tl.sum(p, 1))
-    acc = acc * shrink[:, None]
-    v = tile(v_ptr, key, keys, v_s, dim, DIM, MASKED)
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-    return acc, total, new_top
+    """One tile of one head of one sequence, at whose first row, key and head the pointers are."""
+    row = block * ROWS + tl.arange(0, ROWS)
+    dim = tl.arange(0, WIDTH)
+    q = tile(q_ptr, row, queries, q_s, dim, DIM)
+    sees = row + (keys - queries + 1)
+    whole = keys // BLOCK * BLOCK
+    end = keys
+    if CAUSAL:
+        whole = max(0, min(whole, (block * ROWS + keys - queries + 1) // BLOCK * BLOCK))
+        end = max(0, min(keys, block * ROWS + ROWS + keys - queries))
+    acc = tl.zeros((ROWS, WIDTH), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    if TREE:
+        pending = 0
+        for start in range(0, end, LEAF * NODE):
+            stop = min(end, start + LEAF * NODE)
+            acc, total, top = _node(
+                q, start, max(start, min(whole, stop)), stop, keys, sees, k_ptr, v_ptr, k_s, k_b, v_s, v_b, table_ptr, dim, scale,
+                CAUSAL, DIM, WIDTH, PAGE, LEAF,
+            )  # fmt: skip
+            turn = start // (LEAF * NODE)
+            if stop == end:
+                turn = (1 << pending) - 1  # the last node takes all that is pending
+            while turn % 2 == 1:
+                pending -= 1
+                acc_at, total_at, top_at = _parked(parked_ptr, pending, ROWS, WIDTH)
+                acc, total, top = merge(tl.load(acc_at), tl.load(total_at), tl.load(top_at), acc, total, top)
+                turn = turn // 2
+            if stop != end:
+                acc_at, total_at, top_at = _parked(parked_ptr, pending, ROWS, WIDTH)
+                tl.debug_barrier()  # what was there has been read
+                tl.store(acc_at, acc)
+                tl.store(total_at, total)
+                tl.store(top_at, top)
+                tl.debug_barrier()  # a thread may read what another one stored
+                pending += 1
+    else:
+        acc, total, top = _node(
+            q, 0, whole, end, keys, sees, k_ptr, v_ptr, k_s, k_b, v_s, v_b, table_ptr, dim, scale, CAUSAL, DIM, WIDTH, PAGE, LEAF
+        )
+    out = quotient(acc, total)
+    if PAGE and CAUSAL:
+        if (keys < queries) & (keys > 0):
+            out = tl.full(out.shape, float("nan"), tl.float32)
+    inside = (row < queries)[:, None] & (dim < DIM)[None, :]
+    tl.store(out_ptr + row[:, None].to(tl.int64) * o_s + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row, top + tl.log2(total), mask=row < queries)
+
+
+@triton.jit
+def _node(
+    q, start, whole, stop, keys, sees, k_ptr, v_ptr, k_s, k_b, v_s, v_b, table_ptr, dim, scale,
+    CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, LEAF: tl.constexpr,
+):  # fmt: skip
+    """A node's keys from ``start`` to ``stop``, of which every row sees those up to ``whole``."""
+    acc = tl.zeros((q.shape[0], WIDTH), tl.float32)
+    total = tl.zeros((q.shape[0],), tl.float32)
+    top = tl.full((q.shape[0],), float("-inf"), tl.float32)
+    leaf_acc, leaf_total, leaf_top = acc, total, top
+    acc, total, top, leaf_acc, leaf_total, leaf_top = walk(
+        q, acc, total, top, leaf_acc, leaf_total, leaf_top, start, whole, keys, sees, k_ptr, v_ptr, k_s, k_b, v_s, v_b, table_ptr, dim,
+        scale, False, CAUSAL, DIM, PAGE, LEAF,
+    )  # fmt: skip
+    acc, total, top, leaf_acc, leaf_total, leaf_top = walk(
+        q, acc, total, top, leaf_acc, leaf_total, leaf_top, whole, stop, keys, sees, k_ptr, v_ptr, k_s, k_b, v_s, v_b, table_ptr, dim,
+        scale, True, CAUSAL, DIM, PAGE, LEAF,
+    )  # fmt: skip
+    return merge(acc, total, top, leaf_acc, leaf_total, leaf_top)
 
 
 @entry
@@ -97,49 +149,83 @@ def _forward_step(
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, o_s, o_b, o_h,
     cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch, per_group, scale,
-    CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, LEAF: tl.constexpr,
 ):  # fmt: skip
-    """Grid: query blocks, heads, batch. ``scale`` includes log2(e). lse [batch, heads, q_rows] is in powers of two."""
+    """Grid: tiles of rows, heads, batch. No sequence has more than a node of keys. ``scale`` includes log2(e). lse [batch, heads, q_rows] is
+    in powers of two."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     batch, head, q_at, queries, k_at, keys = place(cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch)
     if cu_q is not None:
         if block * ROWS >= queries:
             return
-    q_ptr += batch * q_b + head * q_h + q_at * q_s
-    k_ptr += batch * k_b + (head // per_group) * k_h + k_at * k_s
-    v_ptr += batch * v_b + (head // per_group) * v_h + k_at * v_s
-    out_ptr += batch * o_b + head * o_h + q_at * o_s
-    lse_ptr += (batch * tl.num_programs(1) + head) * q_rows + q_at
-    row = block * ROWS + tl.arange(0, ROWS)
-    dim = tl.arange(0, WIDTH)
-    offset = keys - queries
-    q = tile(q_ptr, row, queries, q_s, dim, DIM)
-    acc = tl.zeros((ROWS, WIDTH), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    whole = keys // KEYS * KEYS
-    end = keys
-    if CAUSAL:
-        whole = min(whole, (block * ROWS + offset + 1) // KEYS * KEYS)
-        end = min(keys, block * ROWS + ROWS + offset)
-    for at in range(0, whole, KEYS):
-        acc, total, top = _forward_step(
-            q, acc, total, top, k_ptr, v_ptr, k_s, v_s, at, row, keys, offset, dim, scale, False, CAUSAL, DIM, KEYS
-        )
-    for at in range(whole, end, KEYS):
-        acc, total, top = _forward_step(
-            q, acc, total, top, k_ptr, v_ptr, k_s, v_s, at, row, keys, offset, dim, scale, True, CAUSAL, DIM, KEYS
-        )
-    out = tl.div_rn(acc, tl.zeros_like(acc) + total[:, None])
-    inside = (row < queries)[:, None] & (dim < DIM)[None, :]
-    tl.store(out_ptr + row[:, None].to(tl.int64) * o_s + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(lse_ptr + row, top + tl.log2(total), mask=row < queries)
+    _rows(
+        q_ptr + batch * q_b + head * q_h + q_at * q_s,
+        k_ptr + batch * k_b + (head // per_group) * k_h + k_at * k_s,
+        v_ptr + batch * v_b + (head // per_group) * v_h + k_at * v_s,
+        out_ptr + batch * o_b + head * o_h + q_at * o_s,
+        lse_ptr + (batch * tl.num_programs(1) + head) * q_rows + q_at,
+        None, None, q_s, k_s, 0, v_s, 0, o_s, block, queries, keys, scale, CAUSAL, DIM, WIDTH, ROWS, 0, False, LEAF,
+    )  # fmt: skip
 
 
-def blocks(width: int, dtype: torch.dtype) -> tuple:
-    """Block sizes of forward, dq, and dk with dv, for heads of ``width``. ValueError above MAX_WIDTH."""
-    table = BLOCKS[dtype.itemsize]
-    for limit, sizes in table.items():
+@entry
+@triton.jit(do_not_specialize=[*DYNAMIC, "heads", "sequences", "tiles", "table_s", "others"])
+def long_attention_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, parked_ptr, table_ptr, q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, o_s, o_b, o_h,
+    cu_q, cu_k, first_q, first_k, q_rows, k_rows, table_s, others, heads, sequences, tiles, per_group, scale,
+    CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, LEAF: tl.constexpr,
+    LEVELS: tl.constexpr,
+):  # fmt: skip
+    """attention_kernel for any number of keys. Grid: programs, each of which takes tiles in turn, the longest rows first. ``tiles``: of the
+    longest sequence. parked_ptr: fp32 [programs, LEVELS, ROWS * (WIDTH + 2)].
+
+    PAGE: keys in pages of that many; a request's are in row ``sequence`` of table_ptr, in distance table_s, cu_k has their number, and
+    k_b, v_b are distances of pages. Requests of up to ``others`` queries are another kernel's."""
+    programs = tl.num_programs(0)
+    work = tiles * heads * sequences
+    parked_ptr += tl.program_id(0).to(tl.int64) * (LEVELS * ROWS * (WIDTH + 2))
+    for turn in range(tl.cdiv(work, programs)):
+        lane = tl.program_id(0)
+        if turn % 2 == 1:  # there and back, so that nobody gets the longest of every turn
+            lane = programs - 1 - lane
+        item = turn * programs + lane
+        if item < work:
+            block = tiles - 1 - item // (heads * sequences)
+            head = (item % heads).to(tl.int64)
+            sequence = (item // heads % sequences).to(tl.int64)
+            if PAGE:
+                q_at = tl.load(cu_q + sequence).to(tl.int64)
+                queries = (tl.load(cu_q + sequence + 1) - q_at).to(tl.int32)
+                keys = tl.load(cu_k + sequence)
+                batch = tl.zeros_like(sequence)
+                k_first, v_first = batch, batch
+                table_ptr_here = table_ptr + sequence * table_s
+                mine = queries > others
+            else:
+                q_at, queries, k_at, keys = extent(cu_q, cu_k, first_q, first_k, q_rows, k_rows, sequence)
+                batch = sequence
+                if cu_q is not None:
+                    batch = tl.zeros_like(sequence)
+                k_first, v_first = batch * k_b + k_at * k_s, batch * v_b + k_at * v_s
+                table_ptr_here = None
+                mine = True
+            if mine & (block * ROWS < queries):
+                lse_at = None
+                if lse_ptr is not None:
+                    lse_at = lse_ptr + (batch * heads + head) * q_rows + q_at
+                _rows(
+                    q_ptr + batch * q_b + head * q_h + q_at * q_s,
+                    k_ptr + k_first + (head // per_group) * k_h,
+                    v_ptr + v_first + (head // per_group) * v_h,
+                    out_ptr + batch * o_b + head * o_h + q_at * o_s,
+                    lse_at, parked_ptr, table_ptr_here, q_s, k_s, k_b, v_s, v_b, o_s, block, queries, keys, scale,
+                    CAUSAL, DIM, WIDTH, ROWS, PAGE, True, LEAF,
+                )  # fmt: skip
+
+
+def tile_sizes(width: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Rows, warps and stages for heads of ``width``. ValueError above MAX_WIDTH."""
+    for limit, sizes in TILES[dtype.itemsize].items():
         if width <= limit:
             return sizes
     raise ValueError(f"heads of width {width} are wider than {MAX_WIDTH}; use narrower ones")
@@ -175,15 +261,47 @@ def launches(q: Tensor, k: Tensor, pack: Pack | None, block: int, by_keys: bool 
             yield grid, (*where, len(q), len(k), batch, q.shape[2] // k.shape[2])
 
 
+def programs_for(work: int, device: torch.device) -> int:
+    """Programs of a kernel that takes ``work`` tiles in turn."""
+    if device.type != "cuda":
+        return min(work, 3)  # under Triton's interpreter
+    return min(work, PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def scratch_floats(programs: int, rows: int, width: int) -> int:
+    """fp32 numbers that long_attention_kernel parks: on an H100, 128 rows of width 128, 70 MB whatever the lengths."""
+    return programs * LEVELS * rows * (padded_width(width) + 2)
+
+
 @on_device_of_first
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, pack: Pack | None = None) -> tuple[Tensor, Tensor]:
-    """q [sq, b, h, d], k and v [sk, b, g, d], unit stride in d, any others -> out [sq, b, h, d], lse fp32 [b, h, sq]. b is 1 in a pack."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, pack: Pack | None = None, leaf: int = contract.ATTENTION_LEAF
+) -> tuple[Tensor, Tensor]:
+    """q [sq, b, h, d], k and v [sk, b, g, d], unit stride in d, any others -> out [sq, b, h, d], lse fp32 [b, h, sq]. b is 1 in a pack.
+    ``leaf``: another number of keys is another contract, for measurements."""
     sq, batch, heads, width = q.shape
     out, lse = new(q, pack)(q.shape), q.new_empty(batch, heads, sq, dtype=torch.float32)
-    rows, keys, warps, stages = blocks(width, q.dtype)[0]
-    for grid, place_args in launches(q, k, pack, rows):
-        attention_kernel[grid](
-            q, k, v, out, lse, *strides(q, k, v, out), *place_args, scale * LOG2E,
-            ROWS=rows, KEYS=keys, num_warps=warps, num_stages=stages, **constants(q, causal),
+    rows, warps, stages = tile_sizes(width, q.dtype)
+    options = {"ROWS": rows, "LEAF": leaf, "num_warps": warps, "num_stages": stages, **constants(q, causal)}
+    longest = len(k) if pack is None else pack.longest_k
+    if longest <= leaf * contract.ATTENTION_NODE:
+        for grid, place_args in launches(q, k, pack, rows):
+            attention_kernel[grid](q, k, v, out, lse, *strides(q, k, v, out), *place_args, scale * LOG2E, **options)
+        return out, lse
+    _check_keys(longest)
+    sequences, where, tiles = (batch, (None,) * 4, ceil_div(sq, rows))
+    if pack is not None:
+        sequences, where, tiles = len(pack.cu_q) - 1, pack[:4], ceil_div(pack.longest_q, rows)
+    if work := tiles * heads * sequences:
+        programs = programs_for(work, q.device)
+        parked = q.new_empty(scratch_floats(programs, rows, width), dtype=torch.float32)
+        long_attention_kernel[(programs,)](
+            q, k, v, out, lse, parked, None, *strides(q, k, v, out), *where, sq, len(k), 0, 0, heads, sequences, tiles,
+            heads // k.shape[2], scale * LOG2E, PAGE=0, LEVELS=LEVELS, **options,
         )  # fmt: skip
     return out, lse
+
+
+def _check_keys(longest: int) -> None:
+    if longest > MAX_KEYS:
+        raise ValueError(f"{longest} keys are more than {MAX_KEYS}, the most of one sequence; use shorter ones")

@@ -1,0 +1,210 @@
+"""Attention of few queries over many keys in pages: the keys are split, and the parts merged in the contract's order.
+
+    decode_kernel   a unit of work is some rows of one key head (queries by heads of its group, at most ROWS) and a leaf of keys, or a node.
+                    It writes that part of the rows' acc, total and top to scratch
+    merge_kernel    a program per row: the chain over a node's leaves, the tree over nodes, one division
+
+The split is the contract's own, so it moves no bit: a unit does what the prefill's program does between two merges. How many
+units there are is known to the GPU alone. A fixed number of programs counts them from the lengths (:func:`_work`) and takes them in turn,
+hence a CUDA graph serves any lengths up to the bounds that it was captured with.
+
+Scratch, in fp32: units (bounded by requests, longest request and tiles) x key heads x ROWS x (WIDTH + 2). Units are nodes as soon as there
+are more than UNITS of leaves: 4096 units of 16 rows of width 128 are 34 MB.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tpinv import contract
+from tpinv.kernels.attention.forward import LEVELS, padded_width
+from tpinv.kernels.attention.leaves import BLOCK, LOG2E, NODE, merge, quotient, walk
+from tpinv.runtime.device import ceil_div
+from tpinv.runtime.launch import entry
+
+UNITS = 4096  # times key heads: enough to fill any GPU many times
+# Rows of a tile -> warps, stages, programs of a multiprocessor. Not in the bits.
+SCHEDULES = {16: (4, 7, 2), 32: (4, 5, 2), 64: (8, 5, 1)}
+DYNAMIC = ["table_s", "requests", "key_heads", "per_group", "most", "longest"]
+
+
+@triton.jit
+def _work(cu_q, lens, requests, per_group, most, longest, ROWS: tl.constexpr, UNIT: tl.constexpr, SIZE: tl.constexpr):
+    """[SIZE] for each request: units of work, and how many there are up to it and in it. None where other kernels compute."""
+    i = tl.arange(0, SIZE)
+    queries = tl.load(cu_q + i + 1, mask=i < requests, other=0) - tl.load(cu_q + i, mask=i < requests, other=0)
+    keys = tl.minimum(tl.load(lens + i, mask=i < requests, other=0), longest)
+    tiles = tl.where(queries <= most, (queries * per_group + ROWS - 1) // ROWS, 0)
+    work = tiles * ((keys + UNIT - 1) // UNIT)
+    return work, tl.cumsum(work, 0)
+
+
+@entry
+@triton.jit(do_not_specialize=DYNAMIC)
+def decode_kernel(
+    q_ptr, k_ptr, v_ptr, acc_ptr, sums_ptr, table_ptr, cu_q, lens, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
+    table_s, requests, key_heads, per_group, most, longest, scale,
+    CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, LEAF: tl.constexpr,
+    UNIT: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Grid: programs. acc_ptr [units, key heads, ROWS, WIDTH], sums_ptr [units, key heads, 2, ROWS] of total and top. Requests of more than
+    ``most`` queries are another kernel's, keys past ``longest`` nobody's. UNIT: keys of a unit."""
+    work, ends = _work(cu_q, lens, requests, per_group, most, longest, ROWS, UNIT, SIZE)
+    request_index = tl.arange(0, SIZE)
+    everything = tl.sum(work) * key_heads
+    dim = tl.arange(0, WIDTH)
+    for item in range(tl.program_id(0), everything, tl.num_programs(0)):
+        unit_of_all, head = item // key_heads, (item % key_heads).to(tl.int64)
+        request = tl.sum((ends <= unit_of_all).to(tl.int32))
+        inside = unit_of_all - tl.sum(tl.where(request_index < request, work, 0))
+        q_at = tl.load(cu_q + request)
+        queries = tl.load(cu_q + request + 1) - q_at
+        keys = tl.minimum(tl.load(lens + request), longest)
+        tiles = (queries * per_group + ROWS - 1) // ROWS
+        start = inside // tiles * UNIT
+        row = inside % tiles * ROWS + tl.arange(0, ROWS)
+        query = row // per_group
+        rows = queries * per_group
+        sees = keys - queries + query + 1
+        at_q = q_ptr + (q_at + query).to(tl.int64) * q_s + (head * per_group + row % per_group) * q_h
+        q = tl.load(at_q[:, None] + dim[None, :], mask=(row < rows)[:, None] & (dim < DIM)[None, :], other=0.0)
+        stop = min(keys, start + UNIT)
+        whole = stop // BLOCK * BLOCK
+        if CAUSAL:  # of the tile's first row, and of its last
+            whole = min(whole, max(0, keys - queries + inside % tiles * ROWS // per_group + 1) // BLOCK * BLOCK)
+            stop = max(start, min(stop, keys - queries + (inside % tiles * ROWS + ROWS - 1) // per_group + 1))
+        whole = max(start, whole)
+        acc = tl.zeros((ROWS, WIDTH), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        top = tl.full((ROWS,), float("-inf"), tl.float32)
+        leaf_acc, leaf_total, leaf_top = acc, total, top
+        k_at, v_at, table_at = k_ptr + head * k_h, v_ptr + head * v_h, table_ptr + request.to(tl.int64) * table_s
+        acc, total, top, leaf_acc, leaf_total, leaf_top = walk(
+            q, acc, total, top, leaf_acc, leaf_total, leaf_top, start, whole, keys, sees, k_at, v_at, k_s, k_b, v_s, v_b, table_at, dim,
+            scale, False, CAUSAL, DIM, PAGE, LEAF if UNIT > LEAF else 0,
+        )  # fmt: skip
+        acc, total, top, leaf_acc, leaf_total, leaf_top = walk(
+            q, acc, total, top, leaf_acc, leaf_total, leaf_top, whole, stop, keys, sees, k_at, v_at, k_s, k_b, v_s, v_b, table_at, dim,
+            scale, True, CAUSAL, DIM, PAGE, LEAF if UNIT > LEAF else 0,
+        )  # fmt: skip
+        if UNIT > LEAF:
+            acc, total, top = merge(acc, total, top, leaf_acc, leaf_total, leaf_top)
+        else:
+            acc, total, top = leaf_acc, leaf_total, leaf_top
+        lane = tl.arange(0, ROWS)
+        at = (unit_of_all.to(tl.int64) * key_heads + head) * ROWS
+        tl.store(acc_ptr + (at + lane[:, None]) * WIDTH + dim[None, :], acc, mask=(row < rows)[:, None])
+        tl.store(sums_ptr + 2 * at + lane, total, mask=row < rows)
+        tl.store(sums_ptr + 2 * at + ROWS + lane, top, mask=row < rows)
+
+
+@entry
+@triton.jit(do_not_specialize=[*DYNAMIC, "tokens", "elsewhere"])
+def merge_kernel(
+    out_ptr, acc_ptr, sums_ptr, cu_q, lens, o_s, o_h, tokens, requests, key_heads, per_group, most, longest, elsewhere,
+    CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, LEAF: tl.constexpr,
+    SIZE: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """Grid: heads, queries (some), requests and one more for rows of none, which are zero. Rows of a request with more than ``most`` queries,
+    unless they are ``elsewhere``, of one with more than ``longest`` keys, or with fewer keys than queries, are NaN."""
+    head, request = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    dim = tl.arange(0, WIDTH)
+    inside = dim < DIM
+    q_at = tl.load(cu_q + request)
+    if request == requests:  # head * 0: int64, also of a loop's number
+        for row in range(q_at + tl.program_id(1), tokens, tl.num_programs(1)):
+            tl.store(out_ptr + (head * 0 + row) * o_s + head * o_h + dim, tl.zeros((WIDTH,), out_ptr.dtype.element_ty), mask=inside)
+        return
+    queries = tl.load(cu_q + request + 1) - q_at
+    keys = tl.load(lens + request)
+    refused = (keys > longest) | (queries > most)
+    if CAUSAL:
+        refused = refused | ((keys < queries) & (keys > 0))
+    if refused:
+        if (queries <= most) | (elsewhere == 0):
+            for row in range(q_at + tl.program_id(1), q_at + queries, tl.num_programs(1)):
+                nothing = tl.full((WIDTH,), float("nan"), tl.float32).to(out_ptr.dtype.element_ty)
+                tl.store(out_ptr + (head * 0 + row) * o_s + head * o_h + dim, nothing, mask=inside)
+        return
+    query = tl.program_id(1)
+    if query >= queries:
+        return
+    work, _ = _work(cu_q, lens, requests, per_group, most, longest, ROWS, UNIT, SIZE)
+    first = tl.sum(tl.where(tl.arange(0, SIZE) < request, work, 0))
+    row = query * per_group + (head % per_group).to(tl.int32)
+    tiles = (queries * per_group + ROWS - 1) // ROWS
+    units = (keys + UNIT - 1) // UNIT
+    IN_NODE: tl.constexpr = NODE * LEAF // UNIT
+    nodes = tl.cdiv(units, IN_NODE)
+    level = tl.arange(0, LEVELS)
+    parked_acc = tl.zeros((LEVELS, WIDTH), tl.float32)
+    parked_total = tl.zeros((LEVELS,), tl.float32)
+    parked_top = tl.zeros((LEVELS,), tl.float32)
+    pending = 0
+    acc = tl.zeros((WIDTH,), tl.float32)
+    total = 0.0
+    top = float("-inf")
+    for node in range(nodes):
+        acc = tl.zeros((WIDTH,), tl.float32)
+        total = 0.0
+        top = float("-inf")
+        for i in tl.static_range(IN_NODE):
+            unit = node * IN_NODE + i
+            here = units > unit
+            at = ((first + unit * tiles + row // ROWS).to(tl.int64) * key_heads + head // per_group) * ROWS
+            right = tl.load(acc_ptr + (at + row % ROWS) * WIDTH + dim, mask=dim < tl.where(here, WIDTH, 0), other=0.0)
+            right_total = tl.load(sums_ptr + 2 * at + row % ROWS, mask=here, other=0.0)
+            right_top = tl.load(sums_ptr + 2 * at + ROWS + row % ROWS, mask=here, other=float("-inf"))
+            acc, total, top = merge(acc, total, top, right, right_total, right_top)
+        turn = node
+        if node == nodes - 1:
+            turn = (1 << pending) - 1  # the last node takes all that is pending
+        while turn % 2 == 1:
+            pending -= 1
+            left = level == pending
+            left_acc = tl.sum(tl.where(left[:, None], parked_acc, 0.0), 0)
+            left_total, left_top = tl.sum(tl.where(left, parked_total, 0.0), 0), tl.sum(tl.where(left, parked_top, 0.0), 0)
+            acc, total, top = merge(left_acc, left_total, left_top, acc, total, top)
+            turn = turn // 2
+        here = level == pending
+        parked_acc = tl.where(here[:, None], acc[None, :], parked_acc)
+        parked_total = tl.where(here, total, parked_total)
+        parked_top = tl.where(here, top, parked_top)
+        pending += 1
+    out = quotient(acc, total).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (q_at + query).to(tl.int64) * o_s + head * o_h + dim, out, mask=inside)
+
+
+def decode(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start_loc: Tensor,
+    most: int, longest: int, scale: float, causal: bool, out: Tensor, elsewhere: bool, leaf: int = contract.ATTENTION_LEAF,
+) -> None:  # fmt: skip
+    """Fills out's rows of requests with at most ``most`` queries, and of none. ``elsewhere``: the others are another kernel's."""
+    (tokens, heads, width), (_, page, key_heads, _), requests = query.shape, key_cache.shape, len(seq_lens)
+    per_group, padded = heads // key_heads, padded_width(width)
+    rows = max(16, min(64, triton.next_power_of_2(most * per_group)))
+    tiles = ceil_div(most * per_group, rows)
+    unit = leaf
+    if requests * tiles * key_heads * ceil_div(longest, leaf) > UNITS:
+        unit = leaf * contract.ATTENTION_NODE
+    items = requests * tiles * key_heads * ceil_div(longest, unit)
+    scratch = query.new_empty(items * rows * (padded + 2), dtype=torch.float32)
+    acc, sums = scratch[: items * rows * padded], scratch[items * rows * padded :]
+    warps, stages, programs = SCHEDULES[rows]
+    common = {
+        "CAUSAL": causal, "DIM": width, "WIDTH": padded, "ROWS": rows, "UNIT": unit, "LEAF": leaf,
+        "SIZE": max(16, triton.next_power_of_2(requests)), "enable_fp_fusion": False,
+    }  # fmt: skip
+    if items:
+        if query.is_cuda:
+            programs = min(items, programs * torch.cuda.get_device_properties(query.device).multi_processor_count)
+        decode_kernel[(min(items, programs),)](
+            query, key_cache, value_cache, acc, sums, block_table, query_start_loc, seq_lens, query.stride(0), query.stride(1),
+            *(s for t in (key_cache, value_cache) for s in t.stride()[:3]), block_table.stride(0), requests, key_heads, per_group, most,
+            longest, scale * LOG2E, PAGE=page, num_warps=warps, num_stages=stages, **common,
+        )  # fmt: skip
+    merge_kernel[(heads, max(1, min(most, tokens)), requests + 1)](
+        out, acc, sums, query_start_loc, seq_lens, out.stride(0), out.stride(1), tokens, requests, key_heads, per_group, most, longest,
+        int(elsewhere), LEVELS=LEVELS, num_warps=1, **common,
+    )  # fmt: skip
