@@ -16,6 +16,7 @@ that wait is guarded (transport.py): after a second it looks at the board every 
 
 import contextlib
 import functools
+import hashlib
 import math
 import os
 import platform
@@ -29,6 +30,7 @@ import torch
 from tpinv import contract
 from tpinv.collectives.board import ended
 from tpinv.collectives.group import GroupState, Ranks, state_of
+from tpinv.collectives.line import REFUSED, Line, LineError, one_place
 from tpinv.tree import ReductionTree
 
 KNOWN = 1 << 14  # signatures remembered; the oldest goes first, on every rank alike
@@ -65,20 +67,21 @@ def agree(ranks: Ranks, name: str, signature: Mapping | Iterable[tuple] = (), ch
         try:
             check()
         except Exception as error:
-            _post_refusal(state, error)
+            _refuse(state, error)
             raise
     try:
-        if call in state.known:
-            return
+        digest = state.known.get(call)
     except TypeError:  # a value without a hash, such as a list: by what it says
         state.call = call = (name, tuple((field, _text(value)) for field, value in call[1]))
-        if call in state.known:
-            return
-    if state.board is not None:
+        digest = state.known.get(call)
+    if state.board is None or (digest is not None and state.line is None):
+        return
+    if state.line is None or not _announce(state, digest or _digest(state)):
         _compare(state)
-    state.known[call] = None
-    if len(state.known) > KNOWN:
-        del state.known[next(iter(state.known))]
+    if digest is None:
+        state.known[call] = _digest(state)
+        if len(state.known) > KNOWN:
+            del state.known[next(iter(state.known))]
 
 
 def refuse(ranks: Ranks, name: str, error: Exception) -> None:
@@ -88,7 +91,7 @@ def refuse(ranks: Ranks, name: str, error: Exception) -> None:
         state = state_of(ranks)
         state.calls += 1
         state.call = (name, ())
-        _post_refusal(state, error)
+        _refuse(state, error)
 
 
 @functools.cache
@@ -112,6 +115,41 @@ def timeout() -> float:
         if 0 < (seconds := float(text)) <= 1e9:
             return seconds
     raise ValueError(f"TPINV_TIMEOUT is {text!r}; set it to seconds above 0 and up to 1e9, or unset it")
+
+
+def _refuse(state: GroupState, error: Exception) -> None:
+    _post_refusal(state, error)
+    if state.line is not None:  # after the post, where peers look for the reason
+        state.line.send(state.calls, REFUSED)
+
+
+def _announce(state: GroupState, digest: bytes) -> bool:
+    """On the line, to every peer; do all of them make this call?"""
+    started = time.monotonic()
+
+    def look():
+        waited, limit = time.monotonic() - started, timeout()
+        if waited > PATIENCE:
+            compare_in_wait(state)
+        if waited > limit:
+            late = [rank for rank in range(state.size) if rank != state.rank and not state.board.has(state.calls, [rank])]
+            raise _fail(state, RuntimeError(_late(state, late, limit)))
+
+    try:
+        return state.line.agrees(state.calls, digest, look)
+    except LineError as error:
+        explain(state, time.monotonic() + GRACE)
+        place = f"rank {error.rank} of {state.size} has ended or destroyed the group; rank {state.rank} waits for it in {where(state)}"
+        raise _fail(state, RuntimeError(place)) from None
+
+
+def explain(state: GroupState, deadline: float) -> None:
+    """After the loss of a connection: raises what the board says of it, which may come a little later than the loss, if anything."""
+    while True:
+        compare_in_wait(state)
+        if time.monotonic() > deadline:
+            return
+        time.sleep(LOOK / 5)
 
 
 # -- waiting for posts --------------------------------------------------------------------------------------------------------------
@@ -141,8 +179,20 @@ def _compare(state: GroupState) -> None:
         time.sleep(pause)
         pause = min(2 * pause, 0.02 if now < started + PATIENCE else 0.1)
     _raise_unless_one(state, posts)
-    state.introduced = True
+    if not state.introduced:
+        _connect(state, posts)
+        state.introduced = True
     state.board.delete_posts_before(number)
+
+
+def _connect(state: GroupState, posts: Mapping[int, dict]) -> None:
+    """The line, if every rank has one to offer; all draw the same conclusion from the posts of the group's first comparison."""
+    if one_place([posts[rank]["line"] for rank in range(state.size)]):
+        try:
+            state.offered.connect({rank: post["line"] for rank, post in posts.items()}, timeout())
+        except OSError as error:
+            raise _fail(state, RuntimeError(f"the ranks of one machine could not connect to each other: {error}")) from error
+        state.line = state.offered
 
 
 def compare_in_wait(state: GroupState) -> None:
@@ -221,7 +271,19 @@ _SAME = "Every rank must make the same calls in the same order, with the same se
 def _description(state: GroupState) -> dict:
     name, signature = state.call
     fields = [(field, _text(value)) for field, value in signature]
-    return {"name": name, "fields": fields, "introduction": [] if state.introduced else _introduction(state.backend)}
+    if state.introduced:
+        return {"name": name, "fields": fields, "introduction": [], "line": None}
+    if state.offered is None and "nccl" not in state.backend:
+        with contextlib.suppress(OSError):
+            state.offered = Line(state.rank, state.size, LOOK)
+    line = state.offered.address if state.offered else None
+    return {"name": name, "fields": fields, "introduction": _introduction(state.backend), "line": line}
+
+
+def _digest(state: GroupState) -> bytes:
+    """Of the current call: 16 bytes, never those of a refusal."""
+    name, signature = state.call
+    return hashlib.blake2b(repr((name, [(field, _text(value)) for field, value in signature])).encode(), digest_size=16).digest()
 
 
 @functools.cache

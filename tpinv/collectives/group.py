@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from tpinv.collectives.board import Board
+from tpinv.collectives.line import Line
 
 
 class Ranks(NamedTuple):
@@ -38,7 +39,8 @@ class GroupState:
         rank, size: this process's rank in it, and its number of ranks.
         board: what the ranks tell each other through the group's store; None where there is none to tell (the fake backend).
         calls, call: number of the current call, counted alike on every rank, and its (name, signature); see agreement.py.
-        known: the (name, signature) pairs that all ranks were found to agree on, oldest first.
+        known: the (name, signature) pairs that all ranks were found to agree on, oldest first, with their digests.
+        line, offered: where every call is announced, if the ranks have one (line.py); and this rank's end before it is connected.
         refused: numbers of the calls that ended in an error here.
         introduced: whether what is compared once for a group has been compared.
         broken: why the group's connections were given up, or None.
@@ -50,7 +52,9 @@ class GroupState:
         self.rank, self.size = rank, size
         self.calls = 0
         self.call: tuple[str, tuple] = ("", ())
-        self.known: dict[tuple, None] = {}
+        self.known: dict[tuple, bytes] = {}
+        self.line: Line | None = None
+        self.offered: Line | None = None
         self.refused: set[int] = set()
         self.introduced = False
         self.broken: str | None = None

@@ -93,15 +93,11 @@ def _wait_and_look(work: dist.Work, state: GroupState) -> None:
 
 def _explain(state: GroupState, failure: RuntimeError) -> None:
     """The backend lost a connection or gave up: raises what the board says of it, which may come a little later than the loss."""
-    deadline = time.monotonic() + agreement.GRACE
     error = RuntimeError(f"{agreement.where(state)}: the backend failed: {failure}")
     try:
-        while state.board is not None:
-            agreement.compare_in_wait(state)
-            if time.monotonic() > deadline:
-                break
-            time.sleep(agreement.LOOK / 5)
-        if earlier := agreement.last_refusal(state):
+        if state.board is not None:
+            agreement.explain(state, time.monotonic() + agreement.GRACE)
+        if state.board is not None and (earlier := agreement.last_refusal(state)):
             error = RuntimeError(f"{agreement.where(state)}: the backend failed: {failure}. Before that: {earlier}")
     except ValueError as found:
         error = found
