@@ -14,7 +14,7 @@ def pretended(monkeypatch):
     """A GPU and kernels; returns the names of what was launched."""
     pytest.importorskip("triton")
     from tpinv.kernels.gemm import triton_gemm as gemm
-    from tpinv.kernels.gemm import tuner
+    from tpinv.kernels.gemm import tuner, verification
 
     launched = []
 
@@ -33,8 +33,8 @@ def pretended(monkeypatch):
     monkeypatch.setattr(bench, "_host_microseconds", lambda node_dtype: (20.0, 5.0))
     monkeypatch.setattr(tuner, "run", lambda problem: launched.append(("tuner", problem.leaves, problem.node_bf16)))
     monkeypatch.setattr(tuner, "choice", lambda problem: types.SimpleNamespace(name="chosen"))
-    monkeypatch.setattr(tuner, "verify", lambda problem, config: True)
-    monkeypatch.setattr(gemm, "run", lambda problem, config: launched.append(("triton", problem.leaves, problem.node_bf16)))
+    monkeypatch.setattr(verification, "verify", lambda problem, config: True)
+    monkeypatch.setattr(gemm, "run", lambda problem, config, masked=False: launched.append(("triton", problem.leaves, problem.node_bf16)))
     return launched
 
 
@@ -69,9 +69,9 @@ def test_batch_invariant_ops_is_measured_where_it_is_installed(pretended, monkey
 
 
 def test_a_kernel_with_other_bits_is_not_timed(pretended, monkeypatch, capsys):
-    from tpinv.kernels.gemm import tuner
+    from tpinv.kernels.gemm import verification
 
-    monkeypatch.setattr(tuner, "verify", lambda problem, config: False)
+    monkeypatch.setattr(verification, "verify", lambda problem, config: False)
     assert gemm() == 2
     assert "chosen does not have the canonical bits; run tpinv doctor" in capsys.readouterr().err
 

@@ -10,10 +10,10 @@ pytest.importorskip("triton")
 
 from triton import knobs
 
-from tpinv.kernels.gemm import calls, sm90, tuner
+from tpinv.kernels.gemm import calls, sm90, tuner, verification
 from tpinv.kernels.gemm import triton_gemm as gemm
 from tpinv.kernels.gemm.problem import make_problems
-from tpinv.runtime import cuda
+from tpinv.runtime import cuda, state
 from tpinv.runtime.launch import entry
 from tpinv.tree import ReductionTree
 
@@ -31,7 +31,7 @@ def launched(monkeypatch):
         copy.scratch = copy.parts = copy.arrivals = None
         found.append((function, *others, bytes(copy)))
 
-    def run(p, config):
+    def run(p, config, masked=False):
         tensors = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (p.a, p.b, p.out)]
         static = (p.leaves, p.length, p.pieces, p.piece_stride, p.merges, p.splits, p.node_bf16, p.precision, p.accumulate)
         found.append((config, *tensors, p.bias is not None and p.bias.data_ptr(), static))
@@ -45,16 +45,20 @@ def launched(monkeypatch):
     monkeypatch.setattr(cuda, "load", lambda *arguments: arguments)
     monkeypatch.setattr(cuda, "launch", launch)
     monkeypatch.setattr(cuda, "tensor_map", lambda *arguments: arguments)
-    monkeypatch.setattr(sm90, "_multiprocessors", lambda device: 132)
-    monkeypatch.setattr(sm90, "arrivals", lambda count, device: torch.zeros(count, dtype=torch.int32))
     monkeypatch.setattr(gemm, "run", run)
-    for name, value in (("verify", True), ("_equal", True), ("_load", {}), ("_store", None), ("compile_ahead", None)):
-        monkeypatch.setattr(tuner, name, lambda *arguments, value=value: value)
-    monkeypatch.setattr(tuner, "_chosen", {})
-    monkeypatch.setattr(calls, "_kept", {})
-    sm90._plan.cache_clear()
+    for module, name, value in (
+        (verification, "verify", True), (verification, "equal", True), (tuner, "_load", {}), (tuner, "_store", None), (tuner, "compile_ahead", None),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, lambda *arguments, value=value: value)
+    state.clear()
+    kept().multiprocessors = 132
     yield found
-    sm90._plan.cache_clear()
+    state.clear()
+
+
+def kept() -> state.DeviceState:
+    """Of the pretended GPU, whose tensors are the CPU's."""
+    return state.device_state(None)
 
 
 CASES = {
@@ -81,9 +85,9 @@ def test_a_repeated_call_launches_what_a_first_one_would(case, pick, launched, m
         bias = torch.zeros(cols, dtype=out_dtype) if options.get("bias") else None
         return a, b, torch.zeros(planes, rows, cols, dtype=out_dtype), bias
 
-    kept = [operands() for _ in range(3)]  # all alive, so at other addresses
+    several = [operands() for _ in range(3)]  # all alive, so at other addresses
     accumulate = options.get("accumulate", False)
-    for arguments in kept:
+    for arguments in several:
         launched.clear()
         calls.run(*arguments, *tree, "ieee", accumulate)
     repeated = list(launched)
@@ -91,9 +95,9 @@ def test_a_repeated_call_launches_what_a_first_one_would(case, pick, launched, m
     a, b, out, bias = arguments
     for problem in make_problems(a, b.t(), out, bias, ReductionTree(*tree[:2]), *tree[2:], "ieee"):
         problem = dataclasses.replace(problem, accumulate=accumulate)
-        tuner.launch(problem, tuner.choice(problem))
+        verification.launch(problem, tuner.choice(problem))
     assert repeated == launched and len(launched) == planes
-    assert len(calls._kept) == 1
+    assert len(kept().calls) == 1
 
 
 def test_a_call_is_kept_for_its_shapes_strides_and_alignments(launched, monkeypatch):
@@ -102,8 +106,8 @@ def test_a_call_is_kept_for_its_shapes_strides_and_alignments(launched, monkeypa
     call = lambda x: calls.run(x, w, torch.zeros(1, len(x), 264, dtype=BF16), None, 8, "float32", 0, 1, 1, "ieee")  # noqa: E731
     for x in (storage[: 64 * 512].view(64, 512), storage[4 : 4 + 64 * 512].view(64, 512), storage.view(65, 520)[:64, :512]):
         call(x)
-    assert len(calls._kept) == 3
-    kinds = [isinstance(launches[0].config, sm90.Sm90Config) for _, launches in calls._kept.values()]
+    assert len(kept().calls) == 3
+    kinds = [isinstance(launches[0].config, sm90.Sm90Config) for launches in kept().calls.values()]
     assert kinds == [True, False, True]  # copies need 16 bytes
 
 
@@ -113,15 +117,17 @@ def test_forgotten_choices_and_captures(launched, monkeypatch):
     x, w = torch.zeros(64, 512, dtype=BF16), torch.zeros(264, 512, dtype=BF16).t()
     call = lambda: calls.run(x, w, torch.zeros(1, 64, 264, dtype=BF16), None, 8, "float32", 0, 1, 1, "ieee")  # noqa: E731
     call()
-    monkeypatch.setattr(tuner, "_chosen", {})
+    kept().forget()
     call()
-    assert len(tuner.choices()) == 1
-    monkeypatch.setattr(tuner, "_chosen", {})
-    monkeypatch.setattr(calls, "_kept", {})
+    assert len(kept().choices) == 1
+    kept().forget()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="run the model once before capturing"):
+        call()
+    monkeypatch.setattr(verification, "known", lambda problem, config: isinstance(config, gemm.TritonConfig))
     with pytest.warns(UserWarning, match="meets a new shape while a CUDA graph is captured"):
         call()
-    assert not calls._kept and isinstance(launched[-1][0], gemm.TritonConfig)
+    assert not kept().calls and isinstance(launched[-1][0], gemm.TritonConfig)
 
 
 class Jit:

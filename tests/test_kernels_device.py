@@ -12,7 +12,8 @@ from tpinv.kernels.attention import backward as attention_backward
 from tpinv.kernels.attention import forward as attention
 from tpinv.kernels.attention import paged
 from tpinv.kernels.rows import activation, cross_entropy, embedding, norm, squares
-from tpinv.runtime.device import on_device_of_first, table
+from tpinv.runtime import state
+from tpinv.runtime.device import on_device_of_first
 
 GUARDED = {
     activation: ("silu", "silu_backward", "swiglu", "swiglu_backward"),
@@ -55,5 +56,43 @@ def test_a_cpu_tensor_needs_no_cuda():
 def test_a_table_cannot_be_made_inside_a_capture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(ValueError, match="make one call before it"):
-        table([1, 2], torch.device("cuda"))
-    assert table([(1, 2)], torch.device("cpu")).dtype == torch.int32
+        state.DeviceState(0).table((1, 2))
+    cpu = state.DeviceState(None)
+    first = cpu.table((1, 2))
+    assert first.dtype == torch.int32 and all(cpu.table((i,)) is not None for i in range(100)) and cpu.table((1, 2)) is first
+
+
+def test_what_is_kept_of_a_device_can_be_seen_bounded_and_cleared():
+    state.clear()
+    one = state.device_state(None)
+    assert state.device_state(None) is one and state.device_states() == (one,)
+    one.table((1, 2))
+    for i in range(one.calls.limit + 5):
+        one.calls[i] = i
+    one.calls[one.calls.limit] = 0  # one that is there
+    assert one.summary()["calls"] == 5 and one.summary()["_tables"] == 1
+    assert {name for name, value in vars(one).items() if isinstance(value, state.Memo)} == {"plans", "calls", "choices", "verified"}
+    one.forget()
+    assert one.summary()["calls"] == 0 and one.summary()["_tables"] == 1
+    state.clear()
+    assert not state.device_states()
+
+
+def test_captured_launches_get_counters_of_their_own(monkeypatch):
+    capturing, stream = [False], [7]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: stream[0], raising=False)
+    counters = state.DeviceState(0).counters
+    monkeypatch.setattr(counters, "_zeros", lambda count: torch.zeros(count, dtype=torch.int32))
+    eager = counters.take(100)
+    assert counters.take(50).data_ptr() == eager.data_ptr()
+    capturing[0] = True
+    first, second = counters.take(40), counters.take(40)
+    assert second.data_ptr() == first.data_ptr() + 64 * 4 and not torch.any(first)
+    counters.recycle()
+    assert counters.take(1).data_ptr() == first.data_ptr()
+    assert counters.take(1 << 20).data_ptr() not in (first.data_ptr(), second.data_ptr())  # no room: zeroed in the graph
+    capturing[0] = False
+    for stream[0] in range(1000):  # streams come and go
+        counters.take(1)
+    assert counters.kept < 20 << 20

@@ -51,7 +51,7 @@ def problem_of(a, b, tree, out_dtype=FP32, rank=0, ranks=1, pieces=1):
 @pytest.mark.parametrize("leaves", [1, 2, 3, 6, 8, 24])
 @pytest.mark.parametrize("rows", [40, 300, 700])
 def test_probe_finds_the_contract_in_every_configuration(leaves, rows):
-    from tpinv.kernels.gemm import tuner
+    from tpinv.kernels.gemm import tuner, verification
 
     tree, length, dtype = ReductionTree(leaves), 72, BF16
     pairs = leaves * (leaves - 1) // 2 + 1
@@ -73,7 +73,7 @@ def test_probe_finds_the_contract_in_every_configuration(leaves, rows):
         def total(values, config=config):
             a, b = operands(values)
             out, problems = problem_of(a, b, tree)
-            tuner.launch(problems[0], config)
+            verification.launch(problems[0], config)
             return out[0, : len(values), 77]
 
         assert order_probe(total, leaves, batched=True) == tree_shape(tree), config
@@ -201,7 +201,7 @@ def adding(dy, x, total):
 )
 def test_every_configuration_adds_the_bytes_of_the_unfused_way(tokens, rows, cols, dtype):
     from tpinv.kernels.gemm import triton_gemm as gemm
-    from tpinv.kernels.gemm import tuner
+    from tpinv.kernels.gemm import tuner, verification
 
     dy, x, before = wild(tokens, rows, dtype=dtype), wild(tokens, cols, dtype=dtype, seed=1), wild(rows, cols, dtype=FP32, seed=2)
     before[3], before[4] = -0.0, float("inf")
@@ -213,14 +213,14 @@ def test_every_configuration_adds_the_bytes_of_the_unfused_way(tokens, rows, col
     tuner.compile_ahead(problem, configs)
     for config in configs:
         for total in (before.clone(), buffer[:, 32 : 32 + cols].copy_(before)):  # dense, and columns of a larger buffer
-            tuner.launch(adding(dy, x, total), config)
+            verification.launch(adding(dy, x, total), config)
             assert_bitwise_equal(total.contiguous(), expected, config.name)
         assert buffer[:, :32].isnan().all() and buffer[:, 32 + cols :].isnan().all(), config.name
 
 
 def test_a_stage_is_not_refilled_while_it_is_read():
     """Where registers are loaded from a stage: what is added to, and parked values. A missing fence was wrong in a third of such runs."""
-    from tpinv.kernels.gemm import sm90, tuner
+    from tpinv.kernels.gemm import sm90, verification
     from tpinv.kernels.gemm import triton_gemm as gemm
 
     dy, x, before = wild(4096, 4096), wild(4096, 6144, seed=1), wild(4096, 6144, dtype=FP32, seed=2)
@@ -232,18 +232,18 @@ def test_a_stage_is_not_refilled_while_it_is_read():
         for config in sm90.candidates(problem):
             for _ in range(100):
                 problem.out.copy_(start)
-                tuner.launch(problem, config)
+                verification.launch(problem, config)
                 wrong += (problem.out.view(torch.int16) != expected.view(torch.int16)).any()
             assert not wrong, config
 
 
 def test_adding_to_any_buffer_while_tuning(tmp_path, monkeypatch):
     """The caller's sums are added to once, whatever is verified and timed before."""
-    from tpinv.kernels.gemm import tuner
+    from tpinv.kernels.gemm import tuner, verification
+    from tpinv.runtime.state import device_state
 
     monkeypatch.setenv("TPINV_CACHE", str(tmp_path))
-    monkeypatch.setattr(tuner, "_chosen", {})
-    monkeypatch.setattr(tuner, "_verified", {})
+    device_state(torch.cuda.current_device()).forget()
     dy, x, before = wild(1024, 512), wild(1024, 264, seed=1), wild(512, 264, dtype=FP32, seed=2)
     product = kernels.matmul(dy.t(), x)
     expected, flat = before.clone().add_(product), torch.zeros(512 * 264 + 1, device="cuda")
@@ -256,7 +256,7 @@ def test_adding_to_any_buffer_while_tuning(tmp_path, monkeypatch):
         assert_bitwise_equal(total.contiguous(), expected)
         kernels.add_matmul(total, dy.t(), x)
         assert_bitwise_equal(total.contiguous(), expected + product, "a second time, as chosen")
-    assert not tuner.struck_off() and len(tuner.table()) == 3  # the product, and two ways to add
+    assert not verification.struck_off() and len(tuner.table()) == 3  # the product, and two ways to add
     empty = torch.full((40, 24), -0.0, device="cuda")
     kernels.add_matmul(empty, wild(0, 40).t(), wild(0, 24))
     assert_bitwise_equal(empty, torch.zeros(40, 24, device="cuda"), "no tokens: plus zero")
@@ -356,24 +356,24 @@ def test_compile_and_graph_give_the_eager_bytes():
 
 def test_the_tuner_verifies_and_remembers(tmp_path, monkeypatch):
     from tpinv.kernels.gemm import triton_gemm as gemm
-    from tpinv.kernels.gemm import tuner
+    from tpinv.kernels.gemm import tuner, verification
     from tpinv.runtime import cuda
+    from tpinv.runtime.state import device_state
 
     monkeypatch.setenv("TPINV_CACHE", str(tmp_path))
     out, problems = problem_of(wild(40, 1024), wild(1024, 264, seed=9), ReductionTree(4), BF16)
-    monkeypatch.setattr(tuner, "_chosen", {})
-    monkeypatch.setattr(tuner, "_verified", {})
+    device_state(torch.cuda.current_device()).forget()
     tuner.run(problems[0])
-    assert len(tuner.table()) == 1 and not tuner.struck_off()
+    assert len(tuner.table()) == 1 and not verification.struck_off()
     # A candidate with other bits is struck off: here, one that computes another tree.
     wrong = gemm.TritonConfig(64, 64, 64, 4, 3, group=4)
-    real = tuner.launch
+    real = verification.launch
 
-    def launch(problem, config, blocks=None):
-        real(problem, gemm.canonical(problem) if config == wrong else config, blocks)
+    def launch(problem, config, blocks=None, masked=False):
+        real(problem, gemm.canonical(problem) if config == wrong else config, blocks, masked)
         if config == wrong:
             problem.out.neg_()
 
-    monkeypatch.setattr(tuner, "launch", launch)
-    assert not tuner.verify(problems[0], wrong)
-    assert tuner.struck_off() and cuda.cache_dir() == tmp_path
+    monkeypatch.setattr(verification, "launch", launch)
+    assert not verification.verify(problems[0], wrong)
+    assert verification.struck_off() and cuda.cache_dir() == tmp_path

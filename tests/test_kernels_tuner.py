@@ -9,9 +9,10 @@ import torch
 pytest.importorskip("triton")
 
 from tpinv import reference
-from tpinv.kernels.gemm import sm90, tuner
+from tpinv.kernels.gemm import sm90, tuner, verification
 from tpinv.kernels.gemm import triton_gemm as gemm
 from tpinv.kernels.gemm.problem import make_problems
+from tpinv.runtime import state
 from tpinv.tree import ReductionTree
 
 TREE = ReductionTree(4)
@@ -23,14 +24,14 @@ class Gpu:
     def __init__(self):
         self.clock, self.wrong, self.fast, self.launched, self.capturing = 0.0, set(), None, [], None
 
-    def launch(self, problem, config, blocks=None):
+    def launch(self, problem, config, blocks=None, masked=False):
         self.launched.append(config)
         if self.capturing is not None:
             self.capturing.append(config)
         values = reference.tree_product(problem.a, problem.b.t(), TREE, 0, 1)
         root = reference.finish(values, TREE, TREE.subtrees(0, 1), problem.a.dtype if problem.accumulate else problem.out.dtype)
         problem.out.copy_(problem.out + root if problem.accumulate else root)
-        if config in self.wrong:
+        if config in self.wrong and not masked:
             problem.out.neg_()
 
 
@@ -72,18 +73,19 @@ def gpu(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(sm90.cuda, "missing", lambda name: None)
     monkeypatch.setattr(sm90, "compile_ahead", lambda macros: None)
-    monkeypatch.setattr(tuner, "launch", gpu.launch)
-    monkeypatch.setattr(tuner, "_verified", {})
-    forget(monkeypatch)
-    return gpu
+    monkeypatch.setattr(verification, "launch", gpu.launch)
+    state.clear()
+    yield gpu
+    state.clear()
 
 
-def forget(monkeypatch):
-    monkeypatch.setattr(tuner, "_chosen", {})
+def forget():
+    state.device_state(None).choices.clear()
 
 
-def problem(rows=40, start=0):
-    x, w = torch.randn(rows, 1024).bfloat16()[:, start : start + 512], torch.randn(72, 512).bfloat16()
+def problem(rows=40, start=0, length=128):
+    k = 4 * length
+    x, w = torch.randn(rows, 1024).bfloat16()[:, start : start + k], torch.randn(72, k).bfloat16()
     out = torch.full((1, rows, 72), float("nan"), dtype=torch.bfloat16)
     return make_problems(x, w, out, None, TREE, 0, 1, 1, "ieee")[0]
 
@@ -97,12 +99,12 @@ def test_the_fastest_is_chosen_and_remembered(gpu, monkeypatch):
         gpu.launched.clear()
         tuner.run(problem())
         assert gpu.launched == [gpu.fast]  # no second tuning
-        forget(monkeypatch)
+        forget()
         slower, gpu.fast = gpu.fast, None
         tuner.run(problem())
         assert tuner.choice(problem()) == slower  # from the disk
         assert [row["config"] for row in tuner.table(None).values()] == [slower.name]
-        forget(monkeypatch)
+        forget()
 
 
 def test_other_bits_are_struck_off(gpu):
@@ -110,7 +112,7 @@ def test_other_bits_are_struck_off(gpu):
     gpu.wrong = {gpu.fast}
     tuner.run(p := problem())
     assert tuner.choice(p) in rest
-    assert len(tuner.struck_off()) == 1 and tuner.struck_off()[0].startswith(gpu.fast.name)
+    assert len(verification.struck_off()) == 1 and verification.struck_off()[0].startswith(gpu.fast.name)
 
 
 def test_when_all_disagree_the_canonical_configuration_runs(gpu):
@@ -141,11 +143,46 @@ def test_without_timing_the_first_verified_one_is_taken(gpu, monkeypatch):
     assert tuner.choice(p) == second
 
 
-def test_capture_neither_tunes_nor_remembers(gpu, monkeypatch):
+def test_a_kernel_that_errs_only_without_masks_is_struck_off(gpu, monkeypatch):
+    """Leaves of 128 are whole steps, whose loads have no masks: another kernel than the one for ragged leaves."""
+    monkeypatch.setenv("TPINV_TUNE", "0")
+    monkeypatch.setattr(tuner, "candidates", gemm.candidates)
+    first, second, *_ = gemm.candidates(problem())
+    right = gpu.launch
+
+    def launch(problem, config, blocks=None, masked=False):
+        right(problem, config, blocks, masked)
+        if config == first and not masked and problem.length % config.k == 0:
+            problem.out.neg_()
+
+    monkeypatch.setattr(verification, "launch", launch)
+    tuner.run(p := problem())
+    assert tuner.choice(p) == second
+    tuner.run(p := problem(length=120))
+    assert tuner.choice(p) == first
+
+
+def test_a_capture_neither_tunes_nor_runs_what_was_not_verified(gpu, monkeypatch):
+    verified, *_ = tuner.candidates(problem())[1:]
+    with monkeypatch.context() as capture:
+        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="run the model once before capturing"):
+            tuner.run(problem())
+        assert not gpu.launched
+    assert verification.verify(problem(), verified)
+    gpu.launched.clear()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.warns(UserWarning, match="before capturing"):
         tuner.run(p := problem())
-    assert gpu.launched == [gemm.CANONICAL] and tuner.choice(p) is None
+    assert gpu.launched == [verified] and tuner.choice(p) is None
+    with pytest.raises(RuntimeError, match="run the model once before capturing"):
+        tuner.run(problem(start=1))  # another kernel than the one that was verified
+
+
+def test_where_even_the_canonical_configuration_depends_on_the_layout(gpu):
+    gpu.wrong = {*tuner.candidates(problem()), gemm.CANONICAL}
+    with pytest.raises(RuntimeError, match="no kernel computes .* with one set of bytes on this GPU"):
+        tuner.run(problem())
 
 
 def test_a_choice_is_for_its_addresses_and_strides(gpu):
@@ -158,7 +195,7 @@ def test_a_choice_is_for_its_addresses_and_strides(gpu):
 
 def test_the_probe_shows_another_order_in_bf16(gpu):
     """Half of its rows cancel: there nearly every element is a rounding error, which depends on the order."""
-    probe = tuner._probe(problem())
+    probe = verification.make_probe(problem(), gemm.CANONICAL)
     k = probe.a.shape[1]
     chain = probe.a.float() @ probe.b.float().t()
     halves = sum(probe.a[:, i : i + k // 8].float() @ probe.b[:, i : i + k // 8].float().t() for i in range(0, k, k // 8))

@@ -111,11 +111,12 @@ def _operands(product: str, m: int, n: int, k: int):
 
 def _measure(arguments, model: str, linear: str, product: str, m: int) -> list[dict]:
     from tpinv.kernels.gemm import triton_gemm as gemm
-    from tpinv.kernels.gemm import tuner
+    from tpinv.kernels.gemm import tuner, verification
     from tpinv.kernels.gemm.problem import make_problems
-    from tpinv.runtime import counters
+    from tpinv.runtime.state import device_states
 
-    counters.recycle()  # the graphs of the shape before are gone
+    for state in device_states():
+        state.counters.recycle()  # the graphs of the shape before are gone
     n, k = MODELS[model][linear]
     a, bs = _operands(product, m, n, k)
     stock_out = a.new_empty(a.shape[0], bs[0].shape[1])
@@ -139,13 +140,13 @@ def _measure(arguments, model: str, linear: str, product: str, m: int) -> list[d
         every = problems(ReductionTree(leaves, arguments.node_dtype))
         tuner.run(every[0])  # picks a configuration, whose bits it verifies
         kernel = tuner.choice(every[0])
-        if not tuner.verify(every[0], kernel):
+        if not verification.verify(every[0], kernel):
             raise ValueError(f"{kernel.name} does not have the canonical bits; run tpinv doctor")
         measure("tpinv", leaves, arguments.node_dtype, kernel.name, [lambda problem=problem: tuner.run(problem) for problem in every])
 
     every = problems(ReductionTree(1)) if "Triton" in arguments.others else []
     run_with = lambda config: [lambda problem=problem: gemm.run(problem, config) for problem in every]  # noqa: E731
-    if verified := [config for config in gemm.candidates(every[0]) if tuner.verify(every[0], config)] if every else []:
+    if verified := [config for config in gemm.candidates(every[0]) if verification.verify(every[0], config)] if every else []:
         config = min(verified, key=lambda config: _Timed(run_with(config))(2.0))
         measure("Triton", 1, "float32", config.name, run_with(config))
     if OTHERS[1] in arguments.others and (matmul := _batch_invariant_matmul()):

@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
 
     from tpinv.collectives import symmetric
-    from tpinv.kernels.gemm import sm90, tuner
+    from tpinv.kernels.gemm import sm90, tuner, verification
     from tpinv.runtime import cuda
 
     console.print(f"{torch.cuda.get_device_name()}, cache {cuda.cache_dir()}")
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         for leaves in arguments.leaves if product != "wgrad" else [1]:
             for tokens in arguments.tokens:
                 problem = _problem(product, dtype, precision, leaves, tokens)
-                verdicts = {config: tuner.verify(problem, config) for config in tuner.candidates(problem)}
+                verdicts = {config: verification.verify(problem, config) for config in tuner.candidates(problem)}
                 wrong = [config.name for config, good in verdicts.items() if not good]
                 bad += len(wrong)
                 name = f"{dtype}".removeprefix("torch.") + (f" {precision}" if dtype == torch.float32 else "")

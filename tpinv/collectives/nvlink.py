@@ -10,6 +10,7 @@ from tpinv import reference
 from tpinv.collectives import schedule
 from tpinv.collectives.symmetric import BLOCKS_PER_MULTIPROCESSOR, MAX_BLOCKS, SOURCE, Workspace
 from tpinv.runtime import cuda
+from tpinv.runtime.state import device_state
 from tpinv.tree import ReductionTree
 
 _OUT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -200,9 +201,8 @@ def _macros(tree: ReductionTree, ranks: int, out_dtype: torch.dtype, per_thread:
     )  # fmt: skip
 
 
-@functools.cache
 def _function(name: str, macros: tuple, device: int) -> ctypes.c_void_p:
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = device_state(device).capability
     return cuda.load(SOURCE, name, macros, f"sm_{major}{minor}", 0, device)
 
 

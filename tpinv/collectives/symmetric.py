@@ -33,6 +33,8 @@ import torch.distributed as dist
 from tpinv.collectives.group import Ranks
 from tpinv.collectives.schedule import BULK_BYTES, INBOX_BYTES, MAX_RANKS
 from tpinv.runtime import cuda
+from tpinv.runtime.state import device_state
+from tpinv.runtime.turns import Turns
 
 SOURCE = "tree_reduce.cu"
 MAX_BLOCKS = 256  # kMaxBlocks of the source
@@ -150,35 +152,12 @@ class Shared:
         self.addresses = tuple(self._handle.get_buffer(r, (size,), torch.uint8).data_ptr() for r in range(ranks.size))
 
 
-class Turns:
-    """Puts the launches of several streams of a device in the order of their calls, whatever their groups: two collectives that
-    wait for peers must not each hold half of the ranks."""
-
-    def __init__(self):
-        self._last: dict[bool, torch.cuda.Stream] = {}  # of the calls that were captured, and of those that ran
-
-    def next(self, stream: torch.cuda.Stream) -> int:
-        capturing = torch.cuda.is_current_stream_capturing()
-        last = self._last.get(capturing)
-        if last is not None and last != stream:
-            # An event recorded inside a capture means nothing outside of it, and the other way round.
-            with torch.cuda.stream(last):
-                alike = torch.cuda.is_current_stream_capturing() == capturing
-            if alike:
-                stream.wait_event(last.record_event())
-        self._last[capturing] = stream
-        return stream.cuda_stream
-
-
-_turns: dict[torch.device, Turns] = {}
-
-
 class Workspace:
     """Addresses that kernels are given, and the host's side of their order and their waits."""
 
     printed = False  # what it has to say of a failure
 
-    def __init__(self, rank: int, size: int, device: torch.device, blocks: int, turns: "Turns", allocate):
+    def __init__(self, rank: int, size: int, device: torch.device, blocks: int, turns: Turns, allocate):
         """``allocate(bytes)`` returns the addresses of that many zeroed bytes of every rank, and what keeps them alive."""
         self.rank, self.size, self.device, self.blocks = rank, size, device, blocks
         self.timeout = float(os.environ.get("TPINV_TIMEOUT", "600"))
@@ -303,7 +282,7 @@ def _agree(ranks: Ranks, device: torch.device) -> tuple[Workspace | None, Decisi
             shared = Shared(size, ranks, device)
             return shared.addresses, shared
 
-        made, failed, turns = None, None, _turns.setdefault(device, Turns())
+        made, failed, turns = None, None, device_state(device.index).turns
         try:
             made = Workspace(ranks.rank, ranks.size, device, decision.blocks, turns, allocate)
         except RuntimeError as error:  # what torch raises where memory cannot be shared after all; the peers are told

@@ -10,28 +10,45 @@ import torch
 from tpinv.runtime.device import current_stream
 
 _POOL = 1 << 20  # counters a device's captured launches share, 4 MB
-_buffers: dict[tuple[int, int], torch.Tensor] = {}
-_pools: dict[int, torch.Tensor] = {}
-_taken: dict[int, int] = {}
+_STREAMS = 64  # that have a buffer at once
 
 
-def arrivals(count: int, device: torch.device) -> torch.Tensor:
-    """``count`` int32 zeros on CUDA ``device``, for one launch on the current stream that leaves them at zero."""
-    index = device.index
-    if torch.cuda.is_current_stream_capturing():
-        start = _taken.get(index, 0)
-        if index not in _pools or start + count > _POOL:
-            return torch.zeros(count, dtype=torch.int32, device=device)  # one fill kernel in the graph: slower, as right
-        _taken[index] = start + -(-count // 32) * 32
-        return _pools[index][start : start + count]
-    if index not in _pools:
-        _pools[index] = torch.zeros(_POOL, dtype=torch.int32, device=device)
-    key = (index, current_stream(index))
-    if key not in _buffers or _buffers[key].numel() < count:
-        _buffers[key] = torch.zeros(max(count, 1 << 14), dtype=torch.int32, device=device)
-    return _buffers[key]
+class Counters:
+    """Of CUDA device number ``index``; None: the CPU."""
 
+    def __init__(self, index: int | None):
+        self._index = index
+        self._buffers: dict[int, torch.Tensor] = {}  # stream -> its buffer
+        self._pool: torch.Tensor | None = None
+        self._taken = 0
 
-def recycle() -> None:
-    """Gives the regions of captured launches out again. Only when every graph captured so far is gone: a benchmark makes thousands."""
-    _taken.clear()
+    @property
+    def kept(self) -> int:
+        """Bytes."""
+        return sum(t.nbytes for t in (*self._buffers.values(), *([] if self._pool is None else [self._pool])))
+
+    def take(self, count: int) -> torch.Tensor:
+        """``count`` int32 zeros, for one launch on the current stream that leaves them at zero."""
+        if self._index is None:
+            return torch.zeros(count, dtype=torch.int32)
+        if torch.cuda.is_current_stream_capturing():
+            start = self._taken
+            if self._pool is None or start + count > _POOL:
+                return self._zeros(count)  # one fill kernel in the graph: slower, as right
+            self._taken = start + -(-count // 32) * 32
+            return self._pool[start : start + count]
+        if self._pool is None:
+            self._pool = self._zeros(_POOL)
+        stream = current_stream(self._index)
+        if stream not in self._buffers or self._buffers[stream].numel() < count:
+            if len(self._buffers) >= _STREAMS:  # each goes back to its own stream's memory: what was launched there comes first
+                self._buffers.clear()
+            self._buffers[stream] = self._zeros(max(count, 1 << 14))
+        return self._buffers[stream]
+
+    def recycle(self) -> None:
+        """Gives the regions of captured launches out again. Only when every graph captured so far is gone: a benchmark makes thousands."""
+        self._taken = 0
+
+    def _zeros(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", self._index))

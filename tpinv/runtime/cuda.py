@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from tpinv.runtime.state import device_state
+
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _TENSOR_DTYPES = {torch.float32: 7, torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
 _SWIZZLE_128B, _L2_PROMOTION_256B = 3, 3
@@ -117,15 +119,19 @@ def _check(status: int, call: str) -> None:
         raise RuntimeError(f"{call} failed with {status}: {(name.value or b'unknown').decode()}")
 
 
-@functools.cache
 def load(name: str, function: str, macros: tuple[tuple[str, int], ...], arch: str, shared_bytes: int, device: int) -> ctypes.c_void_p:
-    """The function of a compiled source, loaded into the context of CUDA device ``device``."""
+    """The function of a compiled source, loaded into the context of CUDA device ``device`` and kept."""
+    key = name, function, macros, arch, shared_bytes
+    loaded = device_state(device).functions
+    if key in loaded:
+        return loaded[key]
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes sure that torch has created the context
         module, handle = ctypes.c_void_p(), ctypes.c_void_p()
         _check(_driver().cuModuleLoadData(ctypes.byref(module), compile_source(name, dict(macros), arch)), "cuModuleLoadData")
         _check(_driver().cuModuleGetFunction(ctypes.byref(handle), module, function.encode()), "cuModuleGetFunction")
         _check(_driver().cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED, shared_bytes), "cuFuncSetAttribute")
+    loaded[key] = handle
     return handle
 
 

@@ -1,11 +1,9 @@
-"""What host functions of kernels do about devices: Triton launches on the current one, whichever the tensors are on, and CUDA graphs
-keep the addresses of tables."""
+"""What host functions of kernels do about devices: Triton launches on the current one, whichever the tensors are on."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 
 def on_device_of_first(host: Callable) -> Callable:
@@ -30,10 +28,3 @@ def ceil_div(n: int, by: int) -> int:
 def current_stream(device: int) -> int:
     """The address of the current stream of CUDA device number ``device``, without an object around it."""
     return torch._C._cuda_getCurrentRawStream(device)
-
-
-def table(values: Sequence, device: torch.device) -> Tensor:
-    """int32 ``values`` on ``device``. Keep it for good (functools.cache): a captured CUDA graph reads it whenever it is replayed."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise ValueError("the first call with new shapes copies tables to the GPU, which a capture forbids; make one call before it")
-    return torch.tensor(values, dtype=torch.int32).to(device)

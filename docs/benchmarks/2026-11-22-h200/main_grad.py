@@ -9,7 +9,7 @@ import statistics
 import torch
 
 from tpinv import kernels
-from tpinv.kernels.gemm import tuner
+from tpinv.kernels.gemm import tuner, verification
 from tpinv.kernels.gemm.problem import make_problems
 from tpinv.tree import ReductionTree
 
@@ -60,4 +60,4 @@ def measure(tokens: int, n: int, k: int) -> dict:
 
 for shape in SHAPES:
     print(measure(*shape), flush=True)
-print("struck off:", tuner.struck_off())
+print("struck off:", verification.struck_off())

@@ -1,7 +1,7 @@
 """What a call costs the host the second time: a lookup, and its launches. A decode step and a sharded layer are too short to hide more.
 
-Everything that shapes, strides, alignments and the tree decide is found out by the first call and kept: the subtrees, the configuration
-of each (tuner.py), and for sm90 kernels all of the launch but its pointers.
+Everything that shapes, strides, alignments and the tree decide is found out by the first call and kept (DeviceState.calls): the subtrees,
+the configuration of each (tuner.py), and for sm90 kernels all of the launch but its pointers.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,9 @@ from tpinv.kernels.gemm import sm90, tuner
 from tpinv.kernels.gemm import triton_gemm as gemm
 from tpinv.kernels.gemm.problem import Problem, make_problems
 from tpinv.runtime.device import on_device_of_first
+from tpinv.runtime.state import device_state
 from tpinv.tree import ReductionTree
 
-_LIMIT = 8192  # calls kept, with shapes that come and go
 _STATIC = [field.name for field in fields(Problem) if field.name not in ("a", "b", "out", "bias")]
 
 
@@ -41,9 +41,6 @@ class _Launch:
         )
 
 
-_kept: dict[tuple, tuple[dict, list[_Launch]]] = {}
-
-
 @on_device_of_first
 def run(
     a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, leaves: int, node_dtype: str, rank: int, ranks: int, pieces: int,
@@ -52,10 +49,10 @@ def run(
     """``out`` [S, R, C] = (or, ``accumulate``, +=) the values of rank's subtrees of a [R, k] @ b [k, C]. Nothing in it is empty."""
     key = (
         a.shape, a.stride(), a.data_ptr() % 16, b.shape, b.stride(), b.data_ptr() % 16, out.stride(), out.data_ptr() % 16,
-        a.dtype, out.dtype, bias is None, leaves, node_dtype, rank, ranks, pieces, precision, accumulate, a.device.index,
+        a.dtype, out.dtype, -1 if bias is None else bias.data_ptr() % 16, leaves, node_dtype, rank, ranks, pieces, precision, accumulate,
     )  # fmt: skip
-    chosen, launches = _kept.get(key, (None, ()))
-    if chosen is not tuner.choices():  # never called, or the choices were forgotten
+    launches = device_state(a.device.index).calls.get(key)
+    if launches is None:
         launches = _first(
             key, make_problems(a, b.t(), out, bias, ReductionTree(leaves, node_dtype), rank, ranks, pieces, precision), accumulate
         )
@@ -73,13 +70,11 @@ def _first(key: tuple, problems: list[Problem], accumulate: bool) -> list[_Launc
         for problem in problems:
             tuner.run(problem)
         return None
-    if len(_kept) >= _LIMIT:
-        _kept.clear()
     launches, start = [], 0
     for plane, (problem, config) in enumerate(zip(problems, configs, strict=True)):
         static = {name: getattr(problem, name) for name in _STATIC}
         fast = sm90.launcher(problem, config) if isinstance(config, sm90.Sm90Config) else None
         launches.append(_Launch(start, plane, config, static, fast))
         start += problem.leaves * problem.length
-    _kept[key] = tuner.choices(), launches
+    device_state(problems[0].a.device.index).calls[key] = launches
     return launches

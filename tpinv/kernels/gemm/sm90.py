@@ -5,7 +5,6 @@ moves work around and no bit; the tuner holds every configuration to that before
 """
 
 import ctypes
-import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -13,11 +12,12 @@ import torch
 
 from tpinv.kernels.gemm.problem import Problem, most_pending, most_pending_pairs
 from tpinv.runtime import cuda
-from tpinv.runtime.counters import arrivals
 from tpinv.runtime.device import current_stream
+from tpinv.runtime.state import device_state
 
 SOURCE = "sm90_tree_gemm.cu"
-_BM, _BK, _THREADS, _CONSUMERS = 128, 64, 384, 256
+STEP = 64  # of k
+_BM, _THREADS, _CONSUMERS = 128, 384, 256
 _SHARED_LIMIT = 232448  # bytes a block may have on sm_90
 _OUT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_LEAVES = 64
@@ -57,7 +57,7 @@ class Sm90Config:
     def shared_bytes(self, merges: tuple[int, ...]) -> int:
         held_shared = 64 * _CONSUMERS * 4 if self.cols == 256 and self.stack_depth(merges) > 0 else 0
         slots = self.shared_slots * self.cols * 512 if self.spills(merges) else 0
-        return 1024 + self.stages * (_BM + self.cols) * _BK * 2 + slots + held_shared + 16 * self.stages + 8 * self.stack_depth(merges)
+        return 1024 + self.stages * (_BM + self.cols) * STEP * 2 + slots + held_shared + 16 * self.stages + 8 * self.stack_depth(merges)
 
 
 class _Params(ctypes.Structure):
@@ -115,18 +115,13 @@ def _operand_box(t: torch.Tensor, major: int, rows: int, problem: Problem) -> tu
     leaf, piece = problem.length * t.stride(1), problem.piece_stride * t.stride(1)
     if major == 0:
         sizes = (problem.length, problem.leaves, problem.pieces, t.shape[0])
-        strides, box = (leaf, piece, t.stride(0)), (_BK, 1, 1, rows)
+        strides, box = (leaf, piece, t.stride(0)), (STEP, 1, 1, rows)
     else:
         sizes = (t.shape[0], problem.length, problem.leaves, problem.pieces)
         strides, box = (t.stride(1), leaf, piece), (64, rows, 1, 1)
     # A dimension of size one is never stepped over, but its stride must still be a legal one.
     strides = tuple(8 if n == 1 else s for s, n in zip(strides, sizes[1:], strict=True))
     return t.dtype, sizes, strides, box
-
-
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def macros(problem: Problem, config: Sm90Config) -> dict[str, int]:
@@ -139,6 +134,11 @@ def macros(problem: Problem, config: Sm90Config) -> dict[str, int]:
         "SHARED_SLOTS": config.shared_slots, "SPLIT": config.parts, "SWAP": int(config.swap),
         "ACCUMULATE": _OUT[problem.a.dtype] if problem.accumulate else 0, "EVERY_LANE_ARRIVES": EVERY_LANE_ARRIVES,
     }  # fmt: skip
+
+
+def compiled(problem: Problem, config: Sm90Config) -> tuple[tuple[str, int], ...]:
+    """All that is compiled into the kernel that computes ``problem`` with ``config``; the rest it reads at run time."""
+    return tuple(macros(problem, config).items())
 
 
 def compile_ahead(macros: dict[str, int]) -> None:
@@ -159,13 +159,12 @@ class _Plan:
     params: bytes
 
 
-@functools.lru_cache(maxsize=4096)
 def _plan(
-    device: int, config: Sm90Config, macros: tuple, rows: int, cols: int, steps: int, pieces: int,
+    device: int | None, config: Sm90Config, macros: tuple, rows: int, cols: int, steps: int, pieces: int,
     merges: tuple[int, ...], part_merges: tuple[int, ...], blocks: int | None,
 ) -> _Plan:  # fmt: skip
     shared = config.shared_bytes(merges)
-    blocks = blocks or _multiprocessors(device)
+    blocks = blocks or device_state(device).multiprocessors
     clusters = max(1, blocks // config.cluster)
     tiles_m, tiles_n = -(-rows // (_BM * config.cluster)), -(-cols // config.cols)
     tiles = tiles_m * tiles_n
@@ -206,12 +205,16 @@ def launcher(problem: Problem, config: Sm90Config, blocks: int | None = None) ->
     )  # fmt: skip
     sides = [(problem.a, problem.major[0]), (problem.b, problem.major[1])]
     (a, major_a), (b, major_b) = reversed(sides) if swap else sides
-    plan = _plan(
-        device.index, config, tuple(macros(problem, config).items()), a.shape[0], b.shape[0],
-        -(-problem.length // _BK), problem.pieces, problem.merges, problem.splits[config.parts], blocks,
+    key = (
+        config, compiled(problem, config), a.shape[0], b.shape[0],
+        -(-problem.length // STEP), problem.pieces, problem.merges, problem.splits[config.parts], blocks,
     )  # fmt: skip
-    box_a = _operand_box(a, major_a, _BK if major_a else _BM, problem)
-    box_b = _operand_box(b, major_b, (_BK if major_b else config.cols) // config.cluster, problem)
+    plans = device_state(device.index).plans
+    plan = plans.get(key)
+    if plan is None:
+        plan = plans[key] = _plan(device.index, *key)
+    box_a = _operand_box(a, major_a, STEP if major_a else _BM, problem)
+    box_b = _operand_box(b, major_b, (STEP if major_b else config.cols) // config.cluster, problem)
     box_out = (out_dtype, (problem.cols, problem.rows, 1, 1), (out_stride, 4, 4), (32, _BM, 1, 1))
 
     def launch(a: int, b: int, out: int, bias: int | None) -> None:
@@ -224,7 +227,7 @@ def launcher(problem: Problem, config: Sm90Config, blocks: int | None = None) ->
         if plan.parts:
             keep.append(torch.empty(plan.parts, dtype=torch.float32, device=device))
             params.parts = keep[-1].data_ptr()
-            keep.append(arrivals(plan.counters, device))
+            keep.append(device_state(device.index).counters.take(plan.counters))
             params.arrivals = keep[-1].data_ptr()
         if swap:
             a, b = b, a

@@ -12,7 +12,6 @@ The accumulator enters every dot as an operand that is carried around the loop. 
 let Triton's Combine pass turn it into ``dot(a, b, left)``: another tree.
 """
 
-import functools
 from dataclasses import asdict, dataclass
 
 import torch
@@ -20,9 +19,9 @@ import triton
 import triton.language as tl
 
 from tpinv.kernels.gemm.problem import Problem, most_pending
-from tpinv.runtime.counters import arrivals
-from tpinv.runtime.device import ceil_div, table
-from tpinv.runtime.launch import entry
+from tpinv.runtime.device import ceil_div
+from tpinv.runtime.launch import entry, kind
+from tpinv.runtime.state import device_state
 
 
 @triton.jit
@@ -212,35 +211,70 @@ class TritonConfig:
 CANONICAL = TritonConfig(64, 64, 64, 4, 3)
 CANONICAL_FP32 = TritonConfig(64, 64, 32, 4, 2)
 MAX_DEPTH = 6
+_POINTERS = 7  # of the kernel's arguments, at the front
 
 
 def canonical(problem: Problem) -> TritonConfig:
     return CANONICAL_FP32 if problem.a.dtype == torch.float32 else CANONICAL
 
 
-_merges_on = functools.cache(table)
+def _numbers(problem: Problem, config: TritonConfig) -> tuple[int, ...]:
+    """The kernel's arguments between its pointers and its constants."""
+    a, b = problem.a, problem.b
+    return (
+        problem.rows, problem.cols, problem.length, ceil_div(problem.length, config.k), problem.pieces, len(problem.splits[config.parts]),
+        a.stride(0), a.stride(1), problem.piece_stride * a.stride(1),
+        b.stride(0), b.stride(1), problem.piece_stride * b.stride(1), problem.out.stride(0),
+    )  # fmt: skip
 
 
-def run(problem: Problem, config: TritonConfig) -> None:
-    """Fills ``problem.out``, or adds to it, on the current stream, or on the CPU under the interpreter."""
+def _constants(problem: Problem, config: TritonConfig, masked: bool = False) -> dict:
+    return {
+        "DEPTH": most_pending(problem.splits[config.parts]), "SPLIT": config.parts,
+        "BIAS": problem.bias is not None, "ACCUMULATE": problem.accumulate, "NODE_BF16": problem.node_bf16,
+        "PRECISION": problem.precision, "RAGGED": masked or problem.length % config.k != 0,
+        "BM": config.rows, "BN": config.cols, "BK": config.k, "SWAP": config.swap, "GROUP": config.group,
+        "num_warps": config.warps, "num_stages": config.stages,
+    }  # fmt: skip
+
+
+def _argument_kinds(problem: Problem, config: TritonConfig) -> dict[str, tuple]:
+    """What Triton may compile in of the arguments. Scratch memory, counters and tables are tpinv's own and always alike."""
+    bias = problem.out if problem.bias is None else problem.bias
+    kinds = {"a_ptr": kind(problem.a), "b_ptr": kind(problem.b), "out_ptr": kind(problem.out), "bias_ptr": kind(bias)}
+    names = tree_gemm_kernel.arg_names[_POINTERS:]
+    any_number = tree_gemm_kernel.do_not_specialize
+    return kinds | {n: kind(x, n not in any_number) for n, x in zip(names, _numbers(problem, config), strict=False)}
+
+
+def layout(problem: Problem) -> tuple:
+    """All that the compiled code may depend on of addresses, strides and sizes, whatever the configuration."""
+    return tuple(_argument_kinds(problem, canonical(problem)).values())
+
+
+def compiled(problem: Problem, config: TritonConfig) -> tuple[tuple[str, object], ...]:
+    """All that is compiled into the kernel that computes ``problem`` with ``config``."""
+    return tuple((_argument_kinds(problem, config) | _constants(problem, config)).items())
+
+
+def run(problem: Problem, config: TritonConfig, masked: bool = False) -> None:
+    """Fills ``problem.out``, or adds to it, on the current stream, or on the CPU under the interpreter.
+
+    ``masked``: every load is, also where a leaf is a whole number of steps. Without a difference to the values.
+    """
     a, b, out = problem.a, problem.b, problem.out
     merges = problem.splits[config.parts]
     if most_pending(merges) > MAX_DEPTH:
         raise ValueError(f"a subtree of {problem.leaves} leaves keeps more than {MAX_DEPTH} values pending; use at most 64 leaves a rank")
+    state = device_state(out.device.index)
     tiles = ceil_div(problem.rows, config.rows) * ceil_div(problem.cols, config.cols)
     parts = arrived = out
     if config.parts > 1:
         parts = torch.empty(tiles * config.parts * config.rows * config.cols, dtype=torch.float32, device=out.device)
-        arrived = arrivals(tiles, out.device) if out.is_cuda else torch.zeros(tiles, dtype=torch.int32)
+        arrived = state.counters.take(tiles)
     tree_gemm_kernel[(tiles * config.parts,)](
-        a, b, out, out if problem.bias is None else problem.bias, parts, arrived, _merges_on(merges, out.device),
-        problem.rows, problem.cols, problem.length, ceil_div(problem.length, config.k), problem.pieces, len(merges),
-        a.stride(0), a.stride(1), problem.piece_stride * a.stride(1),
-        b.stride(0), b.stride(1), problem.piece_stride * b.stride(1), out.stride(0),
-        DEPTH=most_pending(merges), SPLIT=config.parts,
-        BIAS=problem.bias is not None, ACCUMULATE=problem.accumulate, NODE_BF16=problem.node_bf16, PRECISION=problem.precision,
-        RAGGED=problem.length % config.k != 0, BM=config.rows, BN=config.cols, BK=config.k, SWAP=config.swap, GROUP=config.group,
-        num_warps=config.warps, num_stages=config.stages,
+        a, b, out, out if problem.bias is None else problem.bias, parts, arrived, state.table(merges),
+        *_numbers(problem, config), **_constants(problem, config, masked),
     )  # fmt: skip
 
 
