@@ -20,6 +20,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
+from tpinv.collectives import agree, resolve
 from tpinv.integrations.megatron import converted, hooks, layers, loss
 from tpinv.integrations.megatron.guard import check_config, check_data_parallel, check_vocabulary
 from tpinv.integrations.megatron.modules import REPLACEMENTS, check_modules, on_cpu
@@ -64,18 +65,23 @@ def convert(
     models = [module for _, module in plan if isinstance(module, LanguageModule)]
     if not models:
         raise ValueError(f"{type(chunks[0]).__name__} holds no Megatron-Core LanguageModule (GPTModel, HybridModel); convert those")
-    for language_model in models:
-        _check_model(language_model, tree, accept)
-        check_vocabulary(language_model.vocab_size, tree, tokenizer_vocab_size, make_vocab_size_divisible_by)
-    for _, module in plan:
-        if hasattr(module, "ddp_config"):
-            check_data_parallel(module.ddp_config, accept)
-    check_modules(plan, tree, accept)
-    for language_model in models:
-        _check_attention(language_model)
-    if optimizer is not None:
-        hooks.check_optimizer(optimizer, accept)
 
+    def check() -> None:
+        for language_model in models:
+            _check_model(language_model, tree, accept)
+            check_vocabulary(language_model.vocab_size, tree, tokenizer_vocab_size, make_vocab_size_divisible_by)
+        for _, module in plan:
+            if hasattr(module, "ddp_config"):
+                check_data_parallel(module.ddp_config, accept)
+        check_modules(plan, tree, accept)
+        for language_model in models:
+            _check_attention(language_model)
+        if optimizer is not None:
+            hooks.check_optimizer(optimizer, accept)
+
+    kinds = collections.Counter(type(module).__name__ for _, module in plan)
+    signature = {"tree": tree.fingerprint, "modules": str(sorted(kinds.items())), "vocab_size": models[0].vocab_size}
+    agree(resolve(models[0].pg_collection.tp), "megatron.convert", signature, check)
     replaced = collections.Counter()
     for name, module in plan:
         stock = type(module)

@@ -23,6 +23,7 @@ from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tpinv import optim
+from tpinv.collectives import Ranks, agree, resolve
 from tpinv.integrations.megatron import converted
 from tpinv.integrations.megatron.guard import check_data_parallel, check_optimizer_config
 from tpinv.integrations.megatron.modules import check_again
@@ -83,7 +84,9 @@ def convert_optimizer(optimizer, *, accept=()):
         ValueError: an optimizer that is not elementwise (Muon) or takes the norm elsewhere, a setting that nobody has looked at
             (settings.py), or data parallelism over more than two ranks without a fixed order.
     """
-    check_optimizer(optimizer, accept)
+    alone = not parallel_state.model_parallel_is_initialized()
+    ranks = Ranks(None, 0, 1) if alone else resolve(parallel_state.get_model_parallel_group())
+    agree(ranks, "megatron.convert_optimizer", {"optimizer": type(optimizer).__name__}, lambda: check_optimizer(optimizer, accept))
     for each in [optimizer, *getattr(optimizer, "chained_optimizers", [])]:
         _mark_parameters(each)
         for name in (*NORMS, "step"):
