@@ -1,0 +1,112 @@
+"""Who agrees with whom: one Hugging Face checkpoint and the same tokens in several frameworks at several TP sizes.
+
+Every part computes, with tpinv swapped in, the logits of the whole vocabulary and the log-probability of each next token; the bytes are
+compared with those of transformers in one process. Rope is computed in the model's dtype everywhere (``rope_dtype="model"``).
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tpinv.testing import RankPool, compare
+from tpinv.testing.text import real_text
+
+FRAMEWORKS = ("transformers", "megatron", "torchtitan", "vllm")
+KINDS = ("llama", "qwen3")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every framework computes: tokens of real text, ``batch`` rows of ``length``, through the checkpoint in ``path``."""
+
+    path: str
+    dtype: str = "bf16"
+    leaves: int = 8
+    batch: int = 2
+    length: int = 48
+
+    @property
+    def tokens(self) -> Tensor:
+        return real_text()[: self.batch * self.length].view(self.batch, self.length).long()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One framework at one size. ``differing``: tensors (of logits, log_probs) whose bytes are not the reference's; None: it could not
+    be computed, for the reason in ``note``."""
+
+    framework: str
+    tp: int
+    variant: str
+    tensors: int
+    differing: int | None
+    note: str = ""
+
+
+def make_checkpoint(kind: str, path: str) -> None:
+    """A small random Llama or Qwen 3 with 8 equal leaves everywhere, for TP 1, 2, 4, written as transformers writes it."""
+    import transformers
+
+    torch.manual_seed(0)
+    make_config, make_model = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    }[kind]
+    config = make_config(
+        vocab_size=256, hidden_size=128, intermediate_size=344, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=32, max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.1, dtype="float32",
+    )  # fmt: skip
+    make_model(config).save_pretrained(path)
+
+
+def run_part(framework: str, variant: str, task: Task) -> dict[str, Tensor] | None:
+    """On every rank of a part: its tensors on rank 0, whole."""
+    from importlib import import_module
+
+    return import_module(f"tpinv.harness.across.{framework}").compute(task, variant)
+
+
+def parts(frameworks: Sequence[str], sizes: Sequence[int]) -> list[tuple[str, int, str]]:
+    """(framework, ranks, variant) of every part. transformers has whole models: one process, and FSDP2 on two."""
+    listed = []
+    for framework in frameworks:
+        if framework == "transformers":
+            listed += [("transformers", 1, ""), ("transformers", 2, "FSDP2")]
+        elif framework in ("megatron", "torchtitan"):
+            listed += [(framework, tp, sp) for tp in sizes for sp in (("",) if tp == 1 else ("", "SP"))]
+        else:
+            listed += [(framework, tp, "") for tp in sizes]
+    return listed
+
+
+def compare_frameworks(frameworks: Sequence[str], sizes: Sequence[int], task: Task, report=lambda row: None) -> list[Row]:
+    """A row for every part; the first, transformers in one process, is what the others are compared with."""
+    rows = []
+    with RankPool() as pool:
+        expected = pool.run(run_part, 1, "transformers", "", task, timeout=600)[0]
+        for framework, ranks, variant in parts(frameworks, sizes):
+            tp = 1 if framework == "transformers" else ranks
+            if framework == "vllm":
+                from tpinv.harness.across import vllm
+
+                found = vllm.compute(task, tp)
+            else:
+                found = pool.run(run_part, ranks, framework, variant, task, timeout=600)[0]
+            shared = found.keys() & expected.keys()
+            differing = sum(bool(compare(found[name].reshape(expected[name].shape), expected[name])) for name in shared)
+            rows.append(Row(framework, tp, variant, len(shared), differing))
+            report(rows[-1])
+    return rows
+
+
+def compare_kind(
+    kind: str, frameworks: Sequence[str], sizes: Sequence[int], dtype: str, leaves: int = 8, report=lambda row: None
+) -> list[Row]:
+    """:func:`compare_frameworks` with a random checkpoint of ``kind``."""
+    with tempfile.TemporaryDirectory(prefix="tpinv-") as path:
+        make_checkpoint(kind, path)
+        return compare_frameworks(frameworks, sizes, Task(path, dtype, leaves), report)

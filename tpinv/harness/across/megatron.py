@@ -1,0 +1,76 @@
+"""Megatron-Core: a GPTModel of the local spec with the checkpoint's sizes."""
+
+import logging
+import warnings
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from tpinv.collectives import all_gather, resolve
+from tpinv.functional import vocab_parallel_log_probs
+from tpinv.harness.across import DTYPES, Task
+from tpinv.integrations.megatron import convert, gpt_layer_spec, on_cpu
+from tpinv.integrations.megatron.huggingface import load_hf_weights
+from tpinv.tree import ReductionTree
+
+
+def build_config(config: PreTrainedConfig, tp: int, sequence_parallel: bool, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's settings for a Llama or Qwen 3 of transformers."""
+    return TransformerConfig(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads,
+        kv_channels=config.head_dim,
+        ffn_hidden_size=config.intermediate_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.rms_norm_eps,
+        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        add_qkv_bias=bool(config.attention_bias),
+        qk_layernorm=config.model_type == "qwen3",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        masked_softmax_fusion=False,
+        tensor_model_parallel_size=tp,
+        sequence_parallel=sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+    )
+
+
+def compute(task: Task, variant: str) -> dict[str, Tensor] | None:
+    warnings.simplefilter("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    tp, tree, tokens = dist.get_world_size(), ReductionTree(task.leaves), task.tokens
+    checkpoint = AutoConfig.from_pretrained(task.path)
+    weights = AutoModelForCausalLM.from_pretrained(task.path, dtype=DTYPES[task.dtype]).state_dict()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+    try:
+        with on_cpu(), torch.no_grad():
+            config = build_config(checkpoint, tp, variant == "SP", DTYPES[task.dtype])
+            model = GPTModel(
+                config,
+                transformer_layer_spec=gpt_layer_spec(config, tree=tree),
+                vocab_size=checkpoint.vocab_size,
+                max_sequence_length=task.length,
+                position_embedding_type="rope",
+                rotary_base=checkpoint.rope_parameters["rope_theta"],
+                share_embeddings_and_output_weights=checkpoint.tie_word_embeddings,
+            ).to(DTYPES[task.dtype])
+            load_hf_weights(convert(model, tree=tree).eval(), weights)
+            logits = model(tokens, torch.arange(task.length).expand(task.batch, -1), None)
+            ranks = resolve(model.pg_collection.tp)
+            log_probs = vocab_parallel_log_probs(logits[:, :-1], tokens[:, 1:], tree=tree, group=ranks)
+            whole = all_gather(logits.contiguous(), ranks, dim=-1)
+    finally:
+        parallel_state.destroy_model_parallel()
+    return {"logits": whole, "log_probs": log_probs} if dist.get_rank() == 0 else None
