@@ -237,7 +237,68 @@ def _l2_norm(model):
     _first_layer(model).self_attention.q_layernorm = L2Norm(hidden_size=8)
 
 
+class Stateless(nn.Module):
+    """Owns nothing, and adds something up."""
+
+    def forward(self, x):
+        return x.sum(-1, keepdim=True)
+
+
+def _hook(module, args, output):
+    return output
+
+
+def _adapter(model):
+    """What hand-made LoRA does: parameters under the linear, and a forward hook that adds their product."""
+    fc2 = _first_layer(model).mlp.linear_fc2
+    fc2.lora_a = nn.Parameter(torch.zeros(2, fc2.weight.shape[1]))
+    fc2.lora_b = nn.Parameter(torch.zeros(fc2.weight.shape[0], 2))
+
+
+def _buffer(model):
+    _first_layer(model).mlp.register_buffer("scale", torch.ones(1))
+
+
+def _spectral(model):
+    torch.nn.utils.spectral_norm(_first_layer(model).mlp.linear_fc2)
+
+
+def _parametrized(model):
+    torch.nn.utils.parametrizations.weight_norm(_first_layer(model).mlp.linear_fc2)
+
+
 MODULE_REFUSALS = {
+    "stateless module": (
+        lambda m: setattr(_first_layer(m), "pooler", Stateless()),
+        "decoder.layers.0.pooler: test_megatron_convert.Stateless is not covered: nobody has looked at .*; use the local layer spec .*accept=",
+    ),
+    "buffer": (_buffer, r"layers.0.mlp: .*MLP owns buffers that are not covered \(scale\); build it without"),
+    "foreign parameters": (
+        _adapter,
+        "linear_fc2: RowParallelLinear does not know its parameters lora_a, lora_b; for adapters, use add_lora",
+    ),
+    "foreign module": (
+        lambda m: setattr(_first_layer(m).mlp.linear_fc1, "lora", nn.Linear(2, 2)),
+        "linear_fc1: ColumnParallelLinear does not know its modules lora; for adapters",
+    ),
+    "forward hook": (
+        lambda m: _first_layer(m).mlp.linear_fc2.register_forward_hook(_hook),
+        "linear_fc2: test_megatron_convert._hook, in _forward_hooks, may change what RowParallelLinear computes; remove it, convert first",
+    ),
+    "forward pre-hook": (
+        lambda m: m.decoder.register_forward_pre_hook(lambda module, args: None),
+        "decoder: .*lambda.*, in _forward_pre_hooks, may change what TransformerBlock computes",
+    ),
+    "backward hook": (
+        lambda m: m.register_full_backward_hook(lambda module, grad_input, grad_output: None),
+        "lambda.*, in _backward_hooks, may change what GPTModel computes",
+    ),
+    "spectral norm": (_spectral, "linear_fc2: RowParallelLinear does not know its parameters weight_orig"),
+    "parametrization": (_parametrized, "linear_fc2: .*ParametrizedRowParallelLinear"),
+    "dropout": (
+        lambda m: setattr(m.embedding.embedding_dropout, "p", 0.1),
+        "embedding_dropout: its dropout of 0.1 draws from a stream per rank; build it with 0.0",
+    ),
     "module with parameters": (
         _unknown,
         "decoder.layers.0.adapter: torch.nn.modules.linear.Linear owns parameters and is not covered; use",
@@ -273,6 +334,65 @@ def module_refusal(name: str) -> str:
 def test_modules_that_are_not_covered_are_refused(name, megatron_pool):
     message = on(megatron_pool, module_refusal, name)[0]
     assert re.search(MODULE_REFUSALS[name][1], message), message
+
+
+def accepted() -> None:
+    """What the caller has looked at: a module's class, a hook, a setting, by name; what is known to change bits is not theirs to accept."""
+    model = jobs.unconverted(LLAMA)
+    _first_layer(model).pooler = Stateless()
+    model.decoder.register_forward_hook(_hook)
+    model.config.rotary_percent = 0.5
+    for accept in ([], [Stateless, _hook], [Stateless, "rotary_percent"], [_hook, "rotary_percent"]):
+        with pytest.raises(ValueError):
+            convert(model, tree=TREE, accept=accept)
+    convert(model, tree=TREE, accept=[Stateless, _hook, "rotary_percent"])
+    model = jobs.unconverted(LLAMA)
+    model.config.softmax_type = "learnable"
+    with pytest.raises(ValueError, match="softmax_type='learnable'"):
+        convert(model, tree=TREE, accept=["softmax_type"])
+
+
+def test_accept(megatron_pool):
+    on(megatron_pool, accepted)
+
+
+def changed_after_conversion() -> None:
+    """Adapters that come after convert: at the linear's next forward, or at the next finalisation."""
+    config = build_config(LLAMA)
+    for change, message in [
+        (_adapter, "has changed since it was converted: .*lora_a, lora_b"),
+        (_unknown, "owns parameters and is not cov"),
+    ]:
+        model = convert(jobs.unconverted(LLAMA, config=config), tree=TREE)
+        chunk = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+        chunk(*jobs.batch(LLAMA), labels=jobs.batch(LLAMA, 1)[0]).mean().backward()
+        finalize_model_grads([chunk])
+        change(model)
+        with pytest.raises(ValueError, match=message):
+            chunk(*jobs.batch(LLAMA), labels=jobs.batch(LLAMA, 1)[0]).mean().backward()
+            finalize_model_grads([chunk])
+
+
+def test_changes_after_conversion_are_noticed(megatron_pool):
+    on(megatron_pool, changed_after_conversion)
+
+
+def data_parallel_settings() -> None:
+    config = build_config(LLAMA)
+    chunk = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), jobs.unconverted(LLAMA, config=config))
+    chunk.ddp_config.nccl_ub = True
+    with pytest.raises(ValueError, match="nccl_ub=True: nobody has looked at this setting"):
+        convert([chunk], tree=TREE)
+    chunk.ddp_config.nccl_ub = False
+    convert([chunk], tree=TREE)
+    chunk(*jobs.batch(LLAMA), labels=jobs.batch(LLAMA, 1)[0]).mean().backward()
+    chunk.ddp_config.nccl_ub = True
+    with pytest.raises(ValueError, match="nccl_ub=True: nobody has looked at this setting"):
+        finalize_model_grads([chunk])
+
+
+def test_settings_of_data_parallelism_are_looked_at(megatron_pool):
+    on(megatron_pool, data_parallel_settings)
 
 
 def other_refusals() -> None:
