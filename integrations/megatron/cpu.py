@@ -22,12 +22,14 @@ class _NoRandomStates:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Megatron's optimizer spells out ``device="cuda"``, which makes a CPU tensor here, and compares ``tensor.type()`` with the names
-    of CUDA types, which CPU tensors get here."""
+    """Megatron spells out ``device="cuda"`` and ``.cuda()``, which make and leave a CPU tensor here, and compares ``tensor.type()`` with the
+    names of CUDA types, which CPU tensors get here."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if kwargs and kwargs.get("device") == "cuda":
             kwargs = {**kwargs, "device": "cpu"}
+        if function is torch.Tensor.cuda:
+            return args[0]
         result = function(*args, **(kwargs or {}))
         if function is torch.Tensor.type and len(args) == 1 and not kwargs:
             return result.replace("torch.", "torch.cuda.", 1)
