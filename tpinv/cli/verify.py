@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"{arguments.micro_batches} micro-batches", soft_wrap=True,
     )  # fmt: skip
     rows = _compare_all(arguments, sizes, framework, settings, console)
-    console.print(_table(rows))
+    console.print(_table(rows, arguments.dtype))
     ours, stock, unknown = _sums(rows)
     _verdict(rows, console)
     ok = not ours and not unknown and stock > 0
@@ -147,7 +147,9 @@ def _own_model(arguments: argparse.Namespace, sizes: tuple[int, ...]):
     if told := [name for name in OF_OUR_MODEL if getattr(arguments, name)]:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in told)
         raise ValueError(f"{names} would describe verify's own model; with --model the factory says what is built")
-    factory = load_factory(arguments.model)
+    with warnings.catch_warnings():  # of which Megatron-Core has a lot
+        warnings.simplefilter("ignore")
+        factory = load_factory(arguments.model)
     framework = arguments.framework or framework_of(factory)
 
     def settings(module, layers: str, size: int, sp: bool):
@@ -214,8 +216,11 @@ def _environment_of_workers(device: str):
         os.environ.update(saved)
 
 
-def _table(rows: list[Row]) -> Table:
-    table = Table(title="tensors whose bytes differ from TP=1", title_justify="left")
+def _table(rows: list[Row], dtype: str) -> Table:
+    table = Table(
+        title="tensors whose bytes differ from TP=1", title_justify="left",
+        caption=f"ulp: of {dtype}, at the tensor's largest value", caption_justify="left",
+    )  # fmt: skip
     for name, justify in COLUMNS.items():
         table.add_column(name, justify=justify, overflow="fold")
     previous = None

@@ -4,6 +4,7 @@ A recording maps names to whole tensors, in the order in which they were compute
 for each rank) where only shapes tell how they belong together. What is named initial/... was there before training.
 """
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -17,11 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tpinv.diff import Comparison, Key, Part, compare_parts
-from tpinv.testing import compare
+from tpinv.testing import Difference, compare
 
 Recording = dict[str, "Tensor | list[Part]"]
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of --dtype
 LOADED = "initial weights that were loaded"  # of a recording: their number
 
 
@@ -61,7 +63,7 @@ def train_and_compare(train: Callable, settings, given_first: bool = False) -> R
             return None
         if settings.tp == 1:
             _first.update(recording)
-        return compare_with_first(settings.layers, settings.tp, settings.sequence_parallel, recording, _first)
+        return compare_with_first(settings.layers, settings.tp, settings.sequence_parallel, recording, _first, DTYPES[settings.dtype])
     except HarnessError:
         _be_quiet()
         raise
@@ -85,8 +87,12 @@ def describe(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}{where}: {error}".split())
 
 
-def compare_with_first(layers: str, size: int, sp: bool, recording: Recording, reference: Recording) -> Row:
-    """What was drawn before training must be equal, or the comparison would be unfair: HarnessError."""
+def compare_with_first(layers: str, size: int, sp: bool, recording: Recording, reference: Recording, dtype: torch.dtype) -> Row:
+    """What was drawn before training must be equal, or the comparison would be unfair: HarnessError.
+
+    Distances are in ulps of ``dtype``, that of the run, also where a tensor of it is kept in a finer one (logits, gradients): a bf16 run
+    has rounded to bf16 all the way, and only so can its tensors be ranked.
+    """
     ulps: dict[str, float | None] = {}
     distances: dict[str, str] = {}
     unknown: dict[str, str] = {}
@@ -104,7 +110,7 @@ def compare_with_first(layers: str, size: int, sp: bool, recording: Recording, r
         if not found.compared:
             ulps[name], unknown[name] = math.nan, found.rule
         elif found.differs:
-            difference = found.difference
+            difference = _in_ulps_of(dtype, found.difference, recording[name])
             ulps[name] = math.inf if difference.nonfinite else difference.max_ulp
             distances[name] = difference.distance
     if unfair:
@@ -128,6 +134,13 @@ def compare_recorded(name: str, actual, expected) -> Comparison:
         return Comparison(key, "", differs=bool(difference), difference=difference or None)
     actual, expected = ([part(value)] if isinstance(value, Tensor) else value for value in (actual, expected))
     return compare_parts(key, expected, actual)
+
+
+def _in_ulps_of(dtype: torch.dtype, difference: Difference, value: Tensor | list[Part]) -> Difference:
+    own = value.dtype if isinstance(value, Tensor) else value[0].value.dtype
+    if not own.is_floating_point or torch.finfo(own).eps >= torch.finfo(dtype).eps:
+        return difference
+    return dataclasses.replace(difference, max_ulp=difference.max_ulp * torch.finfo(own).eps / torch.finfo(dtype).eps)
 
 
 def _scalar(value) -> float:

@@ -31,10 +31,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tpinv.harness.comparison import HarnessError, describe
+from tpinv.harness.comparison import DTYPES, HarnessError, describe
 from tpinv.tree import ReductionTree
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FRAMEWORKS = {"megatron": ("megatron.core",), "torchtitan": ("torchtitan",)}
 
 
@@ -72,7 +71,7 @@ class Case:
         batches: what the model is called with, one after the other and from the start again where there are fewer than steps x
             micro-batches: a dict of keyword arguments, a tuple of positional ones, or a tensor.
         loss: loss(output, batch) -> scalar. Default: the output if it is a scalar, its "loss" if it has one, else the mean of its squares.
-        optimizer: optimizer(parameters) -> torch.optim.Optimizer. Default AdamW(lr=1e-3).
+        optimizer: optimizer(parameters) -> torch.optim.Optimizer, default AdamW(lr=1e-3); for Megatron an OptimizerConfig.
         clip: gradients are clipped to this norm; None: they are not. The norm is recorded in any case.
         shards: {regular expression on a parameter's name: dimension, or (dimension, stride)} of parameters whose modules do not say how
             they are sharded, or None for one that is replicated.
@@ -217,3 +216,13 @@ def _case(model: str, returned) -> Case:
 def require_module(run: OwnRun, model, kind: type = nn.Module) -> None:
     if not isinstance(model, kind):
         raise ValueError(f"{run.model} returned a {type(model).__name__} as its model, which is no {kind.__name__}")
+
+
+def require_dtype(run: OwnRun, model: nn.Module) -> None:
+    """ValueError for a model that did not follow --dtype."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if dtypes and DTYPES[run.dtype] not in dtypes:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ValueError(
+            f"{run.model} built parameters of {names}, and --dtype is {run.dtype}; take dtype and follow it, or say another --dtype"
+        )

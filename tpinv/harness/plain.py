@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import tpinv
 from tpinv.harness import stock, weights
 from tpinv.harness.comparison import LOADED, Recording, part
-from tpinv.harness.own import Case, OwnRun, call_factory, require_module
+from tpinv.harness.own import Case, OwnRun, call_factory, require_dtype, require_module
 from tpinv.testing.record import named_tensors
 
 
@@ -23,6 +23,7 @@ def train_own(run: OwnRun, first: Recording) -> Recording | None:
     warnings.simplefilter("ignore")
     case, own_twin = call_factory(run)
     require_module(run, case.model)
+    require_dtype(run, case.model)
     model = case.model.to(run.torch_device)
     twin = run.layers == "stock" and not own_twin
     if twin and not stock.has_layers(model):

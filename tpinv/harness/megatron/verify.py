@@ -7,6 +7,7 @@ put together from the shards, so that runs at different sizes can be compared by
 """
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import math
@@ -19,19 +20,21 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from tpinv.integrations.megatron import convert, convert_optimizer, gpt_layer_spec, on_cpu
+from tpinv.harness import weights
+from tpinv.harness.comparison import DTYPES, LOADED, Recording
+from tpinv.harness.own import Case, OwnRun, call_factory, require_dtype
+from tpinv.integrations.megatron import convert, convert_optimizer, gpt_layer_spec, is_converted, on_cpu
 from tpinv.integrations.megatron.specs import block_spec
 from tpinv.layers import unshard
 from tpinv.testing.text import real_text
 from tpinv.tree import ReductionTree
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,100 @@ def train(run: Run) -> dict[str, Tensor] | None:
     initial/NAME, step0/logits, stepI/loss, stepI/grad/NAME for the first and the last step (before clipping), stepI/grad_norm,
     final/NAME. The others return None. RuntimeError if a replicated parameter or gradient is not the same bytes on all ranks.
     """
+    with _megatron(run):
+        return train_here(run)
+
+
+def train_own(run: OwnRun, first: Recording) -> dict[str, Tensor] | None:
+    """The same with the GPTModel that the user's factory builds (harness/own.py): converted here unless it is or the run is stock, wrapped
+    in Float16Module and DistributedDataParallel, trained by Megatron's own optimizer.
+
+    ValueError for a model that is no bare GPTModel or HybridModel, that was built for another tensor-parallel size, or that a stock run
+    finds converted.
+    """
+    logging.getLogger("tpinv").setLevel(logging.ERROR)  # what it warns of, weights that depend on TP, is seen to below
+    with _megatron(run):
+        case, _ = call_factory(run, parallel_state.get_tensor_model_parallel_group())
+        gpt = case.model
+        if not isinstance(gpt, LanguageModule):
+            raise ValueError(f"{run.model} returned a {type(gpt).__name__}; return the bare GPTModel or HybridModel: verify wraps it")
+        for name, value in (("tensor_model_parallel_size", run.tp), ("sequence_parallel", run.sequence_parallel)):
+            if getattr(gpt.config, name) != value:
+                raise ValueError(
+                    f"{run.model} built {name}={getattr(gpt.config, name)} where the run has {value}; take the argument and pass it on"
+                )
+        require_dtype(run, gpt)
+        gpt.to(run.device, DTYPES[run.dtype] if gpt.config.bf16 else None)  # as Float16Module will have it
+        if run.layers == "stock" and is_converted(gpt):
+            raise ValueError(
+                f"{run.model} converts its model in the stock run too; leave convert to verify, or take stock and convert where it is False"
+            )
+        if run.layers == "tpinv" and not is_converted(gpt):
+            convert(gpt, tree=run.tree, **(case.convert or {}))
+        loaded = weights.agree(run, case, gpt, first)
+        recorded = _train(run, gpt, _own_data(run, case, gpt), _own_optimizer_config(run, case, gpt.config), loss=case.loss)
+        return recorded and {LOADED: torch.tensor(loaded), **recorded}
+
+
+def _own_data(run: OwnRun, case: Case, gpt: LanguageModule) -> Callable:
+    """batch(step, micro_batch) -> keyword arguments of the model, of the factory's batches or of real text."""
+    if case.batches is None:
+        fits = math.lcm(*run.sizes)
+        length = min(gpt.max_sequence_length, 128) // fits * fits
+        if not length:
+            raise ValueError(
+                f"max_sequence_length={gpt.max_sequence_length} is below {fits}, which every size {run.sizes} divides; return batches"
+            )
+        return _text_batches(run, length, gpt.vocab_size)
+    batches = case.take(run.steps * run.micro_batches)
+
+    def batch(step: int, micro_batch: int) -> dict:
+        given = batches[step * run.micro_batches + micro_batch]
+        if isinstance(given, (tuple, list)) and len(given) == 2:
+            given = _arguments(*given)
+        if not isinstance(given, dict) or given.get("labels") is None:
+            raise ValueError(f"{run.model}: a batch is (tokens, labels), or a dict of the model's keyword arguments with labels")
+        return {name: value.to(run.device) if isinstance(value, Tensor) else value for name, value in given.items()}
+
+    return batch
+
+
+def _arguments(tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Of [b, s] tokens and labels: causal attention at positions 0 to s - 1."""
+    length = tokens.shape[1]
+    return {
+        "input_ids": tokens,
+        "position_ids": torch.arange(length, device=tokens.device).expand(tokens.shape[0], -1),
+        "attention_mask": torch.ones(1, 1, length, length, device=tokens.device).triu(1).bool(),
+        "labels": labels,
+    }
+
+
+def _text_batches(run, length: int, vocabulary: int = 256) -> Callable:
+    """Two sequences of real text a micro-batch."""
+    text, size = real_text().to(run.device) % vocabulary, 2 * length
+
+    def batch(step: int, micro_batch: int) -> dict[str, Tensor]:
+        start = (step * run.micro_batches + micro_batch) * size
+        return _arguments(*(text[start + shift : start + shift + size].view(2, -1) for shift in (0, 1)))
+
+    return batch
+
+
+def _own_optimizer_config(run: OwnRun, case: Case, config: TransformerConfig) -> OptimizerConfig:
+    if case.optimizer is None:
+        made = OptimizerConfig(optimizer="adam", lr=3e-3, weight_decay=0.1, bf16=config.bf16, params_dtype=config.params_dtype)
+        return dataclasses.replace(made, clip_grad=case.clip or 0.0)
+    if not isinstance(case.optimizer, OptimizerConfig):
+        raise ValueError(
+            f"{run.model}: optimizer is a {type(case.optimizer).__name__}; for Megatron return an OptimizerConfig, of Adam or SGD"
+        )
+    return case.optimizer
+
+
+@contextlib.contextmanager
+def _megatron(run):
+    """Megatron-Core set up for this run's ranks, and on a CPU where there is no GPU."""
     warnings.simplefilter("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     with _groups_of_one_over_nccl() if run.device == "cuda" else contextlib.nullcontext():
@@ -154,13 +251,9 @@ def train(run: Run) -> dict[str, Tensor] | None:
         with on_cpu():
             if run.device == "cuda":
                 tensor_parallel.model_parallel_cuda_manual_seed(run.seed)  # Megatron forks that stream around dropout, 0 too
-            return train_here(run)
+            yield
     finally:
         parallel_state.destroy_model_parallel()
-
-
-def _ddp_config(run: Run) -> DistributedDataParallelConfig:
-    return DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=run.distributed_optimizer)
 
 
 def _optimizer_config(run: Run, config: TransformerConfig) -> OptimizerConfig:
@@ -191,36 +284,48 @@ def train_here(run: Run, *, start: int = 0, before: Callable | None = None, afte
     optimizer)`` each: to save a checkpoint and to go on from one."""
     config = build_config(run)
     gpt = build_model(run, config)
-    model = gpt if run.dtype == "fp32" else Float16Module(config, gpt)
-    model = DistributedDataParallel(config, _ddp_config(run), model)
-    optimizer = get_megatron_optimizer(_optimizer_config(run, config), [model])
+    return _train(
+        run, gpt, _text_batches(run, run.sequence), _optimizer_config(run, config), start=start, before=before, after=after
+    )  # fmt: skip
+
+
+def _train(
+    run, gpt: LanguageModule, batch: Callable, optimizer_config: OptimizerConfig, *, loss: Callable | None = None, start: int = 0,
+    before: Callable | None = None, after: Callable | None = None,
+) -> dict[str, Tensor] | None:  # fmt: skip
+    """The loop. ``batch(step, micro_batch)`` gives the model's keyword arguments; ``loss(output, batch)`` a scalar of what the model
+    returns for them (default: the mean of its losses)."""
+    config = gpt.config
+    model = Float16Module(config, gpt) if config.bf16 or config.fp16 else gpt
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=optimizer_config.use_distributed_optimizer)
+    model = DistributedDataParallel(config, ddp, model)
+    optimizer = get_megatron_optimizer(optimizer_config, [model])
     if run.layers == "tpinv":
         convert_optimizer(optimizer)
     if before:
         before(gpt, optimizer)
     record = _Record()
     record.parameters("initial", gpt)
-    text, size = real_text().to(run.device), 2 * run.sequence
-    positions = torch.arange(run.sequence, device=run.device).expand(2, -1)
-    mask = torch.ones(1, 1, run.sequence, run.sequence, device=run.device).triu(1).bool()
     for step in range(start, run.steps):
         model.zero_grad_buffer()
         optimizer.zero_grad()
         losses = []
         for micro_batch in range(run.micro_batches):
-            start = (step * run.micro_batches + micro_batch) * size
-            tokens, labels = (text[start + shift : start + shift + size].view(2, -1) for shift in (0, 1))
+            given = batch(step, micro_batch)
             if step == micro_batch == 0:
                 with torch.no_grad():
-                    record.sharded("step0/logits", model(tokens, positions, mask).float(), dim=-1)
-            loss = model(tokens, positions, mask, labels=labels).mean() / run.micro_batches
-            loss.backward()
-            losses.append(loss.detach().float())
+                    logits = model(**{**given, "labels": None}).float()
+                record.sharded("step0/logits", logits, dim=-1) if gpt.parallel_output else record.replicated("step0/logits", logits)
+            output = model(**given)
+            total = (output.mean() if loss is None else loss(output, given)) / run.micro_batches
+            total.backward()
+            losses.append(total.detach().float())
         finalize_model_grads([model])
         record.replicated(f"step{step}/loss", torch.stack(losses).sum(0))
         if step in (0, run.steps - 1):
             record.parameters(f"step{step}/grad", gpt, "main_grad")
         _, norm, _ = optimizer.step()
+        norm = float("nan") if norm is None else norm  # an optimizer that does not clip has none
         record.replicated(f"step{step}/grad_norm", torch.tensor(norm, dtype=torch.float32, device=run.device))
         if after:
             after(step, gpt, optimizer)

@@ -29,9 +29,11 @@ from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock
 from torchtitan.models.llama3.parallelize import parallelize_llama
 from torchtitan.models.qwen3.model import Qwen3Model, Qwen3TransformerBlock
 from torchtitan.models.qwen3.parallelize import parallelize_qwen3
+from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
+from tpinv.harness.own import OwnRun
 from tpinv.testing.text import real_text
 from tpinv.tree import ReductionTree
 
@@ -172,6 +174,46 @@ def build_trainer_config(run: Run, model, folder: str) -> Trainer.Config:
         activation_checkpoint=SelectiveAC.Config() if run.selective_ac else None,
         compile=CompileConfig(enable=bool(run.compile), components=["model"], backend=run.compile or "inductor"),
         debug=DebugConfig(seed=run.seed, enable_structured_logging=False),
+        override=OverrideConfig(imports=[(OVERRIDE, {"leaves": run.leaves})] if run.layers == "tpinv" else []),
+    )
+
+
+def own_trainer_config(own: OwnRun, run: Run, given, folder: str) -> Trainer.Config:
+    """The Trainer.Config of a run of the user's model: ``given`` is a model's Config, a ModelSpec, or a Trainer.Config.
+
+    Of a Trainer.Config everything stays but what the comparison is about: tensor and sequence parallelism, the override, the number of
+    steps, the seed, the folder; checkpoints and CUDA graphs are off. It must have no override, which the stock run must not have.
+    """
+    if isinstance(given, ModelSpec):
+        made = build_trainer_config(run, given.model, folder)
+        return replace(made, model_spec=given)
+    if isinstance(given, BaseModel.Config):
+        return build_trainer_config(run, given, folder)
+    if not isinstance(given, Trainer.Config):
+        raise ValueError(f"{own.model} returned a {type(given).__name__}; return a Trainer.Config, a ModelSpec or a model's Config")
+    if given.override.imports:
+        raise ValueError(
+            f"{own.model} names overrides ({given.override.imports}), which a stock run must not have; verify adds tpinv's own"
+        )
+    parallelism = given.parallelism
+    for name in ("data_parallel_replicate_degree", "context_parallel_degree", "pipeline_parallel_degree", "expert_parallel_degree"):
+        if getattr(parallelism, name, 1) != 1:
+            raise ValueError(f"{own.model} has {name}={getattr(parallelism, name)}; the ranks of a comparison are tensor-parallel alone")
+    training, dtype = given.training, {"bf16": "bfloat16", "fp32": "float32"}[run.dtype]
+    if training.mixed_precision_param != dtype:
+        raise ValueError(
+            f"{own.model} has mixed_precision_param={training.mixed_precision_param}, and --dtype says {dtype}; take dtype, or say it"
+        )
+    batch = training.local_batch_size * run.micro_batches
+    return replace(
+        given,
+        dump_folder=folder,
+        training=replace(training, steps=run.steps, global_batch_size=batch, disable_cuda_graphs=True),
+        parallelism=replace(
+            parallelism, tensor_parallel_degree=run.tp, data_parallel_shard_degree=1, enable_sequence_parallel=run.sequence_parallel
+        ),
+        checkpoint=replace(given.checkpoint, enable=False),
+        debug=replace(given.debug, seed=run.seed),
         override=OverrideConfig(imports=[(OVERRIDE, {"leaves": run.leaves})] if run.layers == "tpinv" else []),
     )
 

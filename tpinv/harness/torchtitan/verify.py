@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from functools import partial
 
-from tpinv.harness.torchtitan.recipe import Run, build_model_config, build_trainer_config  # isort: skip  # before torchtitan
+from tpinv.harness.torchtitan.recipe import Run, build_model_config, build_trainer_config, own_trainer_config  # isort: skip  # before torchtitan
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from torchtitan.protocols.module import Module
 from torchtitan.trainer import Trainer
 
 from tpinv.collectives import Ranks
+from tpinv.harness.comparison import Recording
+from tpinv.harness.own import OwnRun, call_factory
 from tpinv.integrations.torchtitan.module import init_whole
 from tpinv.layers import unshard
 
@@ -160,9 +162,27 @@ def train(run: Run, model=None) -> dict[str, Tensor] | None:
     return record.tensors if dist.get_rank() == 0 else None
 
 
+def train_own(run: OwnRun, first: Recording) -> dict[str, Tensor] | None:
+    """The same with what the user's factory returns (harness/own.py): a model's Config or a ModelSpec, around which verify makes the small
+    Trainer.Config of recipe.py, or a Trainer.Config, of which it sets what the comparison is about (own_trainer_config). Tensors are drawn
+    whole in stock and tpinv alike, so that initial weights do not depend on TP; that they do not is checked."""
+    case, own_twin = call_factory(run)
+    settings = Run(
+        run.layers, run.tp, run.sequence_parallel, run.sizes, leaves=run.leaves, dtype=run.dtype, steps=run.steps,
+        micro_batches=run.micro_batches, device=run.device, seed=run.seed,
+    )  # fmt: skip
+    if case.batches is not None or case.optimizer is not None or case.loss is not None:
+        raise ValueError(f"{run.model}: for TorchTitan batches, loss and optimizer are the Trainer.Config's; return one that has them")
+    with running(settings, config=partial(own_trainer_config, run, settings, case.model)) as trainer:
+        record = Record(run.tp)
+        trainer.run(record, run.steps)
+    return record.tensors if dist.get_rank() == 0 else None
+
+
 @contextlib.contextmanager
-def running(run: Run, model=None):
-    """The trainer of ``run`` on this rank, closed in the end. Stock modules start from the weights of tpinv's."""
+def running(run: Run, model=None, config=None):
+    """The trainer of ``run`` on this rank, closed in the end. Stock modules start from the weights of tpinv's. ``config(folder)`` makes the
+    Trainer.Config, by default that of ``model``."""
     warnings.simplefilter("ignore")
     for name in (None, "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -170,7 +190,8 @@ def running(run: Run, model=None):
     weights = drawn_whole(Ranks(None, dist.get_rank() % run.tp, run.tp)) if run.layers == "stock" else contextlib.nullcontext()
     with tempfile.TemporaryDirectory(prefix="tpinv-") as folder:
         with weights:
-            trainer = RecordingTrainer(build_trainer_config(run, model or build_model_config(run), folder))
+            made = build_trainer_config(run, model or build_model_config(run), folder) if config is None else config(folder)
+            trainer = RecordingTrainer(made)
         for part in trainer.model_parts[0].modules() if run.dp > 1 else ():
             if isinstance(part, FSDPModule):
                 part.set_force_sum_reduction_for_comms(dist.get_backend() == "gloo")  # which has no sum with a factor
@@ -180,5 +201,5 @@ def running(run: Run, model=None):
             trainer.close()
             # DTensor's caches would give an equal mesh of later process groups the one of these, which FSDP refuses.
             debug._clear_sharding_prop_cache()
-            if run.compile:
+            if run.compile or config is not None:
                 torch._dynamo.reset()  # the blocks of all models are one function, which may be compiled so many times
