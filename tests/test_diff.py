@@ -33,7 +33,7 @@ class StockColumn(nn.Module):
         super().__init__()
         whole = torch.empty(outputs, inputs).uniform_(-0.2, 0.2)
         self.weight = nn.Parameter(shard(whole, 0, dist.get_rank(), dist.get_world_size(), stride))
-        tpinv.layers.mark_sharded(self.weight, 0, stride)
+        self.weight.tensor_model_parallel, self.weight.partition_dim, self.weight.partition_stride = True, 0, stride
 
     def forward(self, x):
         return _AllReduceBackward.apply(x) @ self.weight.t()
@@ -44,7 +44,7 @@ class StockRow(nn.Module):
         super().__init__()
         whole = torch.empty(outputs, inputs).uniform_(-0.2, 0.2)
         self.weight = nn.Parameter(shard(whole, 1, dist.get_rank(), dist.get_world_size()))
-        tpinv.layers.mark_sharded(self.weight, 1)
+        self.weight.tensor_model_parallel, self.weight.partition_dim, self.weight.partition_stride = True, 1, 1
 
     def forward(self, x):
         return _AllReduceForward.apply(x @ self.weight.t())

@@ -19,8 +19,9 @@ ALLOWED = {
     "collectives": {"tree", "contract", "reference", "runtime", "kernels"},
     "ops": {"tree", "contract", "reference", "runtime", "kernels", "collectives"},
     "functional": {"ops"},
-    "layers": {"tree", "contract", "reference", "collectives", "ops", "functional"},
-    "optim": {"tree", "contract", "reference", "kernels", "collectives", "layers"},
+    "sharding": {"tree", "contract", "reference", "collectives"},
+    "layers": {"tree", "contract", "reference", "collectives", "ops", "functional", "sharding"},
+    "optim": {"tree", "contract", "reference", "kernels", "collectives", "sharding"},
     "inference": {"tree", "contract", "reference", "runtime", "kernels", "collectives", "ops", "functional"},
     "testing": {"tree", "contract", "reference"},
     "diff": {"tree", "contract", "reference", "testing"},
@@ -35,10 +36,11 @@ ALLOWED = {
         "functional",
         "layers",
         "optim",
+        "sharding",
         "inference",
         "testing",
     },
-    "__init__": {"tree", "contract", "reference", "collectives", "ops", "functional", "layers", "optim"},
+    "__init__": {"tree", "contract", "reference", "collectives", "ops", "functional", "layers", "optim", "sharding"},
 }
 
 

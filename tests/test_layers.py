@@ -27,10 +27,8 @@ LAYERS = {
 }
 
 
-def sharding(parameter) -> tuple[int, int] | None:
-    if getattr(parameter, "tensor_model_parallel", False):
-        return parameter.partition_dim, parameter.partition_stride
-    return None
+def shardings_of(module) -> dict[str, tuple[int, int] | None]:
+    return {name: None if s.dim is None else (s.dim, s.stride) for name, s in module.parameter_shardings().items()}
 
 
 def built():
@@ -40,7 +38,7 @@ def built():
         torch.manual_seed(5)
         module = layer()
         values[name] = {n: p.detach() for n, p in module.named_parameters()}
-        shardings[name] = {n: sharding(p) for n, p in module.named_parameters()}
+        shardings[name] = shardings_of(module)
         values[name]["next random number"] = torch.rand(1)  # what follows in the model must not depend on p either
     return values, shardings
 
@@ -139,8 +137,7 @@ def test_a_module_is_its_function(p):
 
 
 def copies():
-    """Deep copies share the group, which cannot be copied, and nothing else; their parameters are marked as sharded too, without
-    which the norm of a copy's gradients would be another one."""
+    """Deep copies share the group, which cannot be copied, and nothing else."""
     for layer in LAYERS.values():
         module = layer()
         twin = copy.deepcopy(module)
@@ -150,7 +147,7 @@ def copies():
         with torch.no_grad():
             twin.weight.add_(1.0)
         assert_bitwise_equal(module.weight, before)
-        assert {n: sharding(p) for n, p in twin.named_parameters()} == {n: sharding(p) for n, p in module.named_parameters()}
+        assert twin.parameter_shardings() == module.parameter_shardings()
 
 
 @pytest.mark.parametrize("p", [1, 4])
@@ -192,14 +189,3 @@ def test_errors_at_construction_on_ranks():
         run_ranks(wrong_tree, 3)
     with pytest.raises(RankError, match=r"dimension 0 of \(50, 8\) must be divisible by 3 ranks"):
         run_ranks(wrong_vocabulary, 3)
-
-
-def test_loading_by_assignment_keeps_the_marks():
-    layer = ColumnParallelLinear(16, 32, tree=ReductionTree(8), stride=2)
-    layer.load_state_dict({name: torch.ones_like(value) for name, value in layer.state_dict().items()}, assign=True)
-    for parameter in layer.parameters():
-        assert parameter.eq(1).all() and parameter.tensor_model_parallel and parameter.partition_stride == 2
-    stock = torch.nn.Linear(16, 32)
-    stock.weight.tensor_model_parallel = True
-    stock.load_state_dict(torch.nn.Linear(16, 32).state_dict(), assign=True)
-    assert not hasattr(stock.weight, "tensor_model_parallel"), "torch keeps marks by itself: KeepsMarks can go"

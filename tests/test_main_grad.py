@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tpinv import column_parallel_linear, reference, row_parallel_linear
 from tpinv.collectives import Ranks
-from tpinv.layers import KeepsMarks
 from tpinv.ops import main_grad
+from tpinv.ops.marks import KeepsMarks
 from tpinv.testing import assert_bitwise_equal, compare
 from tpinv.tree import ReductionTree
 

@@ -9,8 +9,8 @@ import torch
 from hostile import DTYPES, RANKS, hostile, poison, same_nan, sum_of
 
 from tpinv import clip_grad_norm_, grad_norm, optim
-from tpinv.collectives import resolve
-from tpinv.layers import mark_sharded, shard
+from tpinv.collectives import Ranks, resolve
+from tpinv.sharding import ShardedModule, shard
 from tpinv.testing import assert_bitwise_equal, compare, run_ranks
 
 KINDS = ("normal", "exponents", "cancellation", "specials")
@@ -73,32 +73,37 @@ def test_order_and_cuts_do_not_matter(monkeypatch):
     assert compare(stock, x.norm()), "torch's norm notices, so the input can tell"
 
 
-def parameters(dtype: torch.dtype, kind: str, rank: int, ranks: int) -> list[torch.nn.Parameter]:
+class Parts(ShardedModule, torch.nn.Module):
     """Two sharded weights, a replicated one, one without gradient; the gradients are hostile."""
-    out = []
-    for i, (shape, dim) in enumerate([((48, 10), 0), ((10, 48), 1), ((30,), None), ((24,), None)]):
-        grad = hostile(kind, shape, dtype, seed=10 + i)
-        p = torch.nn.Parameter(torch.zeros_like(grad if dim is None else shard(grad, dim, rank, ranks)))
-        if dim is not None:
-            mark_sharded(p, dim)
-        p.grad = None if i == 3 else (grad.clone() if dim is None else shard(grad, dim, rank, ranks).clone())
-        out.append(p)
-    return out
+
+    shards = {"rows": 0, "columns": 1, "whole": None, "idle": None}
+
+    def __init__(self, dtype: torch.dtype, kind: str, ranks: Ranks):
+        super().__init__()
+        self.ranks = ranks
+        for i, ((name, dim), shape) in enumerate(zip(self.shards.items(), [(48, 10), (10, 48), (30,), (24,)], strict=True)):
+            grad = hostile(kind, shape, dtype, seed=10 + i)
+            grad = grad.clone() if dim is None else shard(grad, dim, ranks.rank, ranks.size)
+            parameter = torch.nn.Parameter(torch.zeros_like(grad))
+            parameter.grad = None if name == "idle" else grad
+            self.register_parameter(name, parameter)
+
+    def grads(self) -> list[torch.Tensor]:
+        return [p.grad for p in self.parameters() if p.grad is not None]
 
 
 def every_case():
-    _, rank, ranks = resolve()
+    ranks = resolve()
     results = {}
-    with poison(ranks > 1):
+    with poison(ranks.size > 1):
         for name, dtype in DTYPES.items():
             for kind in (*KINDS, "nonfinite"):
-                make = functools.partial(parameters, dtype, kind, rank, ranks)
-                ours, clipped = make(), make()
-                result = {"norm": grad_norm(iter(ours)), "inf norm": grad_norm(ours, norm_type=float("inf"))}
-                result["before clipping"] = clip_grad_norm_(clipped, 0.37)
-                result["clipped"] = [p.grad for p in clipped[:3]]
-                squares = torch.stack([p.grad.float().square().sum() for p in ours[: 3 if rank == 0 else 2]]).sum()
-                result["stock"] = (sum_of(squares) if ranks > 1 else squares).sqrt()
+                ours, clipped = (Parts(dtype, kind, ranks) for _ in range(2))
+                result = {"norm": grad_norm(iter(ours.parameters())), "inf norm": grad_norm(ours, norm_type=float("inf"))}
+                result["before clipping"] = clip_grad_norm_(clipped.parameters(), 0.37)
+                result["clipped"] = clipped.grads()
+                squares = torch.stack([grad.float().square().sum() for grad in ours.grads()[: 3 if ranks.rank == 0 else 2]]).sum()
+                result["stock"] = (sum_of(squares) if ranks.size > 1 else squares).sqrt()
                 results[name, kind] = result
     return results
 
@@ -130,7 +135,7 @@ def test_stock_norm_depends_on_the_number_of_ranks(p):
 
 def test_replicated_parameters_count_once():
     for kind in KINDS:
-        grads = [p.grad for p in parameters(torch.float32, kind, 0, 1)[:3]]
+        grads = Parts(torch.float32, kind, Ranks(None, 0, 1)).grads()
         assert_bitwise_equal(run(4)[2]["fp32", kind]["norm"], optim.norm_of(grads))
         assert_bitwise_equal(run(4)[2]["fp32", kind]["inf norm"], torch.cat([g.flatten() for g in grads]).abs().amax())
 

@@ -21,6 +21,7 @@ from tpinv.ops import (
     vocab_parallel_log_probs,
 )
 from tpinv.optim import clip_grad_norm_, grad_norm
+from tpinv.sharding import ShardedModule, Sharding
 from tpinv.tree import Node, ReductionTree
 
 __version__ = "0.1.0"
@@ -32,6 +33,8 @@ __all__ = [
     "RMSNorm",
     "ReductionTree",
     "RowParallelLinear",
+    "ShardedModule",
+    "Sharding",
     "VocabParallelEmbedding",
     "append_kv",
     "clip_grad_norm_",

@@ -1,75 +1,95 @@
 """Modules: parameters, shapes and their initial values. The arithmetic is in ops/.
 
 Names follow torch.nn and Megatron-Core. Initial values are drawn for the whole parameter and then sharded, so that they do not
-depend on the TP size either. A sharded parameter carries Megatron's attributes ``tensor_model_parallel``, ``partition_dim`` and
-``partition_stride``; norms and row-parallel biases are whole on every rank, and so are their gradients after backward.
+depend on the TP size either. What a parameter is a part of, the module says (sharding.py), not the parameter; norms and row-parallel
+biases are whole on every rank, and so are their gradients after backward.
+
+That ranks drew from one seed, and that what is whole is the same on all of them, is compared once, by digests, in the first forward pass
+that communicates: weights are often loaded between construction and that. Values that were drawn and then overwritten are not asked for.
 """
 
-import copy
 import math
+import operator
 
 import torch
 from torch import Tensor, nn
 
-from tpinv import functional, reference
-from tpinv.collectives import resolve
+from tpinv import ops
+from tpinv.collectives import agree, resolve
+from tpinv.sharding import ShardedModule, digest, local, shard, unshard
 from tpinv.tree import ReductionTree
 
+__all__ = ["ColumnParallelLinear", "LayerNorm", "RMSNorm", "RowParallelLinear", "VocabParallelEmbedding", "shard", "unshard"]
 
-def shard(whole: Tensor, dim: int, rank: int, ranks: int, stride: int = 1) -> Tensor:
-    """Rank ``rank``'s part of a parameter that is sharded on ``dim`` in ``stride`` blocks. ValueError unless it divides evenly."""
-    if whole.shape[dim] % (ranks * stride):
-        raise ValueError(f"dimension {dim} of {tuple(whole.shape)} must be divisible by {ranks} ranks x stride {stride}")
-    return reference.split_leaves(whole, dim, ranks, stride)[rank].contiguous()
+DRAWN = 1024  # elements of a drawn parameter that are compared: another seed differs in all of them
 
 
-def unshard(parts: list[Tensor], dim: int, stride: int = 1) -> Tensor:
-    """Inverse of :func:`shard`, given every rank's part."""
-    return reference.join_leaves(parts, dim, stride)
+class _Layer(ShardedModule, nn.Module):
+    """What the layers share: checks, parameters, and the comparison of the ranks' values."""
 
+    def __init__(self, group, tree: ReductionTree | None = None):
+        super().__init__()
+        self.ranks, self.tree = resolve(group), tree
+        self._drawn: dict[str, tuple[int, int, int]] = {}  # name -> id of the parameter, its version when drawn, digest of the whole
+        self._compared = self.ranks.size == 1
 
-def mark_sharded(parameter: nn.Parameter, dim: int, stride: int = 1) -> None:
-    parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, dim, stride
+    def _draw(self, name: str, shape, bound: float, device, dtype) -> None:
+        """Registers this rank's part of a uniform(-bound, bound) parameter of global ``shape``."""
+        whole = torch.empty(shape, dtype=dtype).uniform_(-bound, bound)
+        dim = self.shards[name]
+        part = whole if dim is None else shard(whole, dim, self.ranks.rank, self.ranks.size, self.stride)
+        parameter = nn.Parameter(part.to(device))
+        self.register_parameter(name, parameter)
+        if not self._compared and not whole.is_meta and not parameter.is_meta:
+            self._drawn[name] = id(parameter), parameter._version, int(digest(whole.view(-1)[:DRAWN]))
 
+    def _before_forward(self, communicates: bool) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self.refuse_unknown_parameters()
+        if communicates and not self._compared and not (self.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._compare_ranks()
 
-class KeepsMarks:
-    """Mixin for modules: parameters keep their marks (attributes that are bools or integers) in a deep copy and when replaced by
-    ``load_state_dict(assign=True)``.
-
-    nn.Parameter itself drops them, and without ``tensor_model_parallel`` the norm would count a shard as a replica.
-    """
+    @torch.no_grad()
+    def _compare_ranks(self) -> None:
+        """ValueError on every rank if parameters were drawn from different seeds, or what is whole differs."""
+        values = {}
+        for name, sharding in self.parameter_shardings().items():
+            parameter = self._parameters[name]
+            key, version, drawn = self._drawn.get(name, (None, None, None))
+            if sharding.dim is None:
+                values[f"values of {name}, whole on every rank"] = f"digest {int(digest(local(parameter))):x}"
+            elif key == id(parameter) and version == parameter._version:
+                values[f"initial values of {name}, drawn whole and then cut"] = f"digest {drawn:x}"
+        try:
+            agree(self.ranks, f"{type(self).__name__}'s first forward", values)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. Build the layers from one seed on every rank of their group (torch.manual_seed), or load the same weights everywhere"
+            ) from None
+        self._compared = True
 
     def _load_from_state_dict(self, *args, **kwargs):
-        marks = {name: dict(vars(parameter)) for name, parameter in self._parameters.items() if parameter is not None}
         super()._load_from_state_dict(*args, **kwargs)
-        for name, values in marks.items():
-            for mark, value in values.items():
-                if isinstance(value, int):
-                    setattr(self._parameters[name], mark, value)
-
-    def __deepcopy__(self, memo: dict):
-        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        for name, parameter in self._parameters.items():
-            for mark, value in vars(parameter).items() if parameter is not None else ():
-                if isinstance(value, int):
-                    setattr(twin._parameters[name], mark, value)
-        return twin
+        self._drawn.clear()
+        self._compared = self.ranks.size == 1
 
 
-class _Sharded(KeepsMarks, nn.Module):
-    def _parameter(self, shape, dim, bound, stride=1, device=None, dtype=None) -> nn.Parameter:
-        """A uniform(-bound, bound) parameter of global ``shape`` (bound 0: zeros), this rank's part of it; dim None: all of it."""
-        whole = torch.empty(shape, dtype=dtype).uniform_(-bound, bound) if bound else torch.zeros(shape, dtype=dtype)
-        part = whole if dim is None else shard(whole, dim, self.ranks.rank, self.ranks.size, stride)
-        parameter = nn.Parameter(part.to(device))
-        if dim is not None:
-            mark_sharded(parameter, dim, stride)
-        return parameter
+def _check_tree(tree) -> None:
+    if not isinstance(tree, ReductionTree):
+        raise ValueError(f"tree={tree!r} is a {type(tree).__name__}; pass a ReductionTree, such as ReductionTree(leaves=8)")
 
 
-class ColumnParallelLinear(_Sharded):
+def _check_sizes(**sizes) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not hasattr(size, "__index__") or operator.index(size) < 1:
+            raise ValueError(f"{name}={size!r} must be a whole number of at least 1")
+
+
+class ColumnParallelLinear(_Layer):
     """y = x W^T + b, W [out_features, in_features] sharded over out_features. Arguments: :func:`tpinv.column_parallel_linear`."""
+
+    shards = {"weight": 0, "bias": 0}
 
     def __init__(
         self,
@@ -85,19 +105,27 @@ class ColumnParallelLinear(_Sharded):
         device=None,
         dtype=None,
     ):
-        super().__init__()
-        if stride < 1 or (gather_output and stride > 1):
+        super().__init__(group, tree)
+        _check_tree(tree)
+        _check_sizes(in_features=in_features, out_features=out_features)
+        if not isinstance(stride, int) or stride < 1 or (gather_output and stride > 1):
             raise ValueError(f"stride={stride} must be at least 1, and 1 with gather_output={gather_output}")
+        if out_features % stride:
+            raise ValueError(f"out_features={out_features} must be divisible by stride={stride}")
         tree.leaf_length(out_features // stride, "out_features" if stride == 1 else f"out_features / {stride}")
-        self.in_features, self.out_features, self.tree, self.ranks = in_features, out_features, tree, resolve(group)
+        self.in_features, self.out_features = in_features, out_features
         tree.owned(self.ranks.rank, self.ranks.size)  # ValueError now rather than at the first forward
         self.sequence_parallel, self.stride, self.gather_output = sequence_parallel, stride, gather_output
         bound = 1 / math.sqrt(in_features)
-        self.weight = self._parameter((out_features, in_features), 0, bound, stride, device, dtype)
-        self.bias = self._parameter((out_features,), 0, bound, stride, device, dtype) if bias else None
+        self._draw("weight", (out_features, in_features), bound, device, dtype)
+        if bias:
+            self._draw("bias", (out_features,), bound, device, dtype)
+        else:
+            self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.column_parallel_linear(
+        self._before_forward(self.sequence_parallel or self.gather_output)
+        return ops.column_parallel_linear(
             x,
             self.weight,
             self.bias,
@@ -112,8 +140,10 @@ class ColumnParallelLinear(_Sharded):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, stride={self.stride}, {self.tree.fingerprint}, p={self.ranks.size}"
 
 
-class RowParallelLinear(_Sharded):
+class RowParallelLinear(_Layer):
     """y = x W^T + b, W [out_features, in_features] sharded over in_features. Arguments: :func:`tpinv.row_parallel_linear`."""
+
+    shards = {"weight": 1, "bias": None}
 
     def __init__(
         self,
@@ -127,17 +157,23 @@ class RowParallelLinear(_Sharded):
         device=None,
         dtype=None,
     ):
-        super().__init__()
+        super().__init__(group, tree)
+        _check_tree(tree)
+        _check_sizes(in_features=in_features, out_features=out_features)
         tree.leaf_length(in_features, "in_features")
-        self.in_features, self.out_features, self.tree, self.ranks = in_features, out_features, tree, resolve(group)
+        self.in_features, self.out_features = in_features, out_features
         tree.owned(self.ranks.rank, self.ranks.size)  # ValueError now rather than at the first forward
         self.sequence_parallel = sequence_parallel
         bound = 1 / math.sqrt(in_features)
-        self.weight = self._parameter((out_features, in_features), 1, bound, 1, device, dtype)
-        self.bias = self._parameter((out_features,), None, bound, 1, device, dtype) if bias else None
+        self._draw("weight", (out_features, in_features), bound, device, dtype)
+        if bias:
+            self._draw("bias", (out_features,), bound, device, dtype)
+        else:
+            self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.row_parallel_linear(
+        self._before_forward(True)
+        return ops.row_parallel_linear(
             x, self.weight, self.bias, tree=self.tree, group=self.ranks, sequence_parallel=self.sequence_parallel
         )
 
@@ -145,26 +181,38 @@ class RowParallelLinear(_Sharded):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.tree.fingerprint}, p={self.ranks.size}"
 
 
-class VocabParallelEmbedding(_Sharded):
+class VocabParallelEmbedding(_Layer):
     """A table [num_embeddings, embedding_dim] sharded over its rows. Arguments: :func:`tpinv.vocab_parallel_embedding`."""
 
+    shards = {"weight": 0}
+
     def __init__(self, num_embeddings: int, embedding_dim: int, *, group=None, sequence_parallel: bool = False, device=None, dtype=None):
-        super().__init__()
-        self.num_embeddings, self.embedding_dim, self.ranks = num_embeddings, embedding_dim, resolve(group)
+        super().__init__(group)
+        _check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.sequence_parallel = sequence_parallel
-        self.weight = self._parameter((num_embeddings, embedding_dim), 0, 1 / math.sqrt(embedding_dim), 1, device, dtype)
+        self._draw("weight", (num_embeddings, embedding_dim), 1 / math.sqrt(embedding_dim), device, dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return functional.vocab_parallel_embedding(ids, self.weight, group=self.ranks, sequence_parallel=self.sequence_parallel)
+        self._before_forward(True)
+        return ops.vocab_parallel_embedding(ids, self.weight, group=self.ranks, sequence_parallel=self.sequence_parallel)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, p={self.ranks.size}"
 
 
-class _Norm(nn.Module):
+class _Norm(_Layer):
     def __init__(self, hidden_size, eps, tree, group, sequence_parallel, heads_parallel, device, dtype):
-        super().__init__()
-        self.hidden_size, self.eps, self.tree, self.ranks = hidden_size, eps, tree, resolve(group)
+        super().__init__(group, tree)
+        _check_tree(tree)
+        _check_sizes(hidden_size=hidden_size)
+        if not 0 < eps < math.inf:  # NaN is neither
+            raise ValueError(f"eps={eps} must be above 0 and finite; torch's norms use 1e-5")
+        if sequence_parallel and heads_parallel:
+            raise ValueError("sequence_parallel and heads_parallel both say what shards the rows; a norm has one of them")
+        if sequence_parallel or heads_parallel:
+            tree.owned(self.ranks.rank, self.ranks.size)  # ValueError now rather than at the first backward
+        self.hidden_size, self.eps = hidden_size, eps
         self.sequence_parallel, self.heads_parallel = sequence_parallel, heads_parallel
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
 
@@ -184,6 +232,8 @@ class _Norm(nn.Module):
 class RMSNorm(_Norm):
     """x / rms(x) * weight. Arguments: :func:`tpinv.ops.rms_norm`."""
 
+    shards = {"weight": None}
+
     def __init__(
         self, hidden_size: int, eps: float = 1e-5, *, tree: ReductionTree, group=None,
         sequence_parallel: bool = False, heads_parallel: bool = False, device=None, dtype=None,
@@ -191,18 +241,22 @@ class RMSNorm(_Norm):
         super().__init__(hidden_size, eps, tree, group, sequence_parallel, heads_parallel, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, self.weight, self.eps, **self._sharding())
+        self._before_forward(False)
+        return ops.rms_norm(x, self.weight, self.eps, **self._sharding())
 
 
 class LayerNorm(_Norm):
     """(x - mean) / std * weight + bias. Arguments: :func:`tpinv.ops.layer_norm`."""
+
+    shards = {"weight": None, "bias": None}
 
     def __init__(
         self, hidden_size: int, eps: float = 1e-5, bias: bool = True, *, tree: ReductionTree, group=None,
         sequence_parallel: bool = False, heads_parallel: bool = False, device=None, dtype=None,
     ):  # fmt: skip
         super().__init__(hidden_size, eps, tree, group, sequence_parallel, heads_parallel, device, dtype)
-        self.bias = nn.Parameter(torch.zeros(hidden_size, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.zeros(hidden_size, device=device, dtype=dtype)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.layer_norm(x, self.weight, self.bias, self.eps, **self._sharding())
+        self._before_forward(False)
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, **self._sharding())

@@ -5,95 +5,66 @@ of two; the terms are added as integers into 39 limbs of 16 bits that span the w
 addition commutes and associates, so no tree is needed: any sharding, any order and an integer all-reduce of 41
 numbers give the same limbs, hence the same norm. (A GPU counts in other limbs, kernels/rows/squares.py: as exact, but the float64 may
 round differently.) Distributed optimizers that cut tensors in the middle of a row are served too.
-The limbs become one float64, its square root one float32; nothing waits for the host.
+The limbs become one float64, its square root one float32.
+
+What is counted where follows from what modules say about their parameters (sharding.py) and from the placements of DTensors, asked for
+at every call. Gradients fall into classes by the groups that they are cut over: those of a class are added up over these groups, one
+after the other, and every rank adds the classes. So each element counts once, whatever groups a model has: tensor parallelism, FSDP2
+over another dimension of the mesh, two tensor-parallel groups of different sizes. What is whole on every rank is added to nothing; that it
+is the same there is compared.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tpinv import reference
-from tpinv.collectives import Ranks, all_max, resolve
+from tpinv.collectives import Ranks, agree, all_gather, all_max, all_reduce_integers, resolve
+from tpinv.sharding import Holder, digest, find_shardings, global_ranks, local, placed_over
 
 LIMB_BITS = 16
 LOWEST_EXPONENT = -352  # of limb 0: below 2^-298 * 2^-48, the last bit of the smallest square
 LIMBS = 39  # up to 2^(16 * 39 - 352), above the largest square
 PIECE = 1 << 22  # elements squared at a time, to bound the scratch memory
 
+Gradients = nn.Module | Tensor | Iterable[nn.Module | Tensor]
 
-def grad_norm(parameters: Tensor | Iterable[Tensor], *, group=None, norm_type: float = 2.0) -> Tensor:
-    """Norm of all gradients of a model whose parameters are sharded over ``group`` or replicated on it.
+
+@torch.no_grad()
+def grad_norm(x: Gradients, *, group=None, norm_type: float = 2.0, compare_replicas: bool | None = None) -> Tensor:
+    """Norm of all gradients of a model, each element counted once.
 
     Args:
-        parameters: those with ``grad`` None are skipped. A parameter with the attribute ``tensor_model_parallel`` True (set by
-            tpinv's and Megatron's layers) is this rank's shard; any other is replicated, and counted on rank 0 alone.
-        group: ProcessGroup, one-dimensional DeviceMesh, or None for the default group.
+        x: a module, a parameter, or modules and parameters; those with ``grad`` None are skipped, what occurs twice counts once.
+            Parameters that tpinv's layers hold are parts or whole as the layer says, over the layer's group; DTensors (FSDP2, tensor
+            parallelism by DTensor) are what their placements say, on top of it; any other is whole and the same on every rank.
+        group: ProcessGroup, one-dimensional DeviceMesh, or None for the groups that the parameters are sharded over. Where it is given it
+            must be the layers' own.
         norm_type: 2.0 or inf.
+        compare_replicas: whether to compare, byte by byte, values and gradients of what is whole on several ranks. The host waits for
+            it. None: at every call on a CPU; on a GPU at the first one with these parameters.
 
     Returns:
-        float32 scalar, the same on every rank and for every group size. NaN if any gradient is NaN, else inf if any is inf.
+        float32 scalar, the same bytes on every rank and for every group size. NaN if any gradient is NaN, else inf if any is inf.
 
     Raises:
-        ValueError: another norm_type, or gradients that are not float32, bfloat16 or float16.
+        ValueError, on every rank of the groups: another norm_type; gradients that are not float32, bfloat16 or float16, or are sparse;
+            a gradient on some ranks only; a DTensor that is not reduced (Partial); a group that is not the layers'; parameters that a
+            layer does not know; replicas that differ.
     """
-    ranks = resolve(group)
-    parameters = _as_list(parameters)
-    counted = [p for p in parameters if ranks.rank == 0 or getattr(p, "tensor_model_parallel", False)]
-    device = parameters[0].device if parameters else None
-    return norm_of([p.grad for p in counted if p.grad is not None], group=ranks, norm_type=norm_type, device=device)
+    return _Gradients(x, group, norm_type).norm(compare_replicas)
 
 
-def norm_of(tensors: Iterable[Tensor], *, group=None, norm_type: float = 2.0, device: torch.device | None = None) -> Tensor:
-    """Norm of all elements held by all ranks of ``group`` together. ``tensors`` are those that this rank counts: pass a replicated
-    tensor on one rank only. Result and errors as in :func:`grad_norm`. ``device`` is that of the result if there are no tensors."""
-    ranks, tensors = resolve(group), list(tensors)
-    for i, t in enumerate(tensors):
-        reference.check_dtypes(**{f"tensors[{i}]": t})
-    if any(isinstance(t, DTensor) for t in tensors):
-        raise ValueError("DTensors know their own sharding; pass their local shards (t.to_local()) and mark them tensor_model_parallel")
-    device = tensors[0].device if tensors else device or _device_of(ranks)
-    if norm_type == float("inf"):
-        tops = [t.detach().abs().amax().float() for t in tensors if t.numel()]
-        top = torch.stack(tops).amax() if tops else torch.zeros((), device=device)
-        return all_max(top.unsqueeze(0), ranks).squeeze(0)
-    if norm_type != 2.0:
-        raise ValueError(f"norm_type={norm_type} must be 2.0 or inf")
-    if device.type == "cuda":
-        return _norm_on_gpu(tensors, ranks, device)
-    limbs = torch.zeros(LIMBS + 2, dtype=torch.int64, device=device)
-    for t in tensors:
-        for piece in t.detach().reshape(-1).split(PIECE):
-            _add_squares(limbs, piece)
-    if ranks.size > 1:
-        dist.all_reduce(limbs, group=ranks.group)
-    exponents = LOWEST_EXPONENT + LIMB_BITS * torch.arange(LIMBS, dtype=torch.float64, device=device)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for term in (limbs[:LIMBS].double() * torch.exp2(exponents)).unbind(0):
-        total = total + term  # from the smallest limb up: one fixed order, a rounding only above 53 bits
-    infinite, nan = limbs[LIMBS:].unbind(0)
-    total = total.masked_fill(infinite > 0, float("inf")).masked_fill(nan > 0, float("nan"))
-    return total.sqrt().float()
-
-
-def _norm_on_gpu(tensors: list[Tensor], ranks: Ranks, device: torch.device) -> Tensor:
-    """The same sum in wider limbs, by one kernel a tensor (kernels/rows/squares.py)."""
-    from tpinv.kernels.rows import squares
-
-    with torch.cuda.device(device):
-        counters = squares.counters(device)
-        for t in tensors:
-            squares.add_squares(counters, t.detach())
-        if ranks.size > 1:
-            dist.all_reduce(counters, group=ranks.group)
-        return squares.total(counters).sqrt().float()
-
-
+@torch.no_grad()
 def clip_grad_norm_(
-    parameters: Tensor | Iterable[Tensor], max_norm: float, *, group=None, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    x: Gradients, max_norm: float, *, group=None, norm_type: float = 2.0, error_if_nonfinite: bool = False, compare_replicas=None
 ) -> Tensor:
     """Scales all gradients in place by min(1, max_norm / (norm + 1e-6)) and returns the norm before.
 
@@ -103,14 +74,30 @@ def clip_grad_norm_(
         ValueError: max_norm not above 0, or as in :func:`grad_norm`.
         RuntimeError: ``error_if_nonfinite`` and the norm is inf or NaN (as torch.nn.utils.clip_grad_norm_ does).
     """
-    if not max_norm > 0:
-        raise ValueError(f"max_norm={max_norm} must be above 0; leave the call out to not clip")
-    parameters = _as_list(parameters)
-    norm = grad_norm(parameters, group=group, norm_type=norm_type)
+    gradients = _Gradients(x, group, norm_type, max_norm=max_norm)
+    norm = gradients.norm(compare_replicas)
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(f"the total norm of the gradients is {norm.item()}, so it cannot be clipped")
-    scale_to_norm_([p.grad for p in parameters if p.grad is not None], max_norm, norm)
+    scale_to_norm_(gradients.locals(), max_norm, norm)
     return norm
+
+
+def norm_of(tensors: Iterable[Tensor], *, group=None, norm_type: float = 2.0, device: torch.device | None = None) -> Tensor:
+    """Norm of all elements held by all ranks of ``group`` together. ``tensors`` are those that this rank counts: pass a replicated
+    tensor on one rank only. Result and errors as in :func:`grad_norm`. ``device`` is that of the result if there are no tensors."""
+    ranks, tensors = resolve(group), list(tensors)
+
+    def check():
+        _check_norm_type(norm_type)
+        for i, t in enumerate(tensors):
+            if isinstance(t, DTensor):
+                raise ValueError(f"tensors[{i}] is a DTensor, which knows its own sharding; pass its parameter to grad_norm")
+            _check_gradient(f"tensors[{i}]", t)
+
+    agree(ranks, "norm_of", {"norm_type": norm_type}, check)
+    device = tensors[0].device if tensors else device or _device_of(ranks)
+    measure = _Largest if norm_type == math.inf else _GpuSquares if device.type == "cuda" else _Squares
+    return measure.norm(measure.add_up([measure.of(tensors, device)], ranks))
 
 
 def scale_to_norm_(grads: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
@@ -124,18 +111,321 @@ def scale_to_norm_(grads: Iterable[Tensor], max_norm: float, norm: Tensor) -> No
         torch._foreach_mul_(tensors, coefficient.to(device, dtype))
 
 
-def _device_of(ranks: Ranks) -> torch.device:
+# -- which gradient is cut over which groups ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Parameter:
+    name: str
+    parameter: Tensor
+    cut: tuple[Ranks, ...] = ()  # the groups that its elements are divided between
+
+    @property
+    def grad(self) -> Tensor | None:
+        return self.parameter.grad
+
+
+class _Gradients:
+    """All that a norm needs to know of its parameters, and the first reason to refuse them, which all ranks hear before any is added.
+
+    Attributes:
+        parameters: without repetitions, in the order in which they were given.
+        groups: all that anything is cut over or whole over, each once, in the order of the parameters.
+        refusal: a ValueError, or None.
+    """
+
+    def __init__(self, x: Gradients, group, norm_type: float, max_norm: float | None = None):
+        self.norm_type, self.max_norm, self.refusal = norm_type, max_norm, None
+        self._known: dict[tuple[int, ...], Ranks] = {}  # one group for all objects that stand for it
+        self.parameters: list[_Parameter] = []
+        given = None
+        try:
+            given = None if group is None else self._one(resolve(group))
+            _check_norm_type(norm_type)
+            if max_norm is not None and not max_norm > 0:
+                raise ValueError(f"max_norm={max_norm} must be above 0; leave the call out to not clip")
+            self.parameters = [_Parameter(name, p) for name, p in _listed(x)]
+            holders = find_shardings(p.parameter for p in self.parameters)
+        except ValueError as error:
+            self.refusal, holders = error, [None] * len(self.parameters)
+        for each, holder in zip(self.parameters, holders, strict=True):
+            try:
+                each.cut = self._cut_over(each, holder, given)
+            except ValueError as error:
+                self.refusal = self.refusal or error
+        self.groups = list(self._known.values())
+        if not self.groups and (world := resolve(None)).size > 1:
+            self.groups = [world]  # nothing says who has copies of these: all ranks
+
+    def _one(self, ranks: Ranks) -> Ranks | None:
+        return None if ranks.size == 1 else self._known.setdefault(global_ranks(ranks), ranks)
+
+    def _cut_over(self, each: _Parameter, holder: Holder | None, given: Ranks | None) -> tuple[Ranks, ...]:
+        """Also checks the parameter, its gradient and that the groups fit each other."""
+        if holder is not None:
+            each.name = f"{each.name} ({holder.name})" if each.name else holder.name
+        grad = each.grad
+        tensor = each.parameter if grad is None else grad
+        cut = []
+        for ranks, placement in placed_over(tensor):
+            one = self._one(ranks)
+            if placement.is_partial():
+                raise ValueError(
+                    f"the gradient of {each.name} is a DTensor of placements {tensor.placements}, not reduced yet; take the norm after its "
+                    "reduction (redistribute, or set_requires_gradient_sync under FSDP2)"
+                )
+            if not placement.is_replicate():
+                cut.append(one)
+        placed = [self._one(ranks) for ranks, _ in placed_over(tensor)]
+        if holder is not None:
+            if holder.sharding is None:
+                raise ValueError(f"{each.name} was registered on a layer that does not know it, so nobody can say what it is a part of; put "
+                                 "it into a module around the layer, or name it in `shards` of a subclass")  # fmt: skip
+            own = self._one(holder.sharding.ranks)
+            if own is not None and own not in placed and holder.sharding.dim is not None:
+                cut.append(own)
+            if given is not None and holder.sharding.dim is not None and own is not None and own is not given:
+                raise ValueError(
+                    f"{each.name} is {holder.sharding}, but group= has the ranks {list(global_ranks(given))}; leave group out, or pass the "
+                    "layers' own"
+                )
+        elif getattr(each.parameter, "tensor_model_parallel", False) and not cut:
+            raise ValueError(
+                f"{each.name or 'a parameter'} carries Megatron's mark tensor_model_parallel, which says that it is a part but not of which "
+                "group, and no module that lives says more; use Megatron's own clipping, or derive its module from tpinv.ShardedModule"
+            )
+        for i, one in enumerate(cut):
+            for other in cut[:i]:
+                if len(common := sorted({*global_ranks(one)} & {*global_ranks(other)})) > 1:
+                    raise ValueError(
+                        f"{each.name} is cut over the ranks {list(global_ranks(other))} and again over {list(global_ranks(one))}, which have "
+                        f"{common} in common; use two dimensions of one mesh"
+                    )
+        if grad is not None:
+            _check_gradient(f"the gradient of {each.name or tuple(tensor.shape)}", grad)
+        return tuple(cut)
+
+    def locals(self) -> list[Tensor]:
+        """This rank's gradients, or its parts of them, to be changed in place."""
+        return [local(p.grad) for p in self.parameters if p.grad is not None]
+
+    def norm(self, compare_replicas: bool | None) -> Tensor:
+        grads = self.locals() if self.refusal is None else []
+        tensors = grads or [local(p.parameter) for p in self.parameters]
+        device = tensors[0].device if tensors else _device_of(*self.groups[:1])
+        measure = _Largest if self.norm_type == math.inf else _GpuSquares if device.type == "cuda" else _Squares
+        classes: dict[tuple[Ranks, ...], list[Tensor]] = {p.cut: [] for p in self.parameters}  # the same keys on every rank
+        for p, grad in zip([p for p in self.parameters if p.grad is not None], grads, strict=self.refusal is None):
+            classes[p.cut].append(grad)
+        sums = {cut: measure.of(tensors, device) for cut, tensors in classes.items()}
+        look = bool(self.groups) and self._looks(compare_replicas, device)
+        replicas = _Replicas(self.parameters if self.refusal is None else [], device) if look else None
+        signature = self._signature(look)
+        for ranks in self.groups:
+            try:
+                agree(ranks, "grad_norm", signature, self._check)
+                if replicas is not None:
+                    replicas.compare(ranks)
+                if cuts := [cut for cut in sums if ranks in cut]:
+                    sums.update(zip(cuts, measure.add_up([sums[cut] for cut in cuts], ranks), strict=True))
+            except ValueError as error:  # to be said in the next group too: there are ranks that are in that one only
+                self.refusal = self.refusal or error
+        self._check()
+        if replicas is not None:
+            replicas.raise_for_differences(self.groups)
+        return measure.norm(list(sums.values()) or [measure.of([], device)])
+
+    def _check(self) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+
+    def _looks(self, compare_replicas: bool | None, device: torch.device) -> bool:
+        """The same on every rank, as long as all ranks make their parameters anew together."""
+        if compare_replicas is not None or device.type != "cuda":
+            return compare_replicas is not False
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        new = [p.parameter for p in self.parameters if p.parameter not in _compared]
+        for parameter in new:
+            _compared[parameter] = True
+        return bool(new)
+
+    def _signature(self, look: bool) -> dict:
+        """What must be the same on every rank of a group, and so on all."""
+        index = {id(ranks): str(i) for i, ranks in enumerate(self.groups)}
+        return {
+            "parameters": len(self.parameters),
+            "norm_type": self.norm_type,
+            "max_norm": self.max_norm,
+            "compare_replicas": look,
+            "sizes of the groups": tuple(ranks.size for ranks in self.groups),
+            "parameters with gradients": _runs([p.grad is not None for p in self.parameters]),
+            "dtypes": ", ".join({str(p.grad.dtype): None for p in self.parameters if p.grad is not None}),
+            "groups that cut a parameter": " ".join("+".join(index.get(id(ranks), "?") for ranks in p.cut) or "-" for p in self.parameters),
+        }
+
+
+def _listed(x: Gradients) -> list[tuple[str, Tensor]]:
+    """(name or "", parameter), each parameter once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for each in [x] if isinstance(x, (Tensor, nn.Module)) else list(x):
+        if isinstance(each, nn.Module):
+            for name, parameter in each.named_parameters():
+                found.setdefault(id(parameter), (name, parameter))
+        elif isinstance(each, Tensor):
+            found.setdefault(id(each), ("", each))
+        else:
+            raise ValueError(
+                f"gradients are those of modules and parameters, not of a {type(each).__name__}; pass model or model.parameters()"
+            )
+    return list(found.values())
+
+
+def _check_norm_type(norm_type: float) -> None:
+    if norm_type not in (2.0, math.inf):
+        raise ValueError(f"norm_type={norm_type} must be 2.0 or inf")
+
+
+def _check_gradient(name: str, grad: Tensor) -> None:
+    if grad.layout != torch.strided:
+        raise ValueError(f"{name} is {grad.layout}; make it dense (an embedding without sparse=True)")
+    reference.check_dtypes(**{name: grad})
+
+
+def _runs(flags: list[bool]) -> str:
+    """Which indices are set: "0-4, 7"."""
+    out, start = [], None
+    for i, flag in enumerate([*flags, False]):
+        if flag and start is None:
+            start = i
+        elif not flag and start is not None:
+            out.append(str(start) if start == i - 1 else f"{start}-{i - 1}")
+            start = None
+    return ", ".join(out) or "none"
+
+
+def _device_of(ranks: Ranks | None = None) -> torch.device:
     """Where a rank that counts no tensor must take part in the all-reduce: where its peers do."""
-    cuda = ranks.group is not None and "nccl" in dist.get_backend(ranks.group)
+    cuda = ranks is not None and ranks.group is not None and "nccl" in dist.get_backend(ranks.group)
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
-def _as_list(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
+# -- what is whole on several ranks ---------------------------------------------------------------------------------------------------
+
+_compared = WeakIdKeyDictionary()  # parameters on a GPU whose replicas were compared
+
+
+class _Replicas:
+    """Digests of values and gradients, and which of them were found to differ."""
+
+    def __init__(self, parameters: list[_Parameter], device: torch.device):
+        self._parameters = parameters
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        pairs = [(digest(local(p.parameter)), zero if p.grad is None else digest(local(p.grad))) for p in parameters]
+        self._digests = torch.stack([torch.stack(pair).to(device) for pair in pairs]) if pairs else zero.new_zeros(0, 2)
+        self._differ = torch.zeros_like(self._digests)
+
+    def compare(self, ranks: Ranks) -> None:
+        """Over one group: those parameters that it does not divide. A group that holds parts of one, and copies of it, is none to compare."""
+        members = {*global_ranks(ranks)}
+        whole = [all(len(members & {*global_ranks(cut)}) == 1 for cut in p.cut) for p in self._parameters]
+        every = all_gather(self._digests.unsqueeze(0), ranks)
+        differ = (every != every[:1]).any(0) & torch.tensor(whole, dtype=torch.bool, device=every.device).unsqueeze(1)
+        self._differ |= differ.long()
+
+    def raise_for_differences(self, groups: list[Ranks]) -> None:
+        differ = self._differ
+        for ranks in groups if len(groups) > 1 else ():  # what one group has found, to all ranks
+            differ = all_max(differ, ranks)
+        what = [
+            f"the {kind} of {p.name or f'parameter {i} {tuple(p.parameter.shape)}'}"
+            for i, (p, flags) in enumerate(zip(self._parameters, differ.tolist(), strict=True))
+            for kind, flag in zip(("value", "gradient"), flags, strict=True)
+            if flag
+        ]
+        if what:
+            more = f" and {len(what) - 4} more" if len(what) > 4 else ""
+            raise ValueError(
+                f"{', '.join(what[:4])}{more}: no module says that it is cut between ranks, so that it must be the same bytes on all of them, and "
+                "it is not. Begin from equal values (one seed, or broadcast them); take the norm after gradients are reduced; and if it is a part, "
+                "derive its module from tpinv.ShardedModule"
+            )
+
+
+# -- what is added up: a class of gradients, its sum over a group, and the norm of all classes ------------------------------------------
+
+
+class _Squares:
+    """Limbs [LIMBS + 2], int64: the last two count infinities and NaNs."""
+
+    @staticmethod
+    def of(tensors: list[Tensor], device: torch.device) -> Tensor:
+        limbs = torch.zeros(LIMBS + 2, dtype=torch.int64, device=device)
+        for t in tensors:
+            for piece in t.detach().reshape(-1).split(PIECE):
+                _add_squares(limbs, piece)
+        return limbs
+
+    @staticmethod
+    def add_up(sums: list[Tensor], ranks: Ranks) -> list[Tensor]:
+        if ranks.size == 1:
+            return sums
+        rows = torch.stack(sums)
+        all_reduce_integers(rows, ranks)
+        return list(rows)
+
+    @staticmethod
+    def norm(sums: list[Tensor]) -> Tensor:
+        limbs = torch.stack(sums).sum(0)
+        exponents = LOWEST_EXPONENT + LIMB_BITS * torch.arange(LIMBS, dtype=torch.float64, device=limbs.device)
+        total = torch.zeros((), dtype=torch.float64, device=limbs.device)
+        for term in (limbs[:LIMBS].double() * torch.exp2(exponents)).unbind(0):
+            total = total + term  # from the smallest limb up: one fixed order, a rounding only above 53 bits
+        infinite, nan = limbs[LIMBS:].unbind(0)
+        total = total.masked_fill(infinite > 0, float("inf")).masked_fill(nan > 0, float("nan"))
+        return total.sqrt().float()
+
+
+class _GpuSquares(_Squares):
+    """The same sum in wider limbs, by one kernel a tensor (kernels/rows/squares.py)."""
+
+    @staticmethod
+    def of(tensors: list[Tensor], device: torch.device) -> Tensor:
+        from tpinv.kernels.rows import squares
+
+        with torch.cuda.device(device):
+            counters = squares.counters(device)
+            for t in tensors:
+                squares.add_squares(counters, t.detach())
+            return counters
+
+    @staticmethod
+    def norm(sums: list[Tensor]) -> Tensor:
+        from tpinv.kernels.rows import squares
+
+        with torch.cuda.device(sums[0].device):
+            return squares.total(torch.stack(sums).sum(0)).sqrt().float()
+
+
+class _Largest:
+    """float32: the largest magnitude, or NaN."""
+
+    @staticmethod
+    def of(tensors: list[Tensor], device: torch.device) -> Tensor:
+        tops = [t.detach().abs().amax().float() for t in tensors if t.numel()]
+        return torch.stack(tops).amax() if tops else torch.zeros((), device=device)
+
+    @staticmethod
+    def add_up(sums: list[Tensor], ranks: Ranks) -> list[Tensor]:
+        return list(all_max(torch.stack(sums), ranks))
+
+    @staticmethod
+    def norm(sums: list[Tensor]) -> Tensor:
+        return torch.stack(sums).amax()
 
 
 def _add_squares(limbs: Tensor, x: Tensor) -> None:
-    """Adds the exact squares of ``x`` to ``limbs`` [LIMBS + 2]: the last two count infinities and NaNs."""
+    """Adds the exact squares of ``x`` to ``limbs`` [LIMBS + 2]."""
     square = x.double().square()  # exact: 24 + 24 bits
     finite = square.isfinite()
     limbs[LIMBS] += square.isinf().sum()

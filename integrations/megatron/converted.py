@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tpinv.integrations.megatron import layers
-from tpinv.layers import mark_sharded
+from tpinv.ops.marks import mark_sharded
 from tpinv.tree import ReductionTree
 
 # The LanguageModules that convert has been through. Held weakly, so that a model is forgotten when its owner forgets it.

@@ -22,7 +22,7 @@ from torch import Tensor
 from tpinv import functional
 from tpinv.collectives import Ranks
 from tpinv.integrations.megatron.guard import ACTIVATIONS
-from tpinv.layers import KeepsMarks
+from tpinv.ops.marks import KeepsMarks
 from tpinv.tree import ReductionTree
 
 ALONE = Ranks(None, 0, 1)

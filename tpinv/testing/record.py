@@ -90,10 +90,11 @@ class record:
         self._calls: Counter = Counter()
         # Marks of parameters that a wrapper copies are lost; these names and strides are the model's own.
         self._parameters = [(name, p) for name, p in model.named_parameters() if chosen.search(name.rpartition(".")[0])]
-        self._hooks = []
+        self._hooks, self._marks = [], {}
         for name, module in model.named_modules():
+            self._marks |= {f"{name}.{parameter}".lstrip("."): mark for parameter, mark in _marks(module).items()}
             if chosen.search(name):
-                stride = max((getattr(p, "partition_stride", 1) for p in module.parameters(recurse=False)), default=1)
+                stride = max((mark[1] for mark in _marks(module).values() if mark), default=1)
                 self._hooks += [
                     module.register_forward_pre_hook(self._before(name), with_kwargs=True),
                     module.register_forward_hook(self._after(name, stride)),
@@ -169,9 +170,7 @@ class record:
 
     def _add_parameter(self, phase: str, full_name: str, suffix: str, parameter: nn.Parameter, value: Tensor) -> None:
         module, _, name = full_name.rpartition(".")
-        sharded = getattr(parameter, "tensor_model_parallel", False)
-        mark = (parameter.partition_dim, parameter.partition_stride) if sharded else None
-        self._add(phase, module, name + suffix, value, mark=mark)
+        self._add(phase, module, name + suffix, value, mark=self._marks.get(full_name))
 
     def _add(self, phase: str, module: str, name: str, tensor: Tensor, *, mark: tuple[int, int] | None = None, stride: int = 1) -> None:
         """``mark``: the tensor is sharded, on this dimension with this stride. ``stride``: if it is, that of its last dimension."""
@@ -239,6 +238,14 @@ def _trees(model: nn.Module) -> set[ReductionTree]:
 def _device(parameters: list[tuple[str, nn.Parameter]]) -> str:
     device = next((parameter.device for _, parameter in parameters), torch.device("cpu"))
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _marks(module: nn.Module) -> dict[str, tuple[int, int] | None]:
+    """Of the module's own parameters: (dimension, stride) that it is cut on, or None."""
+    if hasattr(module, "parameter_shardings"):
+        return {name: None if s.dim is None else (s.dim, s.stride) for name, s in module.parameter_shardings().items()}
+    marked = {name: p for name, p in module.named_parameters(recurse=False) if getattr(p, "tensor_model_parallel", False)}
+    return {name: (p.partition_dim, p.partition_stride) for name, p in marked.items()}
 
 
 def _has_gradient(tensor: Tensor) -> bool:
