@@ -59,25 +59,26 @@ def agree(ranks: Ranks, name: str, signature: Mapping | Iterable[tuple] = (), ch
             check()
         return
     state = state_of(ranks)
-    if state.broken is not None:
-        raise RuntimeError(state.broken)
     state.calls += 1
     state.call = call = (name, tuple(signature.items() if isinstance(signature, Mapping) else signature))
-    if check is not None:
-        try:
+    try:
+        if state.broken is not None:
+            raise RuntimeError(state.broken)
+        if check is not None:
             check()
-        except Exception as error:
-            _refuse(state, error)
-            raise
+    except Exception as error:
+        _refuse(state, error)
+        raise
     try:
         digest = state.known.get(call)
     except TypeError:  # a value without a hash, such as a list: by what it says
         state.call = call = (name, tuple((field, _text(value)) for field, value in call[1]))
         digest = state.known.get(call)
-    if state.board is None or (digest is not None and state.line is None):
+    if state.board is None or (digest is not None and state.line is None and not state.suspect):
         return
     if state.line is None or not _announce(state, digest or _digest(state)):
         _compare(state)
+    state.suspect = False
     if digest is None:
         state.known[call] = _digest(state)
         if len(state.known) > KNOWN:
@@ -173,7 +174,7 @@ def _compare(state: GroupState) -> None:
             break
         if now > looked + LOOK:
             looked = now
-            raise_for_peers(state)
+            raise_for_peers(state, comparing=True)
         if now > started + limit:
             raise _fail(state, RuntimeError(_late(state, [rank for rank in missing if rank not in posts], limit)))
         time.sleep(pause)
@@ -210,7 +211,7 @@ def compare_in_wait(state: GroupState) -> None:
     raise_for_peers(state)
 
 
-def raise_for_peers(state: GroupState) -> None:
+def raise_for_peers(state: GroupState, comparing: bool = False) -> None:
     """Raises if a peer is where it will not come to the current call from: it refused an earlier one that this rank did not, it went past
     this one without the comparison that this rank waits for, or its process has ended."""
     number = state.calls
@@ -239,6 +240,7 @@ def _raise_unless_one(state: GroupState, posts: Mapping[int, dict]) -> None:
         raise _refused_by_peer(state, min(refusals, key=lambda refusal: refusal["rank"]))
     if differences := _differences(posts):
         state.refused.add(state.calls)  # the posts stay as they are, so that every rank finds the same
+        state.suspect = True
         raise ValueError(f"the ranks differ in call {state.calls} of their group: {'; '.join(differences)}. {_SAME}")
 
 
@@ -304,6 +306,7 @@ def _post_call(state: GroupState) -> dict:
 def _post_refusal(state: GroupState, error: Exception, told: Mapping | None = None) -> None:
     """Of the current call. ``told``: the refusal of another rank that is the reason, whose words are passed on."""
     state.refused.add(state.calls)
+    state.suspect = True
     if state.board is None:
         return
     value_error = isinstance(error, ValueError)

@@ -42,6 +42,7 @@ class GroupState:
         known: the (name, signature) pairs that all ranks were found to agree on, oldest first, with their digests.
         line, offered: where every call is announced, if the ranks have one (line.py); and this rank's end before it is connected.
         refused: numbers of the calls that ended in an error here.
+        suspect: whether the last call ended in an error here, so that the next one is compared even if it is known.
         introduced: whether what is compared once for a group has been compared.
         broken: why the group's connections were given up, or None.
         workspaces: device -> what kernels keep for the group on it.
@@ -56,6 +57,7 @@ class GroupState:
         self.line: Line | None = None
         self.offered: Line | None = None
         self.refused: set[int] = set()
+        self.suspect = False
         self.introduced = False
         self.broken: str | None = None
         self.workspaces: dict = {}
