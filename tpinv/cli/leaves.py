@@ -110,9 +110,7 @@ class Model:
         return widths | {f"{self.kv_heads} kv-heads x {self.head_dim}": self.kv_heads * self.head_dim}
 
     def forbid(self, leaves: int) -> list[str]:
-        return [
-            f"{name} ({width} = {width // leaves} x {leaves} + {width % leaves})" for name, width in self.widths.items() if width % leaves
-        ]
+        return [f"{name} = {width}" for name, width in self.widths.items() if width % leaves]
 
     def forbid_size(self, size: int) -> list[str]:
         return [f"{value} {name}" for name, value in (("heads", self.heads), ("kv-heads", self.kv_heads)) if value % size]
