@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from tpinv import contract, functional, reference
-from tpinv.ops import operators  # noqa: F401  torch.ops.tpinv.core_attention
 from tpinv.reference import attention
 from tpinv.testing import assert_bitwise_equal
 from tpinv.tree import ReductionTree

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from tpinv.ops import core_attention, operators, packed_attention, swiglu
+from tpinv.ops import core_attention, packed_attention, swiglu
 
 q, kv = torch.zeros(5, 2, 6, 8), torch.zeros(5, 2, 3, 8)
 
@@ -26,7 +26,7 @@ def test_refusals(query, key, value, message):
     with pytest.raises(ValueError, match=message):
         core_attention(query, key, value)
     with pytest.raises(ValueError, match=message):  # the operator: the same
-        operators._attention(query, key, value, 1.0, True)
+        torch.ops.tpinv.core_attention(query, key, value, 1.0, True)
 
 
 cu = torch.tensor([0, 2, 5], dtype=torch.int32)
@@ -49,7 +49,7 @@ def test_packs_that_are_refused(query, key, cu_q, padded, message):
     with pytest.raises(ValueError, match=message):
         packed_attention(query, key, key, cu_seqlens_q=cu_q, cu_seqlens_kv=cu, cu_seqlens_kv_padded=padded)
     with pytest.raises(ValueError, match=message):  # the operator: the same
-        operators._packed_attention(query, key, key, cu_q, cu, cu_q, padded, 5, 5, 1.0, True)
+        torch.ops.tpinv.packed_attention(query, key, key, cu_q, cu, cu_q, padded, 5, 5, 1.0, True)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.25, 1e-50, float("inf"), float("nan")])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tpinv import functional, kernels
-from tpinv.ops import operators, products  # noqa: F401  operators: torch.ops.tpinv
+from tpinv.ops import products
 from tpinv.optim import norm_of
 from tpinv.testing import RankPool, assert_bitwise_equal, compare
 from tpinv.tree import ReductionTree

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tpinv import ReductionTree, column_parallel_linear, rms_norm, row_parallel_linear
-from tpinv.ops import core_attention, operators, swiglu
-from tpinv.ops.operators import ALONE, group_name
+from tpinv.ops import core_attention, swiglu
+from tpinv.ops.registry import ALONE, group_name
 from tpinv.testing import assert_bitwise_equal, run_ranks
 
 TREE = ReductionTree(8)
@@ -119,7 +119,7 @@ def test_full_graphs_over_ranks(ranks, sequence_parallel):
 
 
 def test_a_lone_rank_has_no_name():
-    assert group_name(ALONE) == "" and operators.ALONE.size == 1
+    assert group_name(ALONE) == "" and ALONE.size == 1
 
 
 def test_a_profiler_sees_an_operator_once():
@@ -128,3 +128,18 @@ def test_a_profiler_sees_an_operator_once():
         torch.ops.tpinv.rms_norm(x, weight, 1e-5, 8, "", False, False).sum().backward()
     counts = {event.key: event.count for event in profile.key_averages()}
     assert counts["tpinv::rms_norm"] == counts["tpinv::rms_norm_backward"] == 1
+
+
+def rms_norm_of_whole_rows():
+    from tpinv.collectives import resolve
+
+    x, weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), torch.ones(8, requires_grad=True)
+    torch.ops.tpinv.rms_norm(x, weight, 1e-5, 2, group_name(resolve()), False, False).sum().backward()
+    return weight.grad
+
+
+def test_rows_that_every_rank_has_are_not_added_over_the_group():
+    """An operator may name a group; only the flags say that it shares the rows."""
+    (alone,), parts = run_ranks(rms_norm_of_whole_rows, 1), run_ranks(rms_norm_of_whole_rows, 2)
+    for part in parts:
+        assert_bitwise_equal(part, alone)

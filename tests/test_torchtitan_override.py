@@ -31,7 +31,7 @@ from tpinv.harness.torchtitan.verify import train
 from tpinv.integrations.torchtitan import replace
 from tpinv.integrations.torchtitan.layers import ScaledDotProductAttention, VarlenAttention
 from tpinv.integrations.torchtitan.loss import CrossEntropyLoss as InvariantLoss
-from tpinv.ops.operators import ALONE
+from tpinv.ops.registry import ALONE
 from tpinv.testing import RankError, assert_bitwise_equal
 
 pytestmark = pytest.mark.torchtitan

@@ -17,7 +17,8 @@ from torchtitan.tools.utils import set_default_dtype
 from tpinv.harness.torchtitan.recipe import OVERRIDE, Run, build_model_config
 from tpinv.harness.torchtitan.verify import running, shard_dim
 from tpinv.layers import shard
-from tpinv.ops import linear
+from tpinv.ops.column_parallel_linear import OPERATOR as COLUMN
+from tpinv.ops.row_parallel_linear import OPERATOR as ROW
 from tpinv.testing.text import real_text
 
 
@@ -118,17 +119,17 @@ def clipped(run: Run):
 
 def products(run: Run) -> int:
     """How often the forward of a linear is computed in one forward and backward pass."""
-    calls, stock = [], (linear.column_forward, linear.row_forward)
+    calls, stock = [], (COLUMN.forward, ROW.forward)
 
     def counted(function):
         return lambda *args, **kwargs: (calls.append(function), function(*args, **kwargs))[1]
 
-    linear.column_forward, linear.row_forward = map(counted, stock)
+    COLUMN.forward, ROW.forward = map(counted, stock)
     try:
         with running(run) as trainer:
             trainer.losses = []
             batch, labels = next(iter(trainer.dataloader))
             trainer.forward_backward_step(input_dict=batch, labels=labels, global_valid_tokens=torch.tensor(labels.numel()))
     finally:
-        linear.column_forward, linear.row_forward = stock
+        COLUMN.forward, ROW.forward = stock
     return len(calls)

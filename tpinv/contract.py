@@ -19,8 +19,8 @@ from tpinv.tree import ReductionTree
 # -- constants that bits depend on --------------------------------------------------------------------------------------------------
 
 ROWS = 64  # rows of one step of a product on a CPU: a multiple of every micro-tile seen, so that a row's position does not matter
-STEP = 128  # k of one step of a product on a CPU: short enough that no BLAS splits it further
-ALIGNMENT = 64  # bytes; where the operands of such a step begin in memory, because a BLAS may choose its kernel by that
+STEP = 128  # k of one step: short enough that no BLAS splits it further
+COLUMNS = 16  # columns of one step are filled up to a multiple: with 5, 7 or 9 of them MKL adds a row by its position
 
 # Attention's forward, keys counted from the sequence's first: a softmax is rescaled once a block; a leaf starts anew; leaves of a node are
 # merged as a chain, nodes by tree.py. kernels/attention and reference/attention.py say how.
@@ -56,7 +56,9 @@ class Order:
 
 
 CHAIN = Order(
-    "chain", "fp32 from zero in increasing index: tensor-core steps on a GPU, steps of ROWS rows by STEP terms on a CPU", (ROWS, STEP)
+    "chain",
+    "fp32 from zero in increasing index: tensor-core steps on a GPU, steps of ROWS rows by STEP terms on a CPU",
+    (ROWS, STEP, COLUMNS),
 )
 PAIRS = Order("row tree", "the left-complete binary tree down to single elements, in fp32 additions")
 OCCURRENCES = Order("occurrences", "fp32 from zero, one addition for each occurrence in token order")
@@ -105,12 +107,7 @@ class Sum:
         """The tree of this sum, given the tree that a caller passed. ValueError for a sum without leaves."""
         if self.nodes == NO_TREE:
             raise ValueError(f"{self.result} of {self.op} has no leaves; it is one {self.order.name}")
-        return tree if self.nodes == BY_TREE else _with_float32_nodes(tree)
-
-
-@functools.cache
-def _with_float32_nodes(tree: ReductionTree) -> ReductionTree:
-    return tree if tree.node_dtype == "float32" else ReductionTree(tree.leaves)
+        return tree if self.nodes == BY_TREE else tree.with_float32_nodes()
 
 
 COLUMN_Y = Sum("column_parallel_linear", "y", "in-features", "-", CHAIN, NO_TREE)
@@ -147,7 +144,7 @@ SUMS = (
 @functools.cache
 def table_digest() -> str:
     """Eight hexadecimal digits of the table and its constants."""
-    return hashlib.sha256(repr((SUMS, ROWS, STEP, ALIGNMENT)).encode()).hexdigest()[:8]
+    return hashlib.sha256(repr((SUMS, ROWS, STEP, COLUMNS)).encode()).hexdigest()[:8]
 
 
 def fingerprint(tree: ReductionTree, **facts: str) -> str:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import tpinv
 from tpinv.collectives import all_gather, resolve
-from tpinv.ops import operators
+from tpinv.ops.registry import group_name
 from tpinv.tree import ReductionTree
 
 ROUNDS, CALLS, TOKENS, WIDTH = 7, 100, 16, 512
@@ -29,7 +29,7 @@ def main() -> None:
     torch.autograd.set_multithreading_enabled(False)
     tree, ranks, ops = ReductionTree(8), resolve(), torch.ops.tpinv
     p, rank = ranks.size, ranks.rank
-    group = operators.group_name(ranks)
+    group = group_name(ranks)
 
     def tensor(*shape):
         return torch.randn(*shape, device=device, dtype=torch.bfloat16, requires_grad=True)

@@ -17,7 +17,6 @@ from torchtitan.models.common import attention, embedding, feed_forward, linear,
 from tpinv import functional
 from tpinv.collectives import all_gather
 from tpinv.integrations.torchtitan.module import Invariant, TreeConfig, local, tokens_first
-from tpinv.ops import operators  # noqa: F401  defines torch.ops.tpinv
 
 ops = torch.ops.tpinv
 

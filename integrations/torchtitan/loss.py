@@ -12,7 +12,7 @@ from torchtitan.tools.logging import logger
 from tpinv import functional
 from tpinv.collectives import resolve
 from tpinv.integrations.torchtitan.module import TreeConfig, local
-from tpinv.ops.operators import ALONE
+from tpinv.ops.registry import ALONE
 from tpinv.tree import ReductionTree
 
 

@@ -20,7 +20,7 @@ from torchtitan.models.common.param_init import skip_param_init
 
 from tpinv.collectives import Ranks, resolve
 from tpinv.layers import shard
-from tpinv.ops.operators import ALONE, group_name
+from tpinv.ops.registry import ALONE, group_name
 from tpinv.tree import ReductionTree
 
 

@@ -11,7 +11,8 @@ Operands are ``a [R, k]`` and ``b [k, C]``, any strides, nothing is copied: a li
 the shard's width, or on which kernel and tile ran. kernels/ knows no process group.
 
 Layers: problem.py describes one product; gemm.py (Triton) and sm90.py (csrc/sm90_tree_gemm.cu) compute it; tuner.py picks
-among configurations whose bits it has verified; calls.py keeps what a repeated call needs; ops.py makes torch operators of it.
+among configurations whose bits it has verified; calls.py keeps what a repeated call needs. They are no torch operators: those that
+compilers see are tpinv.ops, which call these.
 Nothing is compiled or probed at import.
 """
 
@@ -21,6 +22,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from tpinv.runtime.device import on_device_of_first
 from tpinv.tree import ReductionTree
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,6 +35,8 @@ def unavailable(tensor: Tensor) -> str | None:
 
 @functools.cache
 def _unavailable_on(device: torch.device) -> str | None:
+    if device.type == "meta":
+        return "a meta tensor holds no numbers to compute with"
     if device.type != "cuda" or torch.version.cuda is None:
         return f"tensor is on {device}, the kernels need an NVIDIA GPU"
     if importlib.util.find_spec("triton") is None:
@@ -96,11 +100,15 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor, *, precision: str = "ieee") 
     if total.stride(1) != 1 or total.stride(0) < total.shape[1]:
         total.add_(matmul(a, b, precision=precision))
         return
-    from tpinv.kernels import ops  # noqa: F401  defines the operators; needs Triton
+    if total.numel() == 0 or a.shape[1] == 0:
+        total.add_(0.0)  # an empty sum is +0.0, and -0.0 + 0.0 another zero
+        return
+    from tpinv.kernels.gemm import calls  # needs Triton
 
-    torch.ops.tpinv.add_matmul(total, a, b, precision)
+    calls.run(a, b, total.unsqueeze(0), None, 1, "float32", 0, 1, 1, precision, accumulate=True)
 
 
+@on_device_of_first
 def column_sum(x: Tensor, tree: ReductionTree, rank: int = 0, ranks: int = 1) -> Tensor:
     """Sum of x [T/p, H] over its rows: float32 [S, H], the values of this rank's maximal subtrees of the tree over all T rows.
 
@@ -111,9 +119,9 @@ def column_sum(x: Tensor, tree: ReductionTree, rank: int = 0, ranks: int = 1) ->
     if x.dim() != 2:
         raise ValueError(f"column_sum sums the rows of a matrix, got shape {tuple(x.shape)}; flatten the tokens first")
     tree.owned(rank, ranks)
-    from tpinv.kernels import ops  # noqa: F401  defines the operators; needs Triton
+    from tpinv.kernels.rows import sums  # needs Triton
 
-    return torch.ops.tpinv.column_sum(x, tree.leaves, rank, ranks)
+    return sums.column_sum(x, tree, rank, ranks)
 
 
 def _require(tensor: Tensor) -> None:
@@ -143,6 +151,12 @@ def _tree_gemm(a, b, bias, tree, rank, ranks, stride, out_dtype, precision) -> T
     leaves = len(tree.owned(rank, ranks))
     if stride < 1 or a.shape[1] % (stride * leaves):
         raise ValueError(f"k={a.shape[1]} has no {leaves} equal leaves in each of {stride} pieces; pad it, or use a tree with fewer leaves")
-    from tpinv.kernels import ops  # noqa: F401  defines the operators; needs Triton
+    out = a.new_empty(len(tree.subtrees(rank, ranks)), a.shape[0], b.shape[1], dtype=out_dtype)
+    if out.numel() == 0:
+        return out
+    if a.shape[1] == 0:  # an empty sum
+        return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+    from tpinv.kernels.gemm import calls  # needs Triton
 
-    return torch.ops.tpinv.tree_gemm(a, b, bias, tree.leaves, tree.node_dtype, rank, ranks, stride, out_dtype, precision)
+    calls.run(a, b, out, bias, tree.leaves, tree.node_dtype, rank, ranks, stride, precision)
+    return out

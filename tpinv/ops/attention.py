@@ -11,11 +11,11 @@ import weakref
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tpinv import reference
 from tpinv.contract import ATTENTION_LEAF
 from tpinv.ops import products
+from tpinv.ops.registry import register
 from tpinv.ops.shapes import unit_stride
 from tpinv.reference import attention as reference_attention
 from tpinv.reference.attention import Pack
@@ -38,8 +38,7 @@ def core_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = 
         ValueError: tensors that do not fit or are not on one device, another scale, or a machine on which the probe finds other bits than
             it should.
     """
-    check(query, key, value, scale, causal)
-    return _Attention.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, causal, None)
+    return CORE(query, key, value, _scale(query, scale), causal)[0]
 
 
 def packed_attention(
@@ -71,21 +70,17 @@ def packed_attention(
         ValueError: what core_attention raises, and cu_seqlens of another shape, dtype or device. Lengths on a GPU
             are known to it alone, and it is not waited for: a pack whose lengths do not fit fails there by an assertion, once it is computed.
     """
-    pack = check_packed(
-        query,
-        key,
-        value,
-        cu_seqlens_q,
-        cu_seqlens_kv,
-        cu_seqlens_q_padded,
-        cu_seqlens_kv_padded,
-        max_seqlen_q,
-        max_seqlen_kv,
-        scale,
-        causal,
-    )
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _Attention.apply(*(t.unsqueeze(1) for t in (query, key, value)), scale, causal, pack).squeeze(1)
+    first_q = cu_seqlens_q if cu_seqlens_q_padded is None else cu_seqlens_q_padded
+    first_k = cu_seqlens_kv if cu_seqlens_kv_padded is None else cu_seqlens_kv_padded
+    longest_q, longest_k = len(query) if max_seqlen_q is None else max_seqlen_q, len(key) if max_seqlen_kv is None else max_seqlen_kv
+    cumulative = cu_seqlens_q, cu_seqlens_kv, first_q, first_k
+    return PACKED(query, key, value, *cumulative, longest_q, longest_k, _scale(query, scale), causal)[0]
+
+
+def _scale(query: Tensor, scale: float | None) -> float:
+    if scale is not None:
+        return scale
+    return query.shape[-1] ** -0.5 if query.dim() and query.shape[-1] else 1.0  # without a width it is refused
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, scale: float | None, causal: bool) -> None:
@@ -100,37 +95,29 @@ def check(query: Tensor, key: Tensor, value: Tensor, scale: float | None, causal
     if causal and key.shape[0] < sq:
         raise ValueError(f"causal attention of {sq} queries over {key.shape[0]} keys leaves queries without keys; pass all keys")
     _check_kind(query, key, value, scale)
-    require_invariant(query.device, query.dtype, width, causal)
 
 
-def check_packed(query, key, value, cu_q, cu_k, first_q, first_k, longest_q, longest_k, scale, causal):
-    """The errors of :func:`packed_attention`; returns the pack as kernels take it."""
+def check_packed(query, key, value, cu_q, cu_k, first_q, first_k, longest_q, longest_k, scale, causal) -> None:
+    """The errors of :func:`packed_attention`, but for those of the lengths."""
     fits = query.dim() == key.dim() == 3 and key.shape == value.shape and query.shape[2] == key.shape[2] != 0 != key.shape[1]
     if not fits or query.shape[1] % key.shape[1]:
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} must be [t, h, d] and [u, g, d] "
             "with d at least 1 and g dividing h"
         )
-    first_q, first_k = cu_q if first_q is None else first_q, cu_k if first_k is None else first_k
     cumulative = (cu_q, cu_k, first_q, first_k)
     if any(t.dtype != torch.int32 or t.dim() != 1 or not len(t) or t.shape != cu_q.shape or t.device != query.device for t in cumulative):
         described = ", ".join(f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in cumulative)
         raise ValueError(f"cu_seqlens for queries, keys, and where they start are {described}; pass torch.int32 [n + 1] on {query.device}")
     _check_kind(query, key, value, scale)
-    require_invariant(query.device, query.dtype, query.shape[2], causal, True)
-    longest_q, longest_k = len(query) if longest_q is None else longest_q, len(key) if longest_k is None else longest_k
-    pack = Pack(*(t.contiguous() for t in cumulative), longest_q, longest_k)
-    _assert_lengths(pack, len(query), len(key), causal)
-    return pack
 
 
-def _check_kind(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> None:
-    if scale is not None and not 2.0**-126 <= scale < 2.0**127:  # a row's maximum is taken before it is scaled
+def _check_kind(query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+    if not 2.0**-126 <= scale < 2.0**127:  # a row's maximum is taken before it is scaled
         raise ValueError(f"scale={scale} must be above 0 and finite in float32; negate the query for a negative one")
     reference.check_dtypes(query=query, key=key, value=value)
     if len({t.device for t in (query, key, value)}) > 1:
         raise ValueError(f"query, key and value are on {query.device}, {key.device} and {value.device}; move them to one device")
-    products.on_gpu(query)
 
 
 def backend(query: Tensor) -> tuple:
@@ -169,24 +156,6 @@ def _assert_lengths(pack, q_rows: int, k_rows: int, causal: bool) -> None:
     torch._assert_async(fits.all(), message)
     if state is not None:
         _asserted[:] = [weakref.ref(t) for t in tensors], state
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, value, scale, causal, pack):
-        query, key, value = map(unit_stride, (query, key, value))
-        out, lse = backend(query)[0](query, key, value, scale, causal, pack)
-        ctx.save_for_backward(query, key, value, out, lse, *(pack or ())[:4])
-        ctx.args = (scale, causal, (pack or ())[4:])
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        query, key, value, out, lse, *cumulative = ctx.saved_tensors
-        scale, causal, longest = ctx.args
-        pack = Pack(*cumulative, *longest) if cumulative else None
-        return *backend(query)[1](query, key, value, out, lse, unit_stride(dout), scale, causal, pack), None, None, None
 
 
 @functools.lru_cache(maxsize=64)
@@ -233,3 +202,67 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"this CPU ({torch.backends.cpu.get_cpu_capability()})"
+
+
+# -- operators ----------------------------------------------------------------------------------------------------------------------
+
+
+def _forward(query, key, value, scale, causal) -> tuple[Tensor, Tensor]:
+    check(query, key, value, scale, causal)
+    require_invariant(query.device, query.dtype, query.shape[-1], causal)
+    return backend(query)[0](*map(unit_stride, (query, key, value)), scale, causal)
+
+
+def _backward(dout, query, key, value, out, lse, needs, scale, causal) -> tuple[Tensor, ...]:
+    return backend(query)[1](*map(unit_stride, (query, key, value)), out, lse, unit_stride(dout), scale, causal)
+
+
+def _fake(query, *_) -> tuple[Tensor, Tensor]:
+    sq, batch, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty(batch, heads, sq, dtype=torch.float32)
+
+
+def _forward_packed(query, key, value, cu_q, cu_k, first_q, first_k, longest_q, longest_k, scale, causal) -> tuple[Tensor, Tensor]:
+    check_packed(query, key, value, cu_q, cu_k, first_q, first_k, longest_q, longest_k, scale, causal)
+    require_invariant(query.device, query.dtype, query.shape[-1], causal, True)
+    pack = _pack(cu_q, cu_k, first_q, first_k, longest_q, longest_k)
+    _assert_lengths(pack, len(query), len(key), causal)
+    out, lse = backend(query)[0](*(unit_stride(t).unsqueeze(1) for t in (query, key, value)), scale, causal, pack)
+    return out.squeeze(1), lse
+
+
+def _backward_packed(
+    dout, query, key, value, out, lse, cu_q, cu_k, first_q, first_k, needs, longest_q, longest_k, scale, causal
+) -> tuple[Tensor, ...]:
+    query, key, value, out, dout = (unit_stride(t).unsqueeze(1) for t in (query, key, value, out, dout))
+    pack = _pack(cu_q, cu_k, first_q, first_k, longest_q, longest_k)
+    return tuple(gradient.squeeze(1) for gradient in backend(query)[1](query, key, value, out, lse, dout, scale, causal, pack))
+
+
+def _pack(cu_q, cu_k, first_q, first_k, longest_q: int, longest_k: int) -> Pack:
+    return Pack(*(t.contiguous() for t in (cu_q, cu_k, first_q, first_k)), longest_q, longest_k)
+
+
+def _fake_packed(query, *_) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(1, query.shape[1], query.shape[0], dtype=torch.float32)
+
+
+CORE = register(
+    "core_attention(Tensor query, Tensor key, Tensor value, float scale, bool causal) -> (Tensor out, Tensor lse)",
+    check=check,
+    forward=_forward,
+    fake=_fake,
+    backward=_backward,
+    kept="query key value out lse",
+    gradients="query key value",
+)
+PACKED = register(
+    "packed_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_kv, Tensor first_q, Tensor first_kv, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_kv, float scale, bool causal) -> (Tensor out, Tensor lse)",
+    check=check_packed,
+    forward=_forward_packed,
+    fake=_fake_packed,
+    backward=_backward_packed,
+    kept="query key value out lse cu_seqlens_q cu_seqlens_kv first_q first_kv",
+    gradients="query key value",
+)

@@ -1,18 +1,25 @@
-"""Who computes a sum: tpinv.kernels on a GPU, tpinv.reference on a CPU. The device alone decides, never a shape or p.
+"""Who computes: tpinv.kernels on a GPU, tpinv.reference on a CPU, by the same signatures. The device alone decides, never a shape or p.
 
-A GPU that the kernels cannot serve is an error, not a silent change of bits.
+A GPU that the kernels cannot serve is an error, not a silent change of bits. Functions below say what p ranks need of a product or a sum;
+which rank holds what they know from ``ranks``, and how it is added from ``tree``, which is that of the sum in contract.py.
 """
+
+import functools
+import importlib
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from tpinv import kernels, reference
-from tpinv.collectives import Ranks
+from tpinv import contract, kernels, reference
+from tpinv.collectives import Ranks, tree_all_reduce, tree_reduce_scatter
+from tpinv.ops.registry import ALONE
+from tpinv.ops.shapes import output
 from tpinv.tree import ReductionTree
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether tpinv.kernels computes on ``x``. ValueError on a GPU that they cannot serve."""
+    """Whether tpinv.kernels computes on ``x``. ValueError on a device that they cannot serve."""
     if x.device.type == "cpu":
         return False
     if reason := kernels.unavailable(x):
@@ -20,10 +27,33 @@ def on_gpu(x: Tensor) -> bool:
     return True
 
 
+def rows_backend(name: str, x: Tensor) -> ModuleType:
+    """The module ``name`` of kernels/rows or of the reference, by where ``x`` is."""
+    return _module(f"tpinv.kernels.rows.{name}" if on_gpu(x) else f"tpinv.reference.{name}")
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(name)  # at first use: kernels need Triton
+
+
 def tree_product(a: Tensor, b: Tensor, tree: ReductionTree, ranks: Ranks, *, stride: int = 1) -> Tensor:
     """``a [R, k/p] @ b [k/p, C]``, k sharded: the values [S, R, C] of this rank's maximal subtrees, in the node dtype."""
     backend = kernels if on_gpu(a) else reference
     return backend.tree_product(a, b, tree, ranks.rank, ranks.size, stride=stride)
+
+
+def sum_product(
+    a: Tensor, b: Tensor, lead: torch.Size, tree: ReductionTree, ranks: Ranks, scatter: bool, dtype: torch.dtype, stride: int = 1
+) -> Tensor:
+    """:func:`tree_product` summed over all ranks as [*lead, C] in ``dtype``, or this rank's part of its dimension 0."""
+    if ranks.size == 1 and on_gpu(a):  # the root comes rounded out of the kernel
+        return output(kernels.tree_matmul(a, b, tree, stride=stride, out_dtype=dtype), (*lead, b.shape[1]))
+    values = tree_product(a, b, tree, ranks, stride=stride)
+    values = values.view(values.shape[0], *lead, values.shape[-1])
+    collective = tree_reduce_scatter if scatter else tree_all_reduce
+    result = collective(values, tree=tree, group=ranks, out_dtype=dtype)
+    return output(result, result.shape)
 
 
 def local_product(
@@ -48,13 +78,11 @@ def add_local_product(total: Tensor, a: Tensor, b: Tensor, tree: ReductionTree, 
 
 def column_sum(x: Tensor, tree: ReductionTree, ranks: Ranks) -> Tensor:
     """Sum of x [T/p, H] over rows, of which every rank holds its part: float32 [S, H], the values of this rank's subtrees."""
-    if on_gpu(x):
-        return kernels.column_sum(x, tree, ranks.rank, ranks.size)
-    return reference.tree_sum(x, tree, ranks.rank, ranks.size, dim=0)
+    backend = kernels if on_gpu(x) else reference
+    return backend.column_sum(x, tree, ranks.rank, ranks.size)
 
 
 def bias_grad(dy: Tensor, tree: ReductionTree) -> Tensor:
     """Sum of dy [M, N] over tokens, whole on this rank -> [N] in dy's dtype. Tree over tokens."""
-    tree = tree.with_float32_nodes()
-    alone = Ranks(None, 0, 1)
-    return reference.finish(column_sum(dy, tree, alone), tree, tree.subtrees(0, 1), dy.dtype)
+    tree = contract.COLUMN_DB.tree(tree)
+    return reference.finish(column_sum(dy, tree, ALONE), tree, tree.subtrees(0, 1), dy.dtype)

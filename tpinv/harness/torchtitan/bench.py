@@ -38,7 +38,7 @@ from tpinv.collectives import Ranks
 from tpinv.harness.torchtitan.recipe import OVERRIDE
 from tpinv.integrations.torchtitan import checkpointing, clip
 from tpinv.integrations.torchtitan.loss import CrossEntropyLoss as InvariantLoss
-from tpinv.ops.operators import ALONE
+from tpinv.ops.registry import ALONE
 from tpinv.testing.text import real_text
 
 RECORDED = 3  # steps whose bytes are compared

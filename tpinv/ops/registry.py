@@ -1,0 +1,213 @@
+"""One registration for each function: ``register`` makes its torch operator, its gradient and its fake from one description.
+
+    schema      "name(Tensor x, ..., int leaves, str group, ...) -> Tensor": what a graph can hold; the tree and the group by their names
+    check       (*arguments): the ValueErrors that shapes, dtypes and devices decide
+    forward     (*arguments) -> results: computes and communicates, after check
+    fake        (*arguments) -> results of the same shapes, dtypes and strides, for compilers and meta tensors
+    backward    (dy, *kept, needs, *settings) -> one gradient for each of ``gradients``, None where ``needs`` has False
+    kept        names of the arguments and results that backward gets; settings are all arguments that are no tensors
+    gradients   names of the arguments that get a gradient. Of the results only the first one has one
+
+torch.ops.tpinv.<name> is opaque to torch.compile(fullgraph=True) and one entry in the save set of selective checkpointing; so is
+<name>_backward. Where nobody looks (no compiler, no dispatch mode, no profiler, no functional transform, plain tensors), a call of the
+``Operator`` skips the dispatcher and runs the same forward under the same autograd function: the dispatcher's way through Python costs
+the host more than a small product does.
+
+No function here has a second derivative. A backward with gradients enabled (create_graph=True) would leave a graph that ends in it,
+silently: it is a RuntimeError.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from tpinv.collectives import Ranks, resolve
+
+ALONE = Ranks(None, 0, 1)
+_library = torch.library.Library("tpinv", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def group_name(ranks: Ranks) -> str:
+    """How an operator's arguments name a group; "" is a single rank."""
+    return ranks.group.group_name if ranks.size > 1 else ""
+
+
+def ranks_of(name: str) -> Ranks:
+    """Inverse of :func:`group_name`. ValueError where the group is gone."""
+    if not name:
+        return ALONE
+    try:
+        return resolve(_resolve_process_group(name))
+    except RuntimeError:
+        raise ValueError(f"process group {name!r} has been destroyed; build the layers again, or pass group= of today's group") from None
+
+
+class Operator:
+    """A registered function: call it with the operator's arguments."""
+
+    def __init__(
+        self, schema: str, check: Callable, forward: Callable, fake: Callable, backward: Callable | None, kept: str, gradients: str,
+        fake_backward: Callable | None,
+    ):  # fmt: skip
+        parsed = torch._C.parse_schema(f"tpinv::{schema}")
+        names = [argument.name for argument in parsed.arguments]
+        everything = names + [result.name for result in parsed.returns]
+        self.name, self.check, self.forward, self.fake, self.backward = parsed.name.split("::")[1], check, forward, fake, backward
+        self._tensors = [i for i, argument in enumerate(parsed.arguments) if "Tensor" in str(argument.type)]
+        self._settings = [i for i in range(len(names)) if i not in self._tensors]
+        self._kept = [everything.index(name) for name in kept.split()]
+        self._gradients = [names.index(name) for name in gradients.split()]
+        self._arguments = len(names)
+        self._define(schema, self._compute, self._fake)
+        self.overload = getattr(torch.ops.tpinv, self.name).default
+        self._differentiable = self._refuse if backward is None else self._autograd_function().apply
+        _library.impl(f"tpinv::{self.name}", self._dispatched, "Autograd", with_keyset=True)
+        if backward is not None:
+            of = {argument.name: argument for argument in (*parsed.arguments, *parsed.returns)}
+            kept_schema = [f"{of[name].type} {name}".replace("Optional[Tensor]", "Tensor?") for name in kept.split()]
+            written = schema[schema.index("(") + 1 : schema.rindex("->")].strip().removesuffix(")").split(", ")
+            settings = [written[i] for i in self._settings]
+            kept_and_needs = ["Tensor dy", *kept_schema, "bool[] needs", *settings]
+            self._fake_backward = fake_backward or self._like_kept(gradients.split(), kept.split())
+            self._define(f"{self.name}_backward({', '.join(kept_and_needs)}) -> Tensor[]", self._compute_backward, self._fake_needed)
+            self._backward_overload = getattr(torch.ops.tpinv, f"{self.name}_backward").default
+            _library.impl(f"tpinv::{self.name}_backward", self._dispatched_backward, "Autograd", with_keyset=True)
+
+    def __call__(self, *arguments, fused=None):
+        """``fused``: where gradients go instead of to autograd; an object whose ``add_to(ctx)`` becomes an argument of backward."""
+        if torch.compiler.is_compiling():
+            return self.overload(*arguments) if fused is None else self._outside_graphs(*arguments, fused=fused)
+        tensors = [t for i in self._tensors if (t := arguments[i]) is not None]
+        if fused is None and _watched(tensors):
+            return self.overload(*arguments)
+        if _wants_gradient(tensors):
+            return self._differentiable(None, fused, *arguments)
+        return self.forward(*arguments)
+
+    @torch.compiler.disable
+    def _outside_graphs(self, *arguments, fused):
+        return self(*arguments, fused=fused)
+
+    # -- the operator ------------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _define(schema: str, compute: Callable, fake: Callable) -> None:
+        name = "tpinv::" + schema.split("(")[0]
+        _library.define(schema, tags=_TAGS)
+        _library.impl(name, torch.no_grad()(compute), "CompositeExplicitAutograd")
+        torch.library.register_fake(name, fake, lib=_library)
+
+    def _compute(self, *arguments):
+        return self.forward(*arguments)
+
+    def _fake(self, *arguments):
+        if not any(isinstance(size, torch.SymInt) for i in self._tensors if arguments[i] is not None for size in arguments[i].shape):
+            self.check(*arguments)  # symbols are checked when the compiled code runs: no guard for the sake of a message
+        return self.fake(*arguments)
+
+    def _dispatched(self, keyset, *arguments):
+        if _wants_gradient([t for i in self._tensors if (t := arguments[i]) is not None]):
+            return self._differentiable(keyset, None, *arguments)
+        return _below_autograd(self.overload, keyset, *arguments)
+
+    def _compute_backward(self, dy, *arguments) -> list[Tensor]:
+        gradients = self.backward(dy, *arguments)
+        needs = arguments[len(self._kept)]
+        return [gradient for gradient, need in zip(gradients, needs, strict=True) if need]
+
+    def _fake_needed(self, dy, *arguments) -> list[Tensor]:
+        needs = arguments[len(self._kept)]
+        return [gradient for gradient, need in zip(self._fake_backward(dy, *arguments), needs, strict=True) if need]
+
+    def _like_kept(self, gradients: list[str], kept: list[str]) -> Callable:
+        places = [kept.index(name) for name in gradients]
+        return lambda dy, *arguments: [torch.empty_like(arguments[i], memory_format=torch.contiguous_format) for i in places]
+
+    def _dispatched_backward(self, keyset, *arguments):
+        if _wants_gradient([t for t in arguments if isinstance(t, Tensor)]):
+            raise RuntimeError(self._no_second_derivative())
+        return _below_autograd(self._backward_overload, keyset, *arguments)
+
+    # -- its gradient ------------------------------------------------------------------------------------------------------------
+
+    def _autograd_function(self) -> type:
+        operator = self
+
+        class Differentiable(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, keyset, fused, *arguments):
+                if keyset is None:
+                    results = operator.forward(*arguments)
+                else:
+                    results = _below_autograd(operator.overload, keyset, *arguments)
+                everything = arguments + (results if isinstance(results, tuple) else (results,))
+                ctx.save_for_backward(*[everything[i] for i in operator._kept])
+                ctx.settings, ctx.fused = [arguments[i] for i in operator._settings], fused
+                if isinstance(results, tuple):
+                    ctx.mark_non_differentiable(*results[1:])
+                    ctx.set_materialize_grads(False)
+                return results
+
+            @staticmethod
+            def backward(ctx, dy, *_):
+                if torch.is_grad_enabled():
+                    raise RuntimeError(operator._no_second_derivative())
+                spread = [None] * (2 + operator._arguments)
+                needs = [ctx.needs_input_grad[2 + i] for i in operator._gradients]
+                if dy is None or not any(needs):
+                    return tuple(spread)
+                kept = ctx.saved_tensors
+                if ctx.fused is None and _watched([dy, *(t for t in kept if t is not None)]):
+                    gradients = iter(operator._backward_overload(dy, *kept, needs, *ctx.settings))
+                    gradients = [next(gradients) if need else None for need in needs]
+                elif ctx.fused is None:
+                    gradients = operator.backward(dy, *kept, needs, *ctx.settings)
+                else:
+                    gradients = operator.backward(dy, *kept, needs, *ctx.settings, add_to=ctx.fused.add_to(ctx))
+                for i, gradient, need in zip(operator._gradients, gradients, needs, strict=True):
+                    spread[2 + i] = gradient if need else None
+                return tuple(spread)
+
+        Differentiable.__name__ = Differentiable.__qualname__ = f"tpinv_{self.name}"
+        return Differentiable
+
+    def _no_second_derivative(self) -> str:
+        return (
+            f"the backward of tpinv's {self.name} ran with gradients enabled (create_graph=True), and it has no gradient of its own: what is "
+            "computed from these gradients could not be trained. Take the gradient without create_graph, or use stock layers for this term"
+        )
+
+    def _refuse(self, *_):
+        raise ValueError(f"{self.name} has no gradient; use the separate operations, or call it under torch.no_grad()")
+
+
+def register(
+    schema: str, *, check: Callable, forward: Callable, fake: Callable, backward: Callable | None = None, kept: str = "",
+    gradients: str = "", fake_backward: Callable | None = None,
+) -> Operator:  # fmt: skip
+    """Defines torch.ops.tpinv.<name> and, with ``backward``, <name>_backward; the module's docstring says what each argument is.
+    ``fake_backward``: gradients' fakes where they are not those of kept tensors of the same names."""
+    return Operator(schema, check, forward, fake, backward, kept, gradients, fake_backward)
+
+
+def _watched(tensors: Sequence[Tensor]) -> bool:
+    """Whether somebody must see an operator: a dispatch mode, a profiler, a functional transform, a tensor with a dispatch of its own."""
+    if torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled() or torch._C._functorch.peek_interpreter_stack():
+        return True
+    return any(type(t) not in _PLAIN or t.is_meta for t in tensors)
+
+
+def _wants_gradient(tensors: Sequence[Tensor]) -> bool:
+    if forward_ad._current_level >= 0:  # autograd.Function says of dual numbers that it has none
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _below_autograd(overload, keyset, *arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
