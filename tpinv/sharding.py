@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tpinv import reference
 from tpinv.collectives import Ranks, resolve
@@ -117,7 +118,8 @@ class Holder(NamedTuple):
 
 
 def find_shardings(parameters: Iterable[Tensor]) -> list[Holder | None]:
-    """For each parameter what the module says that holds it; None where no module does.
+    """For each parameter what the module says that holds it, or said last: under FSDP2 a module holds its gathered parameters for a while,
+    and the optimizer their shards. None where no module did.
 
     Raises:
         ValueError: two modules hold a parameter (tied weights) and say different things.
@@ -139,7 +141,10 @@ def find_shardings(parameters: Iterable[Tensor]) -> list[Holder | None]:
             other = held.setdefault(key, holder)
             if other.sharding != holder.sharding:
                 raise ValueError(f"one parameter is {other.name} ({other.sharding}) and {holder.name} ({holder.sharding}); tie equal parts")
-    return [held.get(id(p)) for p in wanted]
+    for p in wanted:
+        if id(p) in held:
+            _last_said[p] = held[id(p)]
+    return [_last_said.get(p) for p in wanted]
 
 
 def global_ranks(ranks: Ranks) -> tuple[int, ...]:
@@ -175,3 +180,4 @@ def digest(x: Tensor) -> Tensor:
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _living: weakref.WeakSet = weakref.WeakSet()
+_last_said = WeakIdKeyDictionary()  # parameter -> Holder
