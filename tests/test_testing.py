@@ -1,8 +1,11 @@
 """The proofs we ship must themselves be able to fail."""
 
 import math
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -175,7 +178,7 @@ def test_failures_name_rank_and_cause_and_the_pool_goes_on():
     with RankPool() as pool:
         pool.run(who, 2, None)
         for function, args, message in (
-            (fail, (1,), r"^rank 1 of 2 raised.*KeyError: 'the cause'"),
+            (fail, (1,), r"^rank 1 of 2 raised KeyError: 'the cause'\nTraceback.*KeyError: 'the cause'"),
             (hang, (0,), r"did not finish within 3.0 s|rank 1 of 2 raised.*imed? ?out"),
             (die, (1,), "^rank 1 of 2 died with exit code 7$"),
             (unpicklable, (), "raised.*pickle"),
@@ -185,6 +188,52 @@ def test_failures_name_rank_and_cause_and_the_pool_goes_on():
                 pool.run(function, 2, *args, timeout=3.0 if function is hang else 60.0)
             assert time.monotonic() - began < 30
             assert [r["rank"] for r in pool.run(who, 2, None)] == [0, 1]
+
+
+def test_of_several_failures_the_first_is_told():
+    failures = {
+        0: (2.0, "RuntimeError: lost", "trace 0"),
+        1: (1.0, "KeyError: 'the cause'", "trace 1"),
+        2: (3.0, "ValueError: x", "trace 2"),
+    }
+    ready, pipe = multiprocessing.Pipe(), multiprocessing.Pipe()
+    ready[1].send((False, failures[1]))  # heard of later than of rank 0, but raised earlier
+    told = RankPool()._first_failure({0: failures[0], 2: failures[2]}, {pipe[0]: 0, ready[0]: 1, object(): 2}, {})
+    assert told == "rank 1 of 3 raised KeyError: 'the cause' (then ranks 0, 2 raised as well)\ntrace 1"
+
+
+def interrupted(how: str) -> subprocess.CompletedProcess:
+    """A process whose pool runs ranks of which one fails, or which is interrupted, as Ctrl-C does, while they run."""
+    script = f"""
+import os, signal, threading, sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import test_testing
+from tpinv.testing import RankPool
+if __name__ == "__main__":
+    with RankPool() as pool:
+        pool.run(test_testing.who, 3, None)
+        if {how == "interrupt"}:
+            threading.Timer(1, lambda: os.killpg(0, signal.SIGINT)).start()
+        try:
+            pool.run(test_testing.fail if {how == "fail"} else test_testing.soon, 3, 1)
+        except (KeyboardInterrupt, RuntimeError) as error:
+            print(type(error).__name__, str(error).partition(chr(10))[0])
+"""
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, start_new_session=True)
+
+
+def soon(_):
+    """Ends on every rank after the parent has gone."""
+    time.sleep(2)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("fail", "RankError rank 1 of 3 raised KeyError: 'the cause'"), ("interrupt", "KeyboardInterrupt")]
+)
+def test_workers_say_nothing_of_a_parent_that_has_gone(how, said):
+    done = interrupted(how)
+    assert done.stdout.startswith(said) and done.stdout.count("\n") == 1, done
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr, done.stderr
 
 
 def test_a_worker_killed_between_runs_is_replaced():

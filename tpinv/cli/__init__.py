@@ -70,7 +70,7 @@ def _one_line(error: Exception) -> str:
         text = text.rpartition("HarnessError: ")[2]
     elif "\nTraceback (most recent call last):" in text:  # a RankError, which holds the rank's
         head, _, trace = text.partition("\n")
-        text = f"{head.rstrip(':')} {' '.join(_last_error(trace))}; --traceback shows where"
+        text = f"{head.partition(' raised ')[0]} raised {' '.join(_last_error(trace))}; --traceback shows where"
     elif isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.filename}: {error.strerror}"
     elif not isinstance(error, (ValueError, RuntimeError, OSError)) or isinstance(error, UnicodeError):

@@ -2,7 +2,8 @@
 
 Workers come from a fork server that has imported torch (and whatever is named in ``preload``) once: importing Megatron-Core takes
 seconds, and p copies of that on a small machine take longer than the tests. Every run has its own rendezvous and process group.
-A rank that raises, dies or hangs ends the run: the parent stops the workers and raises RankError naming rank and cause.
+A rank that raises, dies or hangs ends the run: the parent stops the workers and raises RankError naming rank and cause. Where several ranks
+raise, that is the first: the others mostly raise because it did.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ _preload = {"tpinv.testing.ranks": None}  # in this order
 
 
 class RankError(RuntimeError):
-    """A rank raised, died or missed the deadline. The message holds its traceback."""
+    """A rank raised, died or missed the deadline. The message's first line names rank and error, its traceback follows."""
 
 
 class RankPool:
@@ -94,8 +95,9 @@ class RankPool:
                 except EOFError:
                     self._workers[rank][0].join(5)
                     raise RankError(self._deaths(ranks)) from None
-                if not ok:  # a peer's lost connection may be reported before the death that caused it
-                    raise RankError(self._deaths(ranks) or f"rank {rank} of {ranks} raised:\n{payload}")
+                if not ok:  # a peer's lost connection may be reported before the death or error that caused it
+                    deaths = self._deaths(ranks)
+                    raise RankError(deaths or self._first_failure({rank: payload}, pipes, results))
                 results[rank] = torch.load(io.BytesIO(payload), weights_only=False, map_location="cpu")
         return [results[rank] for rank in range(ranks)]
 
@@ -104,6 +106,18 @@ class RankPool:
         sentinels = {process.sentinel: rank for rank, (process, _) in enumerate(self._workers[:ranks])}
         dead = sorted(sentinels[s] for s in multiprocessing.connection.wait(list(sentinels), 0.2))
         return "; ".join(f"rank {rank} of {ranks} died with exit code {self._workers[rank][0].exitcode}" for rank in dead)
+
+    def _first_failure(self, failures: dict[int, tuple], pipes: dict, results: dict) -> str:
+        """What to say when ``failures`` are known: the one that was raised first, of those that are there by now."""
+        for pipe in multiprocessing.connection.wait([p for p, rank in pipes.items() if rank not in failures and rank not in results], 0):
+            with contextlib.suppress(EOFError):
+                ok, payload = pipe.recv()
+                if not ok:
+                    failures[pipes[pipe]] = payload
+        rank, (_, error, trace) = min(failures.items(), key=lambda item: item[1][0])
+        others = sorted(set(failures) - {rank})
+        after = f" (then rank{'s' * (len(others) > 1)} {', '.join(map(str, others))} raised as well)" if others else ""
+        return f"rank {rank} of {len(pipes)} raised {error}{after}\n{trace}"
 
     def close(self) -> None:
         """Ends the worker processes. The pool can be used again: it starts new ones."""
@@ -149,7 +163,10 @@ def _serve(pipe) -> None:
             job = pipe.recv()
         except (EOFError, ConnectionError):  # closed, the latter with a result that nobody has read
             return
-        pipe.send(_run_one(*job))
+        try:
+            pipe.send(_run_one(*job))
+        except ConnectionError:  # closed meanwhile, because a peer failed or the parent was interrupted: nobody wants the result
+            return
         # A job's models and the process groups they hold are cycles, and each of gloo's groups has threads that poll until it is freed.
         gc.collect()
 
@@ -170,6 +187,8 @@ def _run_one(function, args, rank, ranks, store, timeout, device) -> tuple[bool,
         dist.barrier()  # nobody tears the group down while a peer still uses it
         dist.destroy_process_group()
         return True, buffer.getvalue()
-    except Exception:  # whatever a user's function raises is the parent's to report
+    except Exception as error:  # whatever a user's function raises is the parent's to report
         # The group stays up until the parent ends this worker: without it the peers would fail too, and maybe be heard first.
-        return False, traceback.format_exc()
+        raised = time.monotonic()  # one clock for all processes of a machine
+        line = "".join(traceback.format_exception_only(error)).strip()
+        return False, (raised, line.partition("\n")[0], traceback.format_exc())
