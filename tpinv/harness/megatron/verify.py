@@ -256,6 +256,10 @@ def _megatron(run):
         parallel_state.destroy_model_parallel()
 
 
+def _ddp_config(optimizer_config: OptimizerConfig) -> DistributedDataParallelConfig:
+    return DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=optimizer_config.use_distributed_optimizer)
+
+
 def _optimizer_config(run: Run, config: TransformerConfig) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam", lr=3e-3, weight_decay=0.1, clip_grad=1.0, bf16=config.bf16, params_dtype=config.params_dtype,
@@ -297,8 +301,7 @@ def _train(
     returns for them (default: the mean of its losses)."""
     config = gpt.config
     model = Float16Module(config, gpt) if config.bf16 or config.fp16 else gpt
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=optimizer_config.use_distributed_optimizer)
-    model = DistributedDataParallel(config, ddp, model)
+    model = DistributedDataParallel(config, _ddp_config(optimizer_config), model)
     optimizer = get_megatron_optimizer(optimizer_config, [model])
     if run.layers == "tpinv":
         convert_optimizer(optimizer)
