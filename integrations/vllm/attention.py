@@ -88,16 +88,16 @@ class TreeAttention(AttentionImpl[TreeMetadata]):
         **others,
     ):
         refused = {
-            "alibi_slopes": alibi_slopes,
-            "sliding_window": sliding_window,
-            "logits_soft_cap": logits_soft_cap,
-            "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
-            "sinks": sinks,
-            "attn_type": None if attn_type == AttentionType.DECODER else attn_type,
-            **others,
+            "alibi_slopes": alibi_slopes is not None,
+            f"sliding_window={sliding_window}": sliding_window is not None,
+            f"logits_soft_cap={logits_soft_cap}": bool(logits_soft_cap),
+            f"kv_sharing_target_layer_name={kv_sharing_target_layer_name}": kv_sharing_target_layer_name is not None,
+            "sinks": sinks is not None,
+            f"attn_type={attn_type}": attn_type != AttentionType.DECODER,
+            f"{others}": any(value is not None for value in others.values()),
         }
-        if given := {name: value for name, value in refused.items() if value is not None and value is not False and value != 0}:
-            raise ValueError(f"attention with {given} is not covered; use a decoder with full causal attention")
+        if given := [name for name, holds in refused.items() if holds]:
+            raise ValueError(f"attention with {', '.join(given)} is not covered; use a decoder with full causal attention")
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
 

@@ -98,7 +98,7 @@ class _Columns(_Linear):
     def forward(self, x: Tensor):
         y = column_product(x, self.weight, self._bias(), self.blocks, self.tree)
         if getattr(self, "gather_output", False):
-            y = all_gather(y, self.ranks, dim=-1)
+            y = all_gather(y, self.ranks, dim=-1).contiguous()
         return self._returned(y)
 
 
@@ -162,7 +162,7 @@ class LogitsProcessor(logits_processor.LogitsProcessor):
         return column_product(hidden_states, lm_head.weight, bias, shares, self.tree, dtype)
 
     def _gather_logits(self, logits: Tensor) -> Tensor:
-        return all_gather(logits, self.ranks, dim=-1)
+        return all_gather(logits, self.ranks, dim=-1).contiguous()  # rows dense, as kernels of the sampler take them
 
     def get_top_tokens(self, *args, **kwargs):
         raise ValueError("the argmax over vocabulary shards belongs to speculative decoding, which is not covered; switch it off")

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tpinv.cli import bench_step
+from tpinv.cli import bench_serve, bench_step
 from tpinv.cli.outputs import check_outputs
 from tpinv.tree import NODE_DTYPES, ReductionTree
 
@@ -37,7 +37,7 @@ OTHERS = ("Triton", "batch_invariant_ops")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["gemm", "collectives", "step"])
+    parser.add_argument("what", choices=["gemm", "collectives", "step", "serve"])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["llama3-8b"])
     parser.add_argument("--linear", nargs="+", choices=["qkv", "o", "fc1", "fc2"], default=["qkv", "o", "fc1", "fc2"])
     parser.add_argument("--product", nargs="+", choices=["forward", "dgrad", "wgrad"], default=["forward", "dgrad", "wgrad"])
@@ -54,10 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", help="write every row to this file")
     parser.add_argument("--plot", help="gemm, collectives: write a picture to this file")
     bench_step.add_arguments(parser)
+    bench_serve.add_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.what == "serve":
+        check_outputs(arguments)
+        return bench_serve.run(arguments)
     if not torch.cuda.is_available():
         raise ValueError("bench needs a GPU; there is none here")
     if arguments.what == "collectives":

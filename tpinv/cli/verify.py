@@ -24,6 +24,7 @@ from tpinv.tree import ReductionTree
 
 FRAMEWORKS = {"megatron": "tpinv.harness.megatron.verify", "torchtitan": "tpinv.harness.torchtitan.verify"}
 PLAIN = "tpinv.harness.plain"  # what --model may be of besides
+ENGINES = {"vllm": "tpinv.harness.vllm.verify"}  # which serve instead of training: a comparison of their own
 VARIANTS = "llama (default): RMSNorm, SwiGLU, grouped queries, rope; gpt: LayerNorm, GELU, biases, learned positions"
 COLUMNS = {"layers": "left", "TP": "right", "SP": "left", "differing": "right", "first that differs": "left", "loss per step": "left"}
 # What describes the model of verify's own, and a model of yours says itself.
@@ -33,11 +34,12 @@ OF_OUR_MODEL = ("hidden", "num_layers", "variant", "tied", "qk_norm", "recompute
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="MODULE:FUNCTION",
-        help="train your own model: a factory as my_package.my_module:build or path/file.py:build (docs/verify.md)",
+        help="train your own model: a factory as my_package.my_module:build or path/file.py:build (docs/verify.md); vllm: serve this "
+        "checkpoint directory",
     )  # fmt: skip
     parser.add_argument(
-        "--framework", choices=["plain", *sorted(FRAMEWORKS)],
-        help="whose model and training loop (default megatron; with --model: what the factory's module imports, else plain)",
+        "--framework", choices=["plain", *sorted(FRAMEWORKS | ENGINES)],
+        help="whose model and training loop (default megatron; with --model: what the factory's module imports, else plain), or engine",
     )  # fmt: skip
     parser.add_argument("--tp", default="1,2,4,8", help="tensor-parallel sizes, compared with 1 (default 1,2,4,8)")
     parser.add_argument("--sequence-parallel", action="store_true", help="run every size above 1 with sequence parallelism as well")
@@ -69,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_outputs(arguments)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a GPU; there is none here")
+    if arguments.framework in ENGINES:
+        return importlib.import_module(ENGINES[arguments.framework]).run(arguments)
     console = Console()
     framework, settings, about = _own_model(arguments, sizes) if arguments.model else _our_model(arguments, sizes)
     console.print(

@@ -27,14 +27,15 @@ class Plan:
     """How an engine serves them.
 
     Attributes:
-        arrivals: request name -> the step before which it arrives. Empty: one after the other, each alone in the engine.
+        waves: each serves all requests once: (request name, the step before which it arrives). Empty: one after the other, each alone in
+            the engine, once.
         budget: tokens of a step (max_num_batched_tokens).
         sequences: requests of a step.
         blocks: of the KV cache, 0 for as many as fit.
     """
 
     name: str
-    arrivals: tuple[tuple[str, int], ...]
+    waves: tuple[tuple[tuple[str, int], ...], ...]
     budget: int
     sequences: int
     prefix_cache: bool
@@ -53,7 +54,7 @@ def make_requests(seed: int, count: int, vocabulary: int, longest: int) -> list[
     for i in range(count):
         prefix = draw.choice(prefixes) if i % 2 else ()
         prompt = prefix + tokens(draw.randint(1, longest - len(prefix)))
-        length = draw.randint(4, max(5, longest // 6))
+        length = draw.randint(8, max(9, longest // 4))
         if i % 3 == 2:
             sampling = {"seed": draw.randrange(2**31), "temperature": draw.choice((0.7, 1.0, 1.3))}
             sampling |= draw.choice(({}, {"top_k": draw.randint(2, 40)}, {"top_p": 0.9}, {"top_k": 30, "top_p": 0.8}))
@@ -70,14 +71,15 @@ def alone(requests: list[Request]) -> Plan:
 
 
 def crowded(seed: int, requests: list[Request], block: int) -> Plan:
-    """Requests arrive at random while a step holds few tokens and the cache about half of what they need at once."""
+    """Two waves in which requests arrive at random, while a step holds few tokens and the cache a third of what they need at once."""
     draw = random.Random(f"plan {seed}")
-    order = list(requests)
-    draw.shuffle(order)
-    step, arrivals = 0, []
-    for request in order:
-        arrivals.append((request.name, step))
-        step += draw.choice((0, 0, 1, 1, 2, 5))
-    sizes = sorted(-(-(len(request.prompt) + request.tokens) // block) + 1 for request in requests)
+    waves = []
+    for _ in range(2):
+        step, arrivals = 0, []
+        for request in draw.sample(requests, len(requests)):
+            arrivals.append((request.name, step))
+            step += draw.choice((0, 0, 1, 1, 2, 4))
+        waves.append(tuple(arrivals))
+    sizes = sorted(-(-(len(request.prompt) + request.tokens) // block) for request in requests)
     budget = draw.randint(max(17, len(requests) + 1), 90)
-    return Plan(f"crowded {seed}", tuple(arrivals), budget, len(requests), True, max(sizes[-1] + 1, sum(sizes) // 2))
+    return Plan(f"crowded {seed}", tuple(waves), budget, len(requests), True, max(sizes[-1] + 2, sum(sizes) // 3))

@@ -1,15 +1,16 @@
 """One engine, one plan: runs in a process of its own, because vLLM holds on to devices, environment and plugins.
 
-python -m tpinv.integrations.vllm.serve_plan JOB.json RESULT.json
+python -m tpinv.harness.vllm.serve_plan JOB.json RESULT.json
 """
 
 import json
 import os
+import random
 import struct
 import sys
 import time
 
-from tpinv.integrations.vllm.schedule import Plan, Request
+from tpinv.harness.vllm.schedule import Plan, Request
 
 
 def main(job_path: str, result_path: str) -> None:
@@ -27,10 +28,13 @@ def main(job_path: str, result_path: str) -> None:
     else:
         reports = []
     started = time.monotonic()
-    answers, counts = serve(llm, requests, Plan(**job["plan"]))
-    if job.get("score"):
+    answers, counts = serve(llm, requests, Plan(**job["plan"])) if requests else ({}, {})
+    if job.get("again"):
         answers |= score(llm, requests, answers)
+        answers |= reload(llm, requests) if job["layers"] == "tpinv" else {}
     result = {"answers": answers, "counts": counts, "reports": reports, "start": seconds, "seconds": time.monotonic() - started}
+    result |= {"batches": batches(llm, **job["batches"])} if "batches" in job else {}
+    result |= {"speed": speed(llm, **job["speed"])} if "speed" in job else {}
     with open(result_path, "w", encoding="utf-8") as file:
         json.dump(result, file)
 
@@ -47,11 +51,11 @@ def _environment(job: dict) -> dict[str, str]:
     }
     if job["device"] == "cpu":
         cores = sorted(os.sched_getaffinity(0))
-        bound = "|".join(str(cores[rank % len(cores)]) for rank in range(job["tp"]))
+        bound = "|".join(str(cores[(job.get("first_core", 0) + rank) % len(cores)]) for rank in range(job["tp"]))
         chosen |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": bound, "VLLM_CPU_CI_ENV": "1", "CUDA_VISIBLE_DEVICES": ""}
     else:
         chosen["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    return chosen
+    return chosen | job.get("environment", {})
 
 
 def _engine(job: dict, plan: Plan):
@@ -81,14 +85,21 @@ def _engine(job: dict, plan: Plan):
 
 
 def serve(llm, requests: list[Request], plan: Plan) -> tuple[dict, dict]:
-    """The answers by request name, and what happened: steps, preemptions, tokens taken from the cache."""
-    engine = llm.llm_engine
+    """The answers by request name, those of later waves with the wave's number behind it, and what happened."""
+    answers, counts = {}, {"steps": 0, "preemptions": 0, "cached": 0}
+    for number, wave in enumerate(plan.waves or [()]):
+        for name, answer in _serve_wave(llm, requests, wave, counts).items():
+            answers[f"{name} wave {number}" if number else name] = answer
+    return answers, counts
+
+
+def _serve_wave(llm, requests: list[Request], wave: tuple, counts: dict) -> dict:
+    engine, answers, preempted, step = llm.llm_engine, {}, {}, 0
     by_name = {request.name: request for request in requests}
-    waiting = sorted(plan.arrivals, key=lambda arrival: arrival[1]) if plan.arrivals else [(request.name, -1) for request in requests]
-    answers, counts, step, preempted = {}, {"steps": 0, "cached": 0}, 0, {}
+    waiting = [*wave] or [(request.name, -1) for request in requests]
     scheduler = getattr(getattr(engine.engine_core, "engine_core", None), "scheduler", None)
     while waiting or engine.has_unfinished_requests():
-        while waiting and (waiting[0][1] <= step if plan.arrivals else not engine.has_unfinished_requests()):
+        while waiting and (waiting[0][1] <= step if wave else not engine.has_unfinished_requests()):
             request = by_name[waiting.pop(0)[0]]
             engine.add_request(request.name, {"prompt_token_ids": list(request.prompt)}, _sampling(request))
         for output in engine.step():
@@ -98,11 +109,13 @@ def serve(llm, requests: list[Request], plan: Plan) -> tuple[dict, dict]:
         for name, state in getattr(scheduler, "requests", {}).items():
             preempted[name] = state.num_preemptions
         step += 1
-    return answers, counts | {"steps": step, "preemptions": sum(preempted.values())}
+    counts["steps"] += step
+    counts["preemptions"] += sum(preempted.values())
+    return answers
 
 
 def score(llm, requests: list[Request], answers: dict) -> dict:
-    """Prompt and answer as one prompt: the log-probabilities of the answer's tokens as a prefill gives them, name + " again"."""
+    """Prompt and answer as one prompt: the log-probabilities of the answer's tokens as a prefill gives them, name + " scored"."""
     from vllm import SamplingParams
 
     greedy = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
@@ -111,9 +124,53 @@ def score(llm, requests: list[Request], answers: dict) -> dict:
         tokens = [*request.prompt, *answers[request.name]["tokens"]]
         (output,) = llm.generate([{"prompt_token_ids": tokens}], greedy, use_tqdm=False)
         rows = output.prompt_logprobs[len(request.prompt) :]
-        found[f"{request.name} again"] = {
+        found[f"{request.name} scored"] = {
             "log_probs": [_bytes(row[token].logprob) for row, token in zip(rows, tokens[len(request.prompt) :], strict=True)]
         }
+    return found
+
+
+def reload(llm, requests: list[Request]) -> dict:
+    """The first requests' answers after the weights were loaded once more, name + " reloaded"."""
+    llm.collective_rpc("reload_weights")
+    answers, _ = serve(llm, requests[:3], Plan("reloaded", (), 0, 0, False, 0))
+    return {f"{name} reloaded": answer for name, answer in answers.items()}
+
+
+def batches(llm, sizes: list[int], vocabulary: int, lengths: list[int], count: int, tokens: int) -> dict[str, list[str]]:
+    """Greedy answers to ``count`` random prompts, so many at a time: batch size -> for each prompt its tokens and log-probability bytes
+    as one text. Batches of one answer the first eight alone, which take longest."""
+    from vllm import SamplingParams
+
+    draw = random.Random(1)
+    prompts = [{"prompt_token_ids": [draw.randrange(3, vocabulary) for _ in range(draw.choice(lengths))]} for _ in range(count)]
+    greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=1, detokenize=False)
+    found = {}
+    for size in sizes:
+        asked = prompts[:8] if size == 1 else prompts
+        outputs = [output for i in range(0, len(asked), size) for output in llm.generate(asked[i : i + size], greedy, use_tqdm=False)]
+        answers = [_answer(output) for output in outputs]
+        found[str(size)] = [" ".join(f"{t}:{p}" for t, p in zip(a["tokens"], a["log_probs"], strict=True)) for a in answers]
+        print(f"batch {size}: done", flush=True)
+    return found
+
+
+def speed(llm, vocabulary: int, prompt: int, answer: int, requests: int) -> dict[str, float]:
+    """Tokens a second of ``requests`` at once, and milliseconds a token of one alone; the better of two runs each, prompts never repeated."""
+    from vllm import SamplingParams
+
+    draw = random.Random(2)
+    found = {}
+    for name, count in (("throughput", requests), ("alone", 1)):
+        best = float("inf")
+        for _ in range(3):  # the first warms up
+            prompts = [{"prompt_token_ids": [draw.randrange(3, vocabulary) for _ in range(prompt)]} for _ in range(count)]
+            greedy = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True, detokenize=False)
+            started = time.monotonic()
+            llm.generate(prompts, greedy, use_tqdm=False)
+            best = min(best, time.monotonic() - started)
+        found |= {"tokens_per_second": count * answer / best} if name == "throughput" else {"milliseconds_per_token": 1e3 * best / answer}
+        print(found, flush=True)
     return found
 
 

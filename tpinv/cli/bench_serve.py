@@ -1,0 +1,16 @@
+"""``tpinv bench serve``: the options; what runs is tpinv/harness/vllm/bench.py."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", metavar="DIRECTORY", help="serve: the model (default: a random one of 2 layers)")
+    parser.add_argument("--prompt", type=int, default=1024, help="serve: tokens of a prompt (default 1024)")
+    parser.add_argument("--answer", type=int, default=256, help="serve: tokens of an answer (default 256)")
+    parser.add_argument("--requests", type=int, default=64, help="serve: requests at once (default 64)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from tpinv.harness.vllm import bench
+
+    return bench.run(arguments)

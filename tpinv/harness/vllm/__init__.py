@@ -1,0 +1,1 @@
+"""``tpinv verify --framework vllm`` and ``tpinv bench serve``: engines in processes of their own, and what they answer."""
