@@ -105,7 +105,7 @@ def _norm_and_clip(run: OwnRun, case: Case, model: nn.Module) -> Tensor:
     if case.shards:  # which the modules do not know of
         norm = tpinv.optim.norm_of([parameter.grad for parameter, sharded in named if sharded or dist.get_rank() == 0])
     else:
-        norm = tpinv.grad_norm([parameter for parameter, _ in named])
+        norm = tpinv.grad_norm(model)
     if case.clip is not None:
         tpinv.optim.scale_to_norm_([parameter.grad for parameter, _ in named], case.clip, norm)
     return norm

@@ -4,6 +4,8 @@ How a parameter is sharded is asked of the case's ``shards``, then of its module
 the shape of TP = 1 is replicated, and what nobody knows and has not is compared by its shapes but never loaded.
 """
 
+import contextlib
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -11,21 +13,26 @@ from torch import Tensor, nn
 from tpinv.diff import Part
 from tpinv.harness.comparison import HarnessError, Recording, compare_recorded, part
 from tpinv.harness.own import Case, OwnRun
-from tpinv.layers import shard, unshard
+from tpinv.sharding import ShardedModule, shard, unshard
 
 UNKNOWN = "unknown"
 
 
 def sharding(case: Case, model: nn.Module) -> dict[str, tuple[int, int] | None | str]:
     """For each parameter's name (dimension, stride), None where its module says that it is replicated, or UNKNOWN."""
-    return {name: _sharding(case, name, parameter) for name, parameter in model.named_parameters()}
+    said: dict[str, tuple[int, int] | None] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, ShardedModule):
+            for name, how in module.parameter_shardings().items():
+                said[f"{prefix}.{name}".lstrip(".")] = None if how.dim is None else (how.dim, how.stride)
+    return {name: _sharding(case, said, name, parameter) for name, parameter in model.named_parameters()}
 
 
-def _sharding(case: Case, name: str, parameter: nn.Parameter):
-    try:
+def _sharding(case: Case, said: dict, name: str, parameter: nn.Parameter):
+    with contextlib.suppress(KeyError):
         return case.shard_of(name)
-    except KeyError:
-        pass
+    if name in said:
+        return said[name]
     if getattr(parameter, "tensor_model_parallel", False):
         return parameter.partition_dim % parameter.dim(), parameter.partition_stride
     return UNKNOWN
