@@ -80,7 +80,7 @@ def engine(layers: str, tp: int, eager: bool, gpus: range, arguments, directory:
     job = {
         "layers": layers, "tp": tp, "leaves": arguments.leaves, "device": "cuda", "model": arguments.model, "dtype": "bfloat16", "eager": eager,
         "block": 32, "longest": longest, "memory": 0.6, "plan": plan.as_dict() | {"budget": 2048, "sequences": 64, "blocks": blocks},
-        "requests": [asdict(request) for request in requests], "batches": BATCHES, "speed": SPEED, "environment": {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))},
+        "requests": [asdict(request) for request in requests], "batches": BATCHES, "speed": SPEED, "arguments": {} if eager else {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}}, "environment": {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))},
     }  # fmt: skip
     return run_job(job, os.path.join(directory, f"{layers}-{tp}-{eager}"), timeout)
 
