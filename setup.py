@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.10",
     packages=[*packages, *integrations, "tpinv.csrc"],
     package_dir={"tpinv": "tpinv", "tpinv.integrations": "integrations", "tpinv.csrc": "csrc"},
-    package_data={"tpinv.csrc": ["*.cu", "*.cuh"]},  # compiled on the GPU machine at run time
+    package_data={"tpinv.csrc": ["*.cu", "include/*"]},  # compiled on the GPU machine at run time
     install_requires=["torch>=2.8", "numpy", "rich>=13"],
     extras_require={
         # Megatron-Core wants triton (from 0.19) and psutil (its distributed checkpoint) without saying so.

@@ -26,7 +26,7 @@
 // 64 k. With CLUSTER = 2 two blocks share a column of tiles and each multicasts half of B. Persistent over units; a unit
 // is a tile, or, in the last partial wave, one of SPLIT subtrees of a tile, whose values the last arriver adds.
 //
-// Compiled at run time (NVRTC, no headers) for sm_90a with these macros:
+// Compiled at run time (NVRTC, which is given include/) for sm_90a with these macros:
 //   BN 16 ... 256        columns of a tile           STAGES       depth of the copy pipeline
 //   CLUSTER 1 | 2        blocks that share B         DEPTH        positions of the stack, 7 at most (host: stack_depth)
 //   A_MAJOR, B_MAJOR     0: k contiguous, 1: rows of A (columns of B) contiguous
@@ -36,12 +36,14 @@
 //   NODE_BF16            leaves and nodes are rounded to bf16      SHARED_SLOTS 0 | 1      SPLIT 1 | 2 | 4 | 8
 //   EVERY_LANE_ARRIVES   1 for compute-sanitizer, whose racecheck does not see that a warp's arrival follows all of its lanes' loads
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "include/barriers.cuh"
+#include "include/numbers.cuh"
+#include "include/schedule.h"
 
 constexpr int kBM = 128, kBK = 64;
 constexpr int kRegs = BN / 2;                                     // accumulators of a thread
 constexpr bool kPiped = BN >= 192;                                // parked values come back through the pipeline
+constexpr Waiting kWaits = BN < 192 ? kInStack : BN == 192 ? kParked : kHeldParked;
 constexpr int kRoom = BN <= 64 ? 2 : BN == 192 ? 0 : 1;           // positions of the stack that fit in registers ...
 constexpr int kHeld = DEPTH < kRoom ? DEPTH : kRoom;              // ... and are needed
 constexpr int kHeldShared = (DEPTH > 0 && BN == 256) ? 64 : 0;    // how many values of a held position are in shared memory
@@ -56,8 +58,6 @@ constexpr int kBoxes = BN / 32;                                   // of the fp32
 constexpr int kBoxesStage = 1 + kBytesB / kBytesA;                // as large as a stage's A part
 constexpr int kVecsA = kBytesA / kVecBytes, kPieceVecs = kVecsA + kBytesB / kVecBytes;  // of a stage's A part, of a stage
 
-struct alignas(64) TensorMap { char opaque[128]; };
-
 struct Params {
     void* out;                // [rows, cols], row stride out_stride elements
     const void* bias;         // [cols] in the output dtype, or null
@@ -65,42 +65,10 @@ struct Params {
     float4* parts;            // values of split tiles: [tiles][SPLIT][CLUSTER][kSlotVecs][kConsumers]
     u32* arrivals;            // [tiles][CLUSTER][2], zero before and after every launch
     long long out_stride;
-    int rows, cols;
-    int leaves, pieces, steps;    // a leaf is `pieces` runs of `steps` stages
-    int tiles_m, tiles_n;         // tiles_m counts clusters
-    int whole;                    // tiles before this one are not split
-    int group;                    // tile rows that share their columns in L2
-    unsigned char merges[64];     // after leaf i of a whole tile, of a part
-    unsigned char part_merges[64];
+    Schedule schedule;
 };
 
-// -- barriers, copies, matrix instructions --------------------------------------------------------------------------------
-
-__device__ __forceinline__ u32 smem_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count));
-}
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-// Arrives at the same barrier of block `cta` of the cluster.
-__device__ __forceinline__ void barrier_arrive(u32 bar, u32 cta) {
-    asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(bar), "r"(cta) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 phase) {
-    asm volatile("{\n.reg .pred done;\nagain:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@done bra finished;\nbra again;\nfinished:\n}\n" ::"r"(bar), "r"(phase) : "memory");
-}
-
-// Arrives in this block, for all that the warp did and, with the fence, for its copies to see what it wrote to global memory.
-__device__ __forceinline__ void barrier_arrive_parked(u32 bar, int lane) {
-    asm volatile("fence.proxy.async.global;" ::: "memory");
-    __syncwarp();
-    if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
+// -- a stage is free, matrix instructions -----------------------------------------------------------------------------------------
 
 // A consumer warp is done with a stage, in every block that the stage's B went to.
 __device__ __forceinline__ void arrive_empty(u32 bar, int lane) {
@@ -115,25 +83,6 @@ __device__ __forceinline__ void hand_back(u32 bar, int lane) {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncwarp();
     arrive_empty(bar, lane);
-}
-
-__device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 bar) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
-}
-__device__ __forceinline__ float2 load_shared(u32 from) {
-    float2 x;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");
-    return x;
-}
-__device__ __forceinline__ void copy(u32 to, const TensorMap* map, u32 bar, int c0, int c1, int c2, int c3) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
-                 ::"r"(to), "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
-}
-__device__ __forceinline__ void copy_to_both(u32 to, const TensorMap* map, u32 bar, int c0, int c1, int c2, int c3) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-                 "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;"
-                 ::"r"(to), "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"((unsigned short)3) : "memory");
 }
 
 // Descriptor of a 128-byte swizzled operand. `leading` is the distance of 64-element blocks along rows when rows are
@@ -195,85 +144,16 @@ __device__ __forceinline__ void pin(float (&d)[kRegs]) {
 
 // -- roundings ----------------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ u32 pack(float low, float high) {  // two values in the output dtype, or the one to accumulate
-    u32 r;
-#if OUT == 2 || ACCUMULATE == 2
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-#endif
-    return r;
-}
-__device__ __forceinline__ float round_out(float x) {
-#if OUT == 2 || ACCUMULATE == 2
-    float r;
-    asm("{\n.reg .f16 h;\ncvt.rn.f16.f32 h, %1;\ncvt.f32.f16 %0, h;\n}\n" : "=f"(r) : "f"(x));
-    return r;
-#elif OUT == 1 || ACCUMULATE == 1
-    return __uint_as_float(pack(x, x) << 16);
-#else
-    return x;
-#endif
-}
-__device__ __forceinline__ float round_node(float x) {
-#if NODE_BF16
-    u32 r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(r) : "f"(x));
-    return __uint_as_float(r << 16);
-#else
-    return x;
-#endif
-}
-__device__ __forceinline__ float add(float left, float right) { return round_node(__fadd_rn(left, right)); }
+constexpr int kRoot = ACCUMULATE ? ACCUMULATE : OUT;  // the format that the root is rounded to
+__device__ __forceinline__ float round_out(float x) { return round_to<kRoot>(x); }
+__device__ __forceinline__ float add(float left, float right) { return add_node<NODE_BF16>(left, right); }
 __device__ __forceinline__ float4 add(float4 l, float4 r) {
     return make_float4(add(l.x, r.x), add(l.y, r.y), add(l.z, r.z), add(l.w, r.w));
 }
 __device__ __forceinline__ float bias_at(const void* bias, int col) {
-#if OUT == 0
-    return ((const float*)bias)[col];
-#elif OUT == 1
-    return __uint_as_float((u32)((const unsigned short*)bias)[col] << 16);
-#else
-    float r;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(((const unsigned short*)bias)[col]));
-    return r;
-#endif
-}
-
-// -- the schedule: which tile and which leaves a unit is --------------------------------------------------------------------
-
-struct Unit { int m, n, tile, part, first, last; };
-
-__device__ __forceinline__ Unit unit_at(const Params& p, int index) {
-    Unit u;
-    u.tile = index, u.part = 0, u.first = 0, u.last = p.leaves;
-    if (SPLIT > 1 && index >= p.whole) {
-        u.tile = p.whole + (index - p.whole) / SPLIT;
-        u.part = (index - p.whole) % SPLIT;
-        u.first = u.part * (p.leaves / SPLIT);
-        u.last = u.first + p.leaves / SPLIT;
-    }
-    int band = u.tile / (p.group * p.tiles_n), inside = u.tile % (p.group * p.tiles_n);
-    int height = min(p.group, p.tiles_m - band * p.group);
-    u.m = band * p.group + inside % height;
-    u.n = inside / height;
-    return u;
-}
-
-// How many pending values are merged after a leaf: the contract's table. `leaf` counts from the unit's first one.
-__device__ __forceinline__ int merges_after(const Params& p, int index, int leaf) {
-    return SPLIT > 1 && index >= p.whole ? p.part_merges[leaf] : p.merges[leaf];
-}
-// What the consumers do with parked values after a leaf when kPiped, from the table alone: producer and consumers agree.
-struct Parking { int unpark; bool park; };  // values that come back to be merged; whether the result is then parked
-__device__ __forceinline__ Parking parking_after(const Params& p, int index, int leaf, bool last) {
-    const int count = merges_after(p, index, leaf);
-#if BN == 256  // the first merge is with the held value; the result is held if the next leaf is merged with it
-    return {count > 0 ? count - 1 : 0, !last && merges_after(p, index, leaf + 1) == 0};
-#else  // a left leaf waits in its accumulators, and the first merge of the next one is with it
-    if (count == 0 && !last) return {0, false};
-    return {count - (leaf > 0 && merges_after(p, index, leaf - 1) == 0 ? 1 : 0), !last};
-#endif
+    if (OUT == 0) return ((const float*)bias)[col];
+    const u32 h = ((const unsigned short*)bias)[col];
+    return OUT == 1 ? from_bf16(h) : from_fp16(h);
 }
 
 // -- a warpgroup's results ----------------------------------------------------------------------------------------------------
@@ -287,7 +167,7 @@ template <class Value>
 __device__ __forceinline__ void store_root(const Params& p, int row0, int col0, int lane, Value value) {
     const int q = lane & 3;
     const int row = row0 + lane / 4;
-    const bool inside[2] = {row < p.rows, row + 8 < p.rows};
+    const bool inside[2] = {row < p.schedule.rows, row + 8 < p.schedule.rows};
 #pragma unroll
     for (int j = 0; j < BN / 8; j += 2) {
         const float4 left = value(j), right = value(j + 1);
@@ -299,13 +179,13 @@ __device__ __forceinline__ void store_root(const Params& p, int row0, int col0, 
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int token = col + (i & 1) + (i >> 1) * 8, feature = row + 8 * half;
-                if (!inside[half] || token >= p.cols) continue;
+                if (!inside[half] || token >= p.schedule.cols) continue;
                 const float x = BIAS ? round_out(v[i]) + bias_at(p.bias, feature) : v[i];
                 const long long at = (long long)token * p.out_stride + feature;
 #if OUT == 0
                 ((float*)p.out)[at] = x;
 #else
-                ((unsigned short*)p.out)[at] = (unsigned short)pack(x, x);
+                ((unsigned short*)p.out)[at] = (unsigned short)pack<kRoot>(x, x);
 #endif
             }
             continue;
@@ -315,19 +195,19 @@ __device__ __forceinline__ void store_root(const Params& p, int row0, int col0, 
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int c = col + (i & 1) + (i >> 1) * 8;
-                if (c < p.cols) v[i] = round_out(v[i]) + bias_at(p.bias, c);
+                if (c < p.schedule.cols) v[i] = round_out(v[i]) + bias_at(p.bias, c);
             }
 #endif
 #if OUT == 0
             float* out = (float*)p.out + line;
-            if (inside[half] && col < p.cols) *(float2*)(out + col) = make_float2(v[0], v[1]);
-            if (inside[half] && col + 8 < p.cols) *(float2*)(out + col + 8) = make_float2(v[2], v[3]);
+            if (inside[half] && col < p.schedule.cols) *(float2*)(out + col) = make_float2(v[0], v[1]);
+            if (inside[half] && col + 8 < p.schedule.cols) *(float2*)(out + col + 8) = make_float2(v[2], v[3]);
 #else
             // Neighbours swap halves, so that four lanes write 32 consecutive bytes.
-            const u32 mine = pack(v[0], v[1]), next = pack(v[2], v[3]);
+            const u32 mine = pack<kRoot>(v[0], v[1]), next = pack<kRoot>(v[2], v[3]);
             const u32 got = __shfl_xor_sync(0xffffffffu, q & 1 ? mine : next, 1);
             const int c = col0 + j * 8 + (q & 1 ? 8 : 0) + (q & 2) * 2;
-            if (inside[half] && c < p.cols)
+            if (inside[half] && c < p.schedule.cols)
                 *(uint2*)((unsigned short*)p.out + line + c) = q & 1 ? make_uint2(got, next) : make_uint2(mine, got);
 #endif
         }
@@ -341,8 +221,6 @@ struct Stack {
     float4 *shared_held, *shared, *scratch;  // this thread's first element of each
     int pending;                             // values on the stack; when kPiped, in scratch
 };
-
-struct Done { int index, leaf; bool last; };  // a finished leaf: its unit, its place in the unit, whether it is the unit's last
 
 // x = held value + x. A pending value is the left operand: it lies left in the tree.
 __device__ __forceinline__ void merge_held(Stack& stack, int at, float (&x)[kRegs]) {
@@ -393,7 +271,7 @@ __device__ __forceinline__ void push(Stack& stack, const float (&x)[kRegs]) {
 // Publishes a subtree's value; whoever arrives last adds all of them, so no block ever waits for another.
 __device__ __forceinline__ void publish(const Params& p, float (&x)[kRegs], const Unit& u, int cta, int warpgroup, int row0, int col0) {
     const int thread = threadIdx.x;
-    const long long tile = u.tile - p.whole, next = (long long)CLUSTER * kSlotVecs * kConsumers;
+    const long long tile = u.tile - p.schedule.whole, next = (long long)CLUSTER * kSlotVecs * kConsumers;
     float4* parts = p.parts + ((tile * SPLIT) * CLUSTER + cta) * kSlotVecs * kConsumers + thread;
 #pragma unroll
     for (int i = 0; i < kSlotVecs; i++) parts[u.part * next + i * kConsumers] = four(x, i);
@@ -423,17 +301,64 @@ __device__ __forceinline__ void publish(const Params& p, float (&x)[kRegs], cons
 __device__ __forceinline__ void round_leaf(float (&x)[kRegs]) {
     if (NODE_BF16) {
 #pragma unroll
-        for (int i = 0; i < kRegs; i++) x[i] = round_node(x[i]);
+        for (int i = 0; i < kRegs; i++) x[i] = round_to<NODE_BF16>(x[i]);
     }
 }
 
 // The root of a unit.
-__device__ __forceinline__ void finish(const Params& p, float (&x)[kRegs], const Done& done, int cta, int warpgroup) {
-    const Unit u = unit_at(p, done.index);
+__device__ __forceinline__ void finish(const Params& p, float (&x)[kRegs], const Leaf& done, int cta, int warpgroup) {
+    const Unit u = unit_at<SPLIT>(p.schedule, done.index);
     const int row0 = (u.m * CLUSTER + cta) * kBM + warpgroup * 64 + threadIdx.x / 32 % 4 * 16, col0 = u.n * BN;
-    if (SPLIT > 1 && done.index >= p.whole) publish(p, x, u, cta, warpgroup, row0, col0);
+    if (SPLIT > 1 && done.index >= p.schedule.whole) publish(p, x, u, cta, warpgroup, row0, col0);
     else store_root(p, row0, col0, threadIdx.x % 32, [&](int i) { return four(x, i); });
 }
+
+// -- what schedule.h works with: the kernel's lambdas by its names -----------------------------------------------------------------
+
+template <class Copy, class Bring, class Want>
+struct ProducerMachine {
+    Copy& copy_step;
+    Bring& bring;
+    Want& want;
+};
+template <class Copy, class Bring, class Want>
+ProducerMachine(Copy&, Bring&, Want&) -> ProducerMachine<Copy, Bring, Want>;
+
+template <class Begin, class Rest, class Complete, class Sum, class Unpark, class Park, class Finish>
+struct HeldMachine {
+    Stack& stack;
+    Begin& begin;
+    Rest& accumulate_rest;
+    Complete& complete;
+    Sum& sum;
+    Unpark& unpark;
+    Park& park;
+    Finish& finish;
+    __device__ __forceinline__ void merge_held(float (&x)[kRegs]) { ::merge_held(stack, 0, x); }
+    __device__ __forceinline__ void hold(const float (&x)[kRegs]) { ::hold(stack, 0, x); }
+};
+template <class... T>
+HeldMachine(Stack&, T&...) -> HeldMachine<T...>;
+
+template <class Begin, class Rest, class Complete, class Sum, class Unpark, class Park, class Finish, class Second, class Settled, class Move, class Sibling>
+struct PairsMachine {
+    Stack& stack;
+    Begin& begin;
+    Rest& accumulate_rest;
+    Complete& complete;
+    Sum& sum;
+    Unpark& unpark;
+    Park& park;
+    Finish& finish;
+    Second& second;
+    Settled& settled;
+    Move& move_to_second;
+    Sibling& accumulate_sibling;
+    __device__ __forceinline__ void pop(float (&x)[kRegs]) { ::pop(stack, x); }
+    __device__ __forceinline__ void push(const float (&x)[kRegs]) { ::push(stack, x); }
+};
+template <class... T>
+PairsMachine(Stack&, T&...) -> PairsMachine<T...>;
 
 // -- the kernel -------------------------------------------------------------------------------------------------------------------
 
@@ -453,7 +378,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int cta = CLUSTER > 1 ? blockIdx.x % CLUSTER : 0;
-    const int units = p.whole + (p.tiles_m * p.tiles_n - p.whole) * SPLIT;
+    const int units = units_of<SPLIT>(p.schedule);
     const int first_unit = blockIdx.x / CLUSTER, unit_step = gridDim.x / CLUSTER;
 
     if (threadIdx.x == 0) {
@@ -474,6 +399,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         if (warp == 8 && lane == 0) {
 #if ACCUMULATE
             int sum_row = -1, sum_col = 0;  // the tile whose output is due
+            auto want = [&](const Unit& u) { sum_row = (u.m * CLUSTER + cta) * kBM, sum_col = u.n * BN; };
             auto bring = [&]() {
                 if (sum_row < 0) return;
                 for (int first = 0; first < kBoxes; first += kBoxesStage) {
@@ -494,6 +420,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             int in_scratch = 0;   // parked values, and a bit per slot: the phase of its barrier
             u32 slot_phases = 0;
             Parking due{0, false};
+            auto want = [&](const Parking& after) { due = after; };
             auto bring = [&]() {
                 if (!kPiped || DEPTH == 0) return;
                 for (; due.unpark > 0; due.unpark--) {
@@ -516,47 +443,32 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 due.park = false;
             };
 #endif
-            for (int index = first_unit; index < units; index += unit_step) {
-                const Unit u = unit_at(p, index);
+            auto copy_step = [&](const Unit& u, int leaf, int piece, int step) {
                 const int row0 = (u.m * CLUSTER + cta) * kBM, col0 = u.n * BN;
-                for (int leaf = u.first; leaf < u.last; leaf++) {
-                    for (int piece = 0; piece < p.pieces; piece++)
-                        for (int step = 0; step < p.steps; step++) {
-                            const u32 bar = full + 8 * stage;
-                            barrier_wait(empty + 8 * stage, phase ^ 1);
-                            barrier_expect(bar, kBytesA + kBytesB);
-                            const u32 to_a = smem_address(stage_a) + stage * kBytesA, to_b = smem_address(stage_b) + stage * kBytesB;
-                            const int k = step * kBK;
+                const u32 bar = full + 8 * stage;
+                barrier_wait(empty + 8 * stage, phase ^ 1);
+                barrier_expect(bar, kBytesA + kBytesB);
+                const u32 to_a = smem_address(stage_a) + stage * kBytesA, to_b = smem_address(stage_b) + stage * kBytesB;
+                const int k = step * kBK;
 #if A_MAJOR == 0
-                            copy(to_a, &map_a, bar, k, leaf, piece, row0);
+                copy(to_a, &map_a, bar, k, leaf, piece, row0);
 #else
-                            for (int i = 0; i < kBM / 64; i++) copy(to_a + i * kBK * 128, &map_a, bar, row0 + 64 * i, k, leaf, piece);
+                for (int i = 0; i < kBM / 64; i++) copy(to_a + i * kBK * 128, &map_a, bar, row0 + 64 * i, k, leaf, piece);
 #endif
 #if B_MAJOR == 0 && CLUSTER == 1
-                            copy(to_b, &map_b, bar, k, leaf, piece, col0);
+                copy(to_b, &map_b, bar, k, leaf, piece, col0);
 #elif B_MAJOR == 0
-                            copy_to_both(to_b + cta * (kBytesB / 2), &map_b, bar, k, leaf, piece, col0 + cta * (BN / 2));
+                copy_to_both(to_b + cta * (kBytesB / 2), &map_b, bar, k, leaf, piece, col0 + cta * (BN / 2));
 #elif CLUSTER == 1
-                            for (int i = 0; i < BN / 64; i++) copy(to_b + i * kBK * 128, &map_b, bar, col0 + 64 * i, k, leaf, piece);
+                for (int i = 0; i < BN / 64; i++) copy(to_b + i * kBK * 128, &map_b, bar, col0 + 64 * i, k, leaf, piece);
 #else
-                            for (int i = 0; i < BN / 64; i++)
-                                copy_to_both(to_b + i * kBK * 128 + cta * (kBK / 2) * 128, &map_b, bar, col0 + 64 * i, k + cta * (kBK / 2), leaf, piece);
+                for (int i = 0; i < BN / 64; i++)
+                    copy_to_both(to_b + i * kBK * 128 + cta * (kBK / 2) * 128, &map_b, bar, col0 + 64 * i, k + cta * (kBK / 2), leaf, piece);
 #endif
-                            if (++stage == STAGES) stage = 0, phase ^= 1;
-                            bring();  // up to 192 columns: consumers issue the next leaf's first step, then merge
-                        }
-#if ACCUMULATE
-                    sum_row = row0, sum_col = col0;
-                    if (BN == 256) bring();
-#else
-                    if (kPiped && DEPTH > 0) {
-                        due = parking_after(p, index, leaf - u.first, leaf + 1 == u.last);
-                        if (BN == 256) bring();
-                    }
-#endif
-                }
-            }
-            bring();
+                if (++stage == STAGES) stage = 0, phase ^= 1;
+            };
+            ProducerMachine machine{copy_step, bring, want};
+            produce<SPLIT, kWaits, (DEPTH > 0), (ACCUMULATE > 0)>(p.schedule, units, first_unit, unit_step, machine);
         }
     } else {  // ---- consumers
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(ACCUMULATE ? 232 : 240));
@@ -567,7 +479,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         stack.scratch = p.scratch + (long long)blockIdx.x * DEPTH * kSlotVecs * kConsumers + threadIdx.x;
         stack.pending = 0;
         int before = -1;  // the stage that was read last
-        const int length = p.pieces * p.steps;
+        const int length = p.schedule.pieces * p.schedule.steps;
 
         auto issue = [&](float (&cur)[kRegs], bool keep) {
             barrier_wait(full + 8 * stage, phase);
@@ -647,89 +559,42 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             for (int i = 0; i < kSlotVecs; i++) to[i * kConsumers] = four(x, i);
             barrier_arrive_parked(parked + 8 * stack.pending++, lane);
         };
-        // Merges `count` pending values into x, the newest first. Then x waits in turn, or it is the root.
-        auto settle = [&](float (&x)[kRegs], int count, const Done& done) {
-#if DEPTH > 0 && BN < 192
-            for (; count > 0; count--) pop(stack, x);
-            if (!done.last) return push(stack, x);
-#elif DEPTH > 0
-            const Parking after = parking_after(p, done.index, done.leaf, done.last);
-#if BN == 256
-            if (count > 0) merge_held(stack, 0, x);
-#endif
-            for (int i = 0; i < after.unpark; i++) unpark(x);
-            if (after.park) return park(x);
-#if BN == 256
-            if (!done.last) return hold(stack, 0, x);
-#endif
-#endif
+        auto finish_unit = [&](float (&x)[kRegs], const Leaf& done) {
 #if ACCUMULATE
             add_root(x);
 #endif
             finish(p, x, done, cta, warpgroup);
         };
-
-        Unit u = unit_at(p, first_unit);
-        Done done{first_unit, 0, u.first + 1 == u.last};  // the leaf in hand
-        auto advance = [&]() {  // to the next leaf; false at the end
-            if (done.last) {
-                done.index += unit_step;
-                if (done.index >= units) return false;
-                u = unit_at(p, done.index);
-                done.leaf = -1;
-            }
-            done.leaf++;
-            done.last = u.first + done.leaf + 1 == u.last;
-            return true;
-        };
-
+        auto sum = [&]() -> float (&)[kRegs] { return acc; };
+        auto begin = [&]() { issue(acc, false), release(); };
+        auto accumulate_rest = [&]() { rest(acc, 1); };
+        auto complete = [&]() { drain(acc), round_leaf(acc); };
+        Leaves<SPLIT> leaves(p.schedule, units, first_unit, unit_step);
 #if BN <= 192
-        float second[kRegs];  // the sibling of the leaf in acc, then the value of both
-        issue(acc, false);
-        release();
-        rest(acc, 1);
-        while (true) {
-            int count = merges_after(p, done.index, done.leaf);
-            if (count == 0 && !done.last) {  // a left leaf: in the contract's tree the next leaf is its sibling
-                advance();
-                count = merges_after(p, done.index, done.leaf) - 1;
-                issue(second, false);
-                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-                release();
-                rest(second, 1);
-                drain(second);
-                pin(acc);
-                round_leaf(acc);
-                round_leaf(second);
+        float sibling[kRegs];  // the sibling of the leaf in acc, then the value of both
+        auto second = [&]() -> float (&)[kRegs] { return sibling; };
+        auto settled = [&]() { pin(sibling); };
+        auto move_to_second = [&]() {
 #pragma unroll
-                for (int i = 0; i < kRegs; i++) second[i] = add(acc[i], second[i]);
-            } else {
-                drain(acc);
-                round_leaf(acc);
-#pragma unroll
-                for (int i = 0; i < kRegs; i++) second[i] = acc[i];
-            }
-            const Done finished = done;
-            if (!advance()) {
-                settle(second, count, finished);
-                break;
-            }
-            issue(acc, false);
+            for (int i = 0; i < kRegs; i++) sibling[i] = acc[i];
+        };
+        auto accumulate_sibling = [&]() {
+            issue(sibling, false);
+            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
             release();
-            settle(second, count, finished);
-            pin(second);
-            rest(acc, 1);
-        }
-#else
-        do {
-            issue(acc, false);
-            release();
-            rest(acc, 1);
-            drain(acc);
+            rest(sibling, 1);
+            drain(sibling);
+            pin(acc);
             round_leaf(acc);
-            settle(acc, merges_after(p, done.index, done.leaf), done);
-        } while (advance());
+            round_leaf(sibling);
+#pragma unroll
+            for (int i = 0; i < kRegs; i++) sibling[i] = add(acc[i], sibling[i]);
+        };
+        PairsMachine machine{stack, begin, accumulate_rest, complete, sum, unpark, park, finish_unit, second, settled, move_to_second, accumulate_sibling};
+#else
+        HeldMachine machine{stack, begin, accumulate_rest, complete, sum, unpark, park, finish_unit};
 #endif
+        consume<SPLIT, kWaits, (DEPTH > 0)>(p.schedule, leaves, machine);
     }
     // A block must not exit while its neighbour can still arrive at its barriers.
     __syncwarp();

@@ -28,14 +28,13 @@
 // that never came must not be returned. Nor must those of another call: two launches of one group that run at once (a graph replayed
 // beside other calls) would share epoch and slot, so block 0 marks the group busy and traps when it is already.
 //
-// Compiled at run time (NVRTC, no headers) with these macros:
+// Compiled at run time (NVRTC, which is given include/) with these macros:
 //   RANKS       p                                        MERGES    octal digit t: pending values merged after value t
 //   VALUES      of all ranks, at most 21                 OUT       0 fp32, 1 bf16, 2 fp16: the root is rounded to it once
 //   NODE_BF16   0: nodes are fp32, 1: bf16               WEIGHT    of the norm, as OUT
 //   PER_THREAD  packs of a row and thread of one_shot_norm; 0: without it
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "include/numbers.cuh"
 
 constexpr int kMaxBlocks = 256;
 constexpr int kElems = NODE_BF16 ? 8 : 4;              // a pack is 16 bytes of a value
@@ -71,27 +70,10 @@ struct Params {
 
 // -- numbers ---------------------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ u32 to_bf16(float x) {
-    unsigned short h;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(x));
-    return h;
-}
-__device__ __forceinline__ u32 to_fp16(float x) {
-    unsigned short h;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
-    return h;
-}
-__device__ __forceinline__ float from_fp16(u32 x) {
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"((unsigned short)x));
-    return f;
-}
-__device__ __forceinline__ float from_bf16(u32 x) { return __uint_as_float(x << 16); }
-
 __device__ __forceinline__ u32 narrow(float x) { return OUT == 1 ? to_bf16(x) : to_fp16(x); }
 __device__ __forceinline__ float widen(u32 x) { return OUT == 1 ? from_bf16(x & 0xffff) : from_fp16(x & 0xffff); }
 
-/* left + right in fp32, rounded once to the node dtype */
+/* add_node of numbers.cuh, by conversions of one value: the faster ones of two would cost registers that this kernel has not */
 __device__ __forceinline__ float node(float left, float right) {
     const float sum = __fadd_rn(left, right);
     return NODE_BF16 ? from_bf16(to_bf16(sum)) : sum;

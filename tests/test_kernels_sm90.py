@@ -15,7 +15,8 @@ from tpinv.kernels.gemm.problem import make_problems
 from tpinv.runtime import cuda
 from tpinv.tree import ReductionTree
 
-SOURCE = cuda.source("sm90_tree_gemm.cu")
+SOURCE, SCHEDULE = cuda.source("sm90_tree_gemm.cu"), cuda.source("include/schedule.h")
+SOURCES = ("Params", SOURCE), ("Schedule", SCHEDULE)
 
 
 def problem(leaves, rows=600, cols=328, length=72, transposed=False, out_dtype=torch.bfloat16):
@@ -31,10 +32,11 @@ def hopper(monkeypatch):
 
 
 def test_params_have_the_same_fields_in_the_same_order():
-    body = re.sub(r"//.*", "", re.search(r"struct Params \{(.*?)\n\};", SOURCE, re.S).group(1))
-    names = [name for declaration in body.split(";") for name in re.findall(r"(\w+)(?:\[64\])?\s*(?:,|$)", declaration.strip())]
+    params, schedule = (re.search(rf"struct {name} \{{(.*?)\n\}};", text, re.S).group(1) for name, text in SOURCES)
+    body = re.sub(r"//.*", "", params.replace("    Schedule schedule;", schedule))
+    names = [name for declaration in body.split(";") for name in re.findall(r"(\w+)(?:\[kMaxLeaves\])?\s*(?:,|$)", declaration.strip())]
     assert names == [name for name, _ in sm90._Params._fields_]
-    assert f"[{sm90.MAX_LEAVES}]" in body
+    assert f"kMaxLeaves = {sm90.MAX_LEAVES};" in SCHEDULE
 
 
 def test_the_host_defines_every_macro_and_no_other():
@@ -86,14 +88,15 @@ def test_ptxas_keeps_the_matrix_instructions_asynchronous(leaves, cols, transpos
     p = replace(problem(leaves, transposed=transposed, out_dtype=torch.float32 if accumulate else torch.bfloat16), accumulate=accumulate)
     config = next(c for c in sm90.candidates(p) if c.cols == cols and c.parts == 1)
     macros = [f"-D{name}={value}" for name, value in sm90.macros(p, config).items()]
-    source = tmp_path / "kernel.cu"
-    source.write_text(SOURCE)
     target = "-gencode=arch=compute_90a,code=sm_90a"
     done = subprocess.run(
-        ["nvcc", target, "-cubin", "-Xptxas", "-v", *macros, "-o", str(tmp_path / "kernel.cubin"), str(source)],
+        ["nvcc", target, "-cubin", "-Xptxas", "-v", *macros, "-o", str(tmp_path / "kernel.cubin"), str(cuda.source_path("sm90_tree_gemm.cu"))],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Potential Performance Loss" not in done.stderr, done.stderr
     assert int(re.search(r"(\d+) bytes spill stores", done.stderr).group(1)) <= 64, done.stderr
-    assert not re.search(r"(acquire|release)\.(cluster|gpu|sys)", re.sub(r"fence\.mbarrier_init\.release\.cluster", "", SOURCE))
+    assert not re.search(
+        r"(acquire|release)\.(cluster|gpu|sys)",
+        re.sub(r"fence\.mbarrier_init\.release\.cluster", "", cuda.whole_source("sm90_tree_gemm.cu")),
+    )

@@ -1,7 +1,7 @@
 """Compiles, loads and launches the CUDA sources of csrc/ at run time, with what a torch wheel already brings.
 
-The sources include no header, so NVRTC is enough: no nvcc, no build step, and each specialization (a set of macros) is
-compiled when it is first needed and kept on disk. Kernels are launched through the driver (libcuda), on torch's current
+The sources include no header but those of csrc/include, so NVRTC is enough: no nvcc, no build step, and each specialization (a set of
+macros) is compiled when it is first needed and kept on disk. Kernels are launched through the driver (libcuda), on torch's current
 stream and in its context, so they take part in CUDA graphs like any other kernel.
 
 Nothing here knows a tree or a matrix.
@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -37,14 +38,30 @@ def write_atomically(path: Path, data: bytes) -> None:
     part.replace(path)
 
 
-@functools.cache
-def source(name: str) -> str:
-    """Text of csrc/``name``: from the installed package, or from the checkout beside it. FileNotFoundError otherwise."""
+def source_path(name: str) -> Path:
+    """Where csrc/``name`` is: in the installed package, or in the checkout beside it. FileNotFoundError otherwise."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "csrc", package.parent / "csrc"):
         if (folder / name).is_file():
-            return (folder / name).read_text()
+            return folder / name
     raise FileNotFoundError(f"csrc/{name} lies neither in {package} nor beside it; reinstall tpinv")
+
+
+@functools.cache
+def source(name: str) -> str:
+    """Text of csrc/``name``. FileNotFoundError if there is none."""
+    return source_path(name).read_text()
+
+
+@functools.cache
+def headers(name: str) -> dict[str, str]:
+    """What csrc/``name`` includes, by the names it uses, which are paths in csrc/. Headers include none. FileNotFoundError if one is missing."""
+    return {header: source(header) for header in re.findall(r'^#include "(.*)"$', source(name), re.M)}
+
+
+def whole_source(name: str) -> str:
+    """csrc/``name`` and all that it includes: what a compiled kernel may depend on."""
+    return "\0".join([source(name), *headers(name).values()])
 
 
 # -- NVRTC -------------------------------------------------------------------------------------------------------------------
@@ -65,7 +82,7 @@ def missing(name: str) -> str | None:
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     try:
-        source(name)
+        headers(name)
         _nvrtc()
     except OSError as error:  # FileNotFoundError is one too
         return f"it cannot be compiled here: {error}"
@@ -81,13 +98,14 @@ def compile_source(name: str, macros: dict[str, int], arch: str) -> bytes:
     major, minor = ctypes.c_int(), ctypes.c_int()
     lib.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     options = [f"--gpu-architecture={arch}", "--std=c++17", *(f"-D{k}={v}" for k, v in sorted(macros.items()))]
-    text = source(name)
-    key = hashlib.sha256("\0".join([text, *options, f"{major.value}.{minor.value}"]).encode()).hexdigest()[:32]
+    included = headers(name)
+    key = hashlib.sha256("\0".join([whole_source(name), *options, f"{major.value}.{minor.value}"]).encode()).hexdigest()[:32]
     cached = cache_dir() / f"{Path(name).stem}-{key}.cubin"
     if cached.is_file():
         return cached.read_bytes()
     program = ctypes.c_void_p()
-    lib.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None)
+    texts, names = ((ctypes.c_char_p * len(included))(*(t.encode() for t in given)) for given in (included.values(), included))
+    lib.nvrtcCreateProgram(ctypes.byref(program), source(name).encode(), name.encode(), len(included), texts, names)
     failed = lib.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*(o.encode() for o in options)))
     if failed:
         size = ctypes.c_size_t()

@@ -176,8 +176,8 @@ def _path(device: int) -> Path:
 def _fingerprint(chip: str) -> str:
     """Of all that a choice may depend on besides the problem."""
     here = Path(__file__).parent
-    sources = [(here / name).read_text() for name in ("triton_gemm.py", "sm90.py", "problem.py")]
-    sources.append(cuda.missing(sm90.SOURCE) or cuda.source(sm90.SOURCE))
+    sources = [(here / name).read_text() for name in ("triton_gemm.py", "sm90.py", "problem.py", "verification.py")]
+    sources.append(cuda.missing(sm90.SOURCE) or cuda.whole_source(sm90.SOURCE))
     versions = [chip, torch.__version__, triton.__version__, str(torch.version.cuda)]
     return hashlib.sha256("\0".join(versions + sources).encode()).hexdigest()[:16]
 
