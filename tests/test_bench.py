@@ -1,12 +1,16 @@
 """tpinv bench gemm without a GPU: what it measures, writes and draws, on kernels that only pretend."""
 
+import argparse
 import csv
+import importlib.util
+import json
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
-from tpinv.cli import bench, bench_step, main
+from tpinv.cli import bench, bench_all, bench_step, main, plot
 
 
 @pytest.fixture
@@ -85,3 +89,92 @@ def test_a_step_that_no_leaves_fit_is_refused(monkeypatch):
 def test_outputs_are_checked_before_the_work(pretended, capsys):
     assert gemm("--csv", "nowhere/gemm.csv") == 2 and not pretended
     assert "--csv nowhere/gemm.csv cannot be written" in capsys.readouterr().err
+
+
+# -- bench all ----------------------------------------------------------------------------------------------------------------------
+
+RECORDED = Path(__file__).parent.parent / "docs/benchmarks"
+
+
+@pytest.fixture
+def machine(pretended, monkeypatch, tmp_path):
+    """Two GPUs, and commands that copy recorded rows where the real ones write theirs; host-time fails."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    files = {"gemm": "2026-11-22-h100/gemm.csv", "collectives-2": "2026-11-22-h200/collectives-2.csv", "step": "2026-11-22-h200/step.csv"}
+
+    def commands(out, gpus):
+        real = stock(out, gpus)
+        copy = "import pathlib, sys; pathlib.Path(sys.argv[2]).write_text(pathlib.Path(sys.argv[1]).read_text())"
+        parts = {name: ["-c", copy, str(RECORDED / file), real[name][real[name].index("--csv") + 1]] for name, file in files.items()}
+        return parts | {"host-time": ["-c", "raise SystemExit('no')"]}
+
+    stock = bench_all.commands
+    monkeypatch.setattr(bench_all, "commands", commands)
+    return tmp_path
+
+
+def test_bench_all_writes_what_readme_says(machine, monkeypatch, capsys):
+    assert main(["bench", "all", "--out", str(machine)]) == 2, "one part failed"
+    printed = capsys.readouterr()
+    assert printed.err.startswith("tpinv bench: host-time failed; their logs are in ") and printed.err.count("\n") == 1
+    (out,) = machine.iterdir()
+    about, found = (json.loads((out / name).read_text()) for name in ("about.json", "summary.json"))
+    assert about["gpu"] == "a GPU" and about["versions"]["torch"] and len(about["commit"]) in (7, 40)
+    assert [(part["part"], part["status"]) for part in about["commands"]] == [
+        ("gemm", 0),
+        ("collectives-2", 0),
+        ("step", 0),
+        ("host-time", 1),
+    ]
+    step = {row["tp"]: row["step"] for row in found["step"]}
+    assert step == {1: 0.971, 2: 0.95}, "medians of the two rounds that docs/benchmarks-step.md lists"
+    assert next(row for row in found["gemm"] if row["tokens"] == "16" and row["product"] == "forward")["ratio_by_leaves"]["8"] > 0.9
+    assert {row["bytes"] for row in found["collectives"]} == {1 << 15, 1 << 21, 1 << 25} and found["collectives"][0]["ranks"] == 2
+    assert "| TP = 1, L = 8 |" in (out / "summary.md").read_text() in printed.out
+
+
+def test_bench_all_asks_every_part(monkeypatch):
+    """What it would run are commands that exist."""
+    parts = bench_all.commands("docs/benchmarks/today", 4)
+    assert list(parts) == ["gemm", "collectives-2", "collectives-4", "step", "torchtitan", "host-time"]
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    for command in parts.values():
+        if command[:3] == ["-m", "tpinv", "bench"]:
+            parser.parse_args(command[3:])
+        else:
+            assert importlib.util.find_spec(command[1]) and any(
+                Path(RECORDED.parent.parent, part).exists() or "." in part for part in command
+            )
+    assert list(bench_all.commands("docs/benchmarks/today", 1)) == ["gemm", "step", "torchtitan", "host-time"]
+
+
+def test_step_bars(tmp_path):
+    with open(RECORDED / "2026-11-22-h200/step.csv") as file:
+        rows = [{name: float(value) if name in bench_step.TIMES else value for name, value in row.items()} for row in csv.DictReader(file)]
+    plot.step_bars(rows, bench_step.TIMES, str(tmp_path / "step.png"), "a step")
+    assert (tmp_path / "step.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("gemm --tokens 0", "--tokens 0 must be above 0"),
+        ("gemm --tokens 16 16", "--tokens 16 16 names a value twice"),
+        ("gemm --rounds -1", "--rounds -1 must be above 0"),
+        ("gemm --milliseconds nan", "--milliseconds nan must be above 0"),
+        ("collectives --ranks 0", "--ranks 0 must be above 0"),
+        ("collectives --csv .", "--csv . cannot be written: it is a directory"),
+        ("step --num-layers -1", "--num-layers -1 must be above 0"),
+        ("step --profile nowhere/x", "--profile nowhere/x cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line_before_the_work(arguments, message, pretended, capsys):
+    assert main(["bench", *arguments.split()]) == 2 and not pretended
+    assert message in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+def test_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "all"]) == 2
+    assert capsys.readouterr().err == "tpinv bench: bench needs a GPU; there is none here\n"

@@ -37,7 +37,7 @@ OTHERS = ("Triton", "batch_invariant_ops")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["gemm", "collectives", "step", "serve"])
+    parser.add_argument("what", choices=["gemm", "collectives", "step", "serve", "all"])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["llama3-8b"])
     parser.add_argument("--linear", nargs="+", choices=["qkv", "o", "fc1", "fc2"], default=["qkv", "o", "fc1", "fc2"])
     parser.add_argument("--product", nargs="+", choices=["forward", "dgrad", "wgrad"], default=["forward", "dgrad", "wgrad"])
@@ -52,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sizes", nargs="+", type=int, default=[1 << n for n in range(10, 29)], help="collectives: bytes of the bf16 message"
     )
     parser.add_argument("--csv", help="write every row to this file")
-    parser.add_argument("--plot", help="gemm, collectives: write a picture to this file")
+    parser.add_argument("--plot", help="write a picture to this file")
+    parser.add_argument("--out", metavar="DIRECTORY", help="all: where a directory for this run is made (default docs/benchmarks)")
     bench_step.add_arguments(parser)
     bench_serve.add_arguments(parser)
     parser.set_defaults(run=run)
@@ -64,13 +65,18 @@ def run(arguments: argparse.Namespace) -> int:
         return bench_serve.run(arguments)
     if not torch.cuda.is_available():
         raise ValueError("bench needs a GPU; there is none here")
+    _check_numbers(arguments)
+    check_outputs(arguments)
+    if arguments.what == "all":
+        from tpinv.cli import bench_all
+
+        return bench_all.run(arguments)
     if arguments.what == "collectives":
         from tpinv.cli import bench_collectives
 
         return bench_collectives.run(arguments)
     if arguments.what == "step":
         return bench_step.run(arguments)
-    check_outputs(arguments)
     import triton
 
     console = Console(highlight=False, width=150)
@@ -101,6 +107,18 @@ def run(arguments: argparse.Namespace) -> int:
 
         ratio_lines(rows, arguments.plot, f"{torch.cuda.get_device_name()}, bf16, {arguments.node_dtype} nodes")
     return 0
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    """ValueError naming the option whose number no measurement could have, or that names one twice."""
+    for name in ("tokens", "leaves", "milliseconds", "rounds", "ranks", "sizes", "tp", "num_layers"):
+        values = getattr(arguments, name)
+        values = values if isinstance(values, list) else [values]
+        option = f"--{name.replace('_', '-')}"
+        if any(value is not None and not 0 < value < float("inf") for value in values):
+            raise ValueError(f"{option} {' '.join(map(str, values))} must be above 0")
+        if len(set(values)) < len(values):
+            raise ValueError(f"{option} {' '.join(map(str, values))} names a value twice; name each once")
 
 
 def _operands(product: str, m: int, n: int, k: int):

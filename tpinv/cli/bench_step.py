@@ -63,6 +63,12 @@ def run(arguments: argparse.Namespace) -> int:
         if path:
             with open(path, "w", newline="") as file:
                 csv.writer(file).writerows([names, *lines])
+    if arguments.plot:
+        from tpinv.cli.plot import step_bars
+
+        step_bars(
+            rows, TIMES, arguments.plot, f"{torch.cuda.get_device_name()}, {arguments.num_layers} layers of Llama-3-8B's widths, bf16"
+        )
     return 0
 
 

@@ -1,6 +1,7 @@
 """The pictures: of a verify run, tensors x layouts, stock beside tpinv; of two recorded runs, modules x tensors; of bench gemm, ratios."""
 
 import math
+import statistics
 
 RED = "#d62728"  # beyond every number: NaN or infinite on one side
 LABEL = "log2(1 + largest difference in ulps of the tensor's largest value), red: NaN or inf"
@@ -120,6 +121,31 @@ def ratio_lines(rows: list[dict], path: str, title: str) -> None:
     axes[0][0].legend(fontsize=6)
     figure.supxlabel("tokens", fontsize=9)
     figure.supylabel("cuBLAS time / time", fontsize=9)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def step_bars(rows: list[dict], parts: tuple[str, ...], path: str, title: str) -> None:
+    """The picture of ``tpinv bench step``: milliseconds of a step's parts, stock beside tpinv, a panel for each layout; medians over rounds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    layouts = list(dict.fromkeys((row["tp"], row["sp"], row["leaves"]) for row in rows))
+    size = (1.5 + 3.4 * len(layouts), 3.6)
+    figure, axes = pyplot.subplots(1, len(layouts), figsize=size, layout="constrained", squeeze=False)
+    for axis, (tp, sp, leaves) in zip(axes[0], layouts, strict=True):
+        here = [row for row in rows if (row["tp"], row["sp"], row["leaves"]) == (tp, sp, leaves)]
+        for offset, layers in ((-0.2, "stock"), (0.2, "tpinv")):
+            times = [statistics.median(row[part] for row in here if row["layers"] == layers) for part in parts]
+            bars = axis.bar([i + offset for i in range(len(parts))], times, width=0.4, label=layers)
+            axis.bar_label(bars, fmt="%.1f", fontsize=6)
+        axis.set_xticks(range(len(parts)), parts, fontsize=8)
+        axis.set_title(f"TP={tp}{' SP' if sp else ''}, L={leaves}", fontsize=9)
+    axes[0][0].set_ylabel("milliseconds")
+    axes[0][0].legend(fontsize=7)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
