@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tpinv.collectives.group import Ranks
+from tpinv.collectives.group import Ranks, state_of
 from tpinv.collectives.schedule import BULK_BYTES, INBOX_BYTES, MAX_RANKS
 from tpinv.runtime import cuda
 from tpinv.runtime.state import device_state
@@ -248,9 +248,6 @@ def _start_watching() -> None:
         atexit.register(_print_failures)
 
 
-_workspaces: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # group -> {device: (Workspace | None, Decision)}
-
-
 def workspace(ranks: Ranks, device: torch.device) -> Workspace | None:
     """The group's workspace; None when it has none, on all ranks alike. A collective at the group's first call."""
     return agreement(ranks, device)[0]
@@ -258,7 +255,7 @@ def workspace(ranks: Ranks, device: torch.device) -> Workspace | None:
 
 def agreement(ranks: Ranks, device: torch.device) -> tuple[Workspace | None, Decision]:
     """The workspace, and why it is what it is, which rank 0 logs."""
-    known = _workspaces.setdefault(ranks.group, {})
+    known = state_of(ranks).workspaces
     if device not in known:
         if torch.cuda.is_current_stream_capturing():
             raise ValueError("the ranks of a group agree on shared memory at their first collective; make one before CUDA graph capture")
