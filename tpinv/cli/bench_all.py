@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     write_json(str(out / "summary.json"), found)
     text = markdown(found, about)
     (out / "summary.md").write_text(text, encoding="utf-8")
-    console.print(text, markup=False)
+    console.print(text, markup=False, soft_wrap=True)
     if failed:
         raise ValueError(f"{', '.join(failed)} failed; their logs are in {out}")
     return 0
