@@ -22,6 +22,7 @@ ALLOWED = {
     "sharding": {"tree", "contract", "reference", "collectives"},
     "layers": {"tree", "contract", "reference", "collectives", "ops", "functional", "sharding"},
     "optim": {"tree", "contract", "reference", "kernels", "collectives", "sharding"},
+    "warmup": {"layers"},
     "inference": {"tree", "contract", "reference", "runtime", "kernels", "collectives", "ops", "functional"},
     "testing": {"tree", "contract", "reference"},
     "diff": {"tree", "contract", "reference", "testing"},
@@ -40,7 +41,7 @@ ALLOWED = {
         "inference",
         "testing",
     },
-    "__init__": {"tree", "contract", "reference", "collectives", "ops", "functional", "layers", "optim", "sharding"},
+    "__init__": {"tree", "contract", "reference", "collectives", "ops", "functional", "layers", "optim", "sharding", "warmup"},
 }
 
 

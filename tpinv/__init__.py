@@ -23,6 +23,7 @@ from tpinv.ops import (
 from tpinv.optim import clip_grad_norm_, grad_norm
 from tpinv.sharding import ShardedModule, Sharding
 from tpinv.tree import Node, ReductionTree
+from tpinv.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -56,4 +57,5 @@ __all__ = [
     "vocab_parallel_cross_entropy",
     "vocab_parallel_embedding",
     "vocab_parallel_log_probs",
+    "warmup",
 ]
