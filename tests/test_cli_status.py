@@ -184,6 +184,31 @@ def test_an_error_that_nobody_expected(monkeypatch, capsys):
     assert 'raise KeyError("digest")' in capsys.readouterr().err
 
 
+def test_nobody_reads_the_output(monkeypatch, capsys):
+    """``tpinv show | head``: rich would leave with status 1."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert main(["show", "--leaves", "512"]) == 2
+    monkeypatch.undo()
+    assert capsys.readouterr().err == "tpinv show: nobody reads the output any more\n"
+
+
+def test_a_rank_of_another_command_that_fails(monkeypatch, capfd):
+    """Not verify's: the pool's own message holds a traceback."""
+    from tpinv.cli import probe
+
+    monkeypatch.setitem(probe.OPERATIONS, "broken", (lambda arguments, pool: pool.run(divide, 2), "a rank that fails"))
+    assert main(["probe", "broken"]) == 2
+    said = capfd.readouterr().err
+    assert "raised ZeroDivisionError: division by zero; --traceback shows where" in said and said.count("\n") == 1, said
+
+
+def divide() -> float:
+    return 1 / (torch.distributed.get_rank() - 1)
+
+
 def test_ctrl_c(fake, capfd):
     """The signal reaches the parent while ranks train (here: sleep)."""
     timer = threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGINT))

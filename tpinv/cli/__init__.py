@@ -42,14 +42,15 @@ def main(argv: list[str] | None = None) -> int:
                 if asked:
                     importlib.import_module(f"tpinv.cli.{name}").add_arguments(subparser)
         arguments = parser.parse_args(argv)
-        status = arguments.run(arguments)
-        sys.stdout.flush()  # while an error can still be told
-        return status
+        try:
+            status = arguments.run(arguments)
+            sys.stdout.flush()  # while an error can still be told
+            return status
+        except (BrokenPipeError, SystemExit):  # rich leaves with status 1 when whoever reads its output has gone, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _say(asked, "nobody reads the output any more", 2)
     except KeyboardInterrupt:
         return _say(asked, "interrupted", 130)
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 2
     except Exception as error:  # Python's own status for an error that nobody expected is 1, which is taken
         if "--traceback" in argv:
             traceback.print_exc()
