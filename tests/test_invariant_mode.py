@@ -185,3 +185,20 @@ def test_models_of_transformers(family, dtype):
             assert_bitwise_equal(padded(ids[:1]), batch[:1])
     assert any(stock_differs)
     torch.testing.assert_close(batch, stock, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=5e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(dtype):
+    x = torch.randn(40, 1024, device="cuda").to(dtype)
+    w, scale = torch.randn(768, 1024, device="cuda").to(dtype), torch.rand(1024, device="cuda").to(dtype)
+    q, k, v = (torch.randn(1, 4, 700, 64, device="cuda").to(dtype) for _ in range(3))
+    with invariant_mode():
+        for function in (lambda x: F.linear(x, w), lambda x: x.softmax(-1), lambda x: x.sum(-1), lambda x: F.rms_norm(x, (1024,), scale)):
+            whole = function(x)
+            for rows in (slice(0, 1), slice(7, 9), slice(3, 40)):
+                assert_bitwise_equal(function(x[rows]).cpu(), whole[rows].cpu())
+        prefill = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        assert_bitwise_equal(F.scaled_dot_product_attention(q[:, :, -1:], k, v).cpu(), prefill[:, :, -1:].cpu())
+    torch.testing.assert_close(prefill, F.scaled_dot_product_attention(q, k, v, is_causal=True), rtol=2e-2, atol=2e-2)
