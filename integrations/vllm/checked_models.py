@@ -11,11 +11,6 @@ class _Checked:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **others)
         guard.check_model(self, vllm_config)
 
-    def load_weights(self, weights):
-        loaded = super().load_weights(weights)
-        guard.check_parameters(self)
-        return loaded
-
 
 class LlamaForCausalLM(_Checked, llama.LlamaForCausalLM):
     pass

@@ -48,13 +48,6 @@ def check_model(model: torch.nn.Module, config) -> None:
     )
 
 
-def check_parameters(model: torch.nn.Module) -> None:
-    """RuntimeError if loading has taken a weight away from a layer, or repacked it, as vLLM's own layers let it on a CPU."""
-    for name, module in model.named_modules():
-        if isinstance(module, tuple(layers.REPLACED.values())) and "weight" in module._parameters and module.weight.is_meta:
-            raise RuntimeError(f"{name} has no weight after loading; use another load_format")
-
-
 def _known(model: torch.nn.Module, ours: tuple, module: torch.nn.Module) -> bool:
     if module is model or type(module) in ours:
         return True
