@@ -8,7 +8,7 @@ from torch import Tensor
 
 def rows(x: Tensor) -> Tensor:
     """[..., C] -> [M, C]; also for M = 0."""
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def unit_stride(x: Tensor) -> Tensor:
