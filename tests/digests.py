@@ -137,6 +137,7 @@ def collectives(rank: int, p: int, dtype: torch.dtype, tree) -> Iterator[tuple[s
     residual, weight = make("residual", TOKENS, N, dtype=dtype), make("weight", N, dtype=dtype)
     hidden, normed = tpinv.row_parallel_add_rms_norm(x, w, residual, weight, tree=tree)
     yield "row_parallel_add_rms_norm", {"hidden": hidden, "norm": normed}
+    torch.manual_seed(0)  # replicas must be the same on every rank
     layers = torch.nn.ModuleList(
         [tpinv.ColumnParallelLinear(K, N, tree=tree, dtype=dtype), tpinv.RowParallelLinear(K, N, tree=tree, dtype=dtype)]
     )

@@ -50,7 +50,12 @@ CASES = {
     "packed_attention": (lambda *t: tpinv.packed_attention(*t, cu_seqlens_q=CU, cu_seqlens_kv=CU), (8, 2, 8), (8, 2, 8), (8, 2, 8)),
 }
 OPERATORS = {
-    "column_parallel_linear": (lambda x, w, b: ops.column_parallel_linear(x, w, b, 4, "float32", NO_GROUP, False, 1), (4, 8), (12, 8), (12,)),
+    "column_parallel_linear": (
+        lambda x, w, b: ops.column_parallel_linear(x, w, b, 4, "float32", NO_GROUP, False, 1),
+        (4, 8),
+        (12, 8),
+        (12,),
+    ),
     "row_parallel_linear": (lambda x, w, b: ops.row_parallel_linear(x, w, b, 4, "float32", NO_GROUP, False), (4, 8), (6, 8), (6,)),
     "rms_norm": (lambda x, w: ops.rms_norm(x, w, 1e-5, 4, NO_GROUP, False, False), (4, 8), (8,)),
     "swiglu": (ops.swiglu, (4, 8)),

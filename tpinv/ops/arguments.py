@@ -6,8 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from tpinv.collectives import Ranks
-from tpinv.collectives.agreement import refuse
+from tpinv.collectives import Ranks, refuse
 from tpinv.tree import ReductionTree
 
 

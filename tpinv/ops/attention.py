@@ -208,7 +208,6 @@ def device_name(device: torch.device) -> str:
 
 
 def _forward(query, key, value, scale, causal) -> tuple[Tensor, Tensor]:
-    check(query, key, value, scale, causal)
     require_invariant(query.device, query.dtype, query.shape[-1], causal)
     return backend(query)[0](*map(unit_stride, (query, key, value)), scale, causal)
 
@@ -223,7 +222,6 @@ def _fake(query, *_) -> tuple[Tensor, Tensor]:
 
 
 def _forward_packed(query, key, value, cu_q, cu_k, first_q, first_k, longest_q, longest_k, scale, causal) -> tuple[Tensor, Tensor]:
-    check_packed(query, key, value, cu_q, cu_k, first_q, first_k, longest_q, longest_k, scale, causal)
     require_invariant(query.device, query.dtype, query.shape[-1], causal, True)
     pack = _pack(cu_q, cu_k, first_q, first_k, longest_q, longest_k)
     _assert_lengths(pack, len(query), len(key), causal)

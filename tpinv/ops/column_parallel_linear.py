@@ -3,12 +3,11 @@
 from torch import Tensor
 
 from tpinv import contract
-from tpinv.collectives import all_gather, resolve
-from tpinv.collectives.agreement import agree
+from tpinv.collectives import agree, all_gather, resolve
 from tpinv.ops import products
 from tpinv.ops.arguments import problem_of_tree, require, tree_of
 from tpinv.ops.gather_last_dim import gather_last_dim
-from tpinv.ops.linear import FusedGradient, check_linear, fake_gradients, settings_of, weight_grad
+from tpinv.ops.linear import FusedGradient, check_linear, fake_gradients, weight_grad
 from tpinv.ops.registry import group_name, ranks_of, register
 from tpinv.ops.shapes import output, rows
 from tpinv.tree import ReductionTree
@@ -73,8 +72,6 @@ def _check(x, weight, bias, leaves, node_dtype, group, sequence_parallel, stride
 
 def _forward(x, weight, bias, leaves, node_dtype, group, sequence_parallel, stride) -> Tensor:
     tree, ranks = tree_of(leaves, node_dtype), ranks_of(group)
-    settings = (*settings_of(x, weight, bias, leaves, node_dtype, sequence_parallel), ("stride", stride))
-    agree(ranks, NAME, settings, lambda: _check(x, weight, bias, leaves, node_dtype, group, sequence_parallel, stride))
     whole = all_gather(x, ranks) if sequence_parallel else x
     y_shard_n = products.local_product(rows(whole), weight.t(), tree, ranks, dim=1, dtype=x.dtype, stride=stride, bias=bias)
     return output(y_shard_n, (*whole.shape[:-1], weight.shape[0]))

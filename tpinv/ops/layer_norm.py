@@ -26,8 +26,8 @@ def layer_norm(
     return OPERATOR(x, weight, bias, *norm.settings_of(NAME, eps, tree, group, sequence_parallel, heads_parallel))
 
 
-def _forward(x, weight, bias, *settings) -> Tensor:
-    return norm.forward(NAME, x, weight, bias, *settings, center=True)
+def _forward(x, weight, bias, eps, *_) -> Tensor:
+    return norm.forward(x, weight, bias, eps, center=True)
 
 
 def _backward(dy, x, weight, needs, *settings) -> tuple:
@@ -43,4 +43,5 @@ OPERATOR = register(
     kept="x weight",
     gradients="x weight bias",
     fake_backward=norm.fake_gradients,
+    ranks=norm.sharing,
 )

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from tpinv import reference
-from tpinv.collectives import Ranks
-from tpinv.collectives.agreement import refuse
+from tpinv.collectives import Ranks, refuse
 from tpinv.ops import main_grad, products
 from tpinv.tree import ReductionTree
 
@@ -28,15 +27,6 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tree: Reduction
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias {tuple(bias.shape)} must be [{weight.shape[0]}], the out-features of weight {tuple(weight.shape)}")
     reference.check_dtypes(x=x, weight=weight, bias=bias)
-
-
-def settings_of(x: Tensor, weight: Tensor, bias: Tensor | None, leaves: int, node_dtype: str, sequence_parallel: bool) -> tuple:
-    """What must be the same on every rank, for collectives.agreement."""
-    return (
-        ("leaves", leaves), ("node_dtype", node_dtype), ("sequence_parallel", sequence_parallel), ("x", x.shape), ("dtype", x.dtype),
-        ("weight", weight.shape), ("bias", bias is not None),
-        ("gradients of x, weight, bias", (x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)),
-    )  # fmt: skip
 
 
 def fake_gradients(dy: Tensor, x: Tensor, weight: Tensor, *_) -> list[Tensor]:

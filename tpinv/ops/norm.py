@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from tpinv import contract, reference
-from tpinv.collectives import Ranks, resolve, tree_all_reduce
-from tpinv.collectives.agreement import agree
+from tpinv.collectives import Ranks, agree, resolve, tree_all_reduce
 from tpinv.ops import products
 from tpinv.ops.arguments import check_eps, problem_of_eps, problem_of_tree, require, tree_of
 from tpinv.ops.registry import ALONE, group_name, ranks_of
@@ -32,8 +31,10 @@ def settings_of(name: str, eps: float, tree: ReductionTree, group, sequence_para
     return eps, tree.leaves, group_name(ranks), sequence_parallel, heads_parallel
 
 
-def sharing(group: str, sequence_parallel: bool, heads_parallel: bool) -> Ranks:
-    """The ranks that share the rows: those of an operator's ``group``, if it says how."""
+def sharing(*arguments) -> Ranks:
+    """The ranks that share the rows: those of an operator's ``group``, if it says how. They must hold equally many, which registry.py sees
+    to: leaves are counted by that. ``arguments`` end in group, sequence_parallel and heads_parallel."""
+    group, sequence_parallel, heads_parallel = arguments[-3:]
     return ranks_of(group) if sequence_parallel or heads_parallel else ALONE
 
 
@@ -54,18 +55,8 @@ def check_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps, leaves, grou
     tree_of(leaves).owned(ranks.rank, ranks.size)
 
 
-def forward(
-    name: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, leaves: int, group: str, sequence_parallel: bool,
-    heads_parallel: bool, center: bool,
-) -> Tensor:  # fmt: skip
-    """y in x's shape and dtype. ``center``: LayerNorm. Ranks that share the rows must hold equally many: leaves are counted by that."""
-    settings = (
-        ("x", x.shape), ("dtype", x.dtype), ("weight", weight.dtype), ("bias", bias is not None), ("eps", eps), ("leaves", leaves),
-        ("sequence_parallel", sequence_parallel), ("heads_parallel", heads_parallel),
-        ("gradients", (x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)),
-    )  # fmt: skip
-    check = lambda: check_norm(x, weight, bias, eps, leaves, group, sequence_parallel, heads_parallel)  # noqa: E731
-    agree(sharing(group, sequence_parallel, heads_parallel), name, settings, check)
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: bool) -> Tensor:
+    """y in x's shape and dtype. ``center``: LayerNorm."""
     bias = None if bias is None else bias.contiguous()
     y = products.rows_backend("norm", x).norm(rows(x).contiguous(), weight.contiguous(), bias, eps, center)
     return output(y, x.shape)

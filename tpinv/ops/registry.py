@@ -1,12 +1,15 @@
 """One registration for each function: ``register`` makes its torch operator, its gradient and its fake from one description.
 
     schema      "name(Tensor x, ..., int leaves, str group, ...) -> Tensor": what a graph can hold; the tree and the group by their names
-    check       (*arguments): the ValueErrors that shapes, dtypes and devices decide
-    forward     (*arguments) -> results: computes and communicates, after check
+    check       (*arguments): the ValueErrors that shapes, dtypes and devices decide. What one rank refuses, all refuse
+    forward     (*arguments) -> results: computes and communicates, once the arguments are checked and the ranks agree on them
     fake        (*arguments) -> results of the same shapes, dtypes and strides, for compilers and meta tensors
     backward    (dy, *kept, needs, *settings) -> one gradient for each of ``gradients``, None where ``needs`` has False
     kept        names of the arguments and results that backward gets; settings are all arguments that are no tensors
     gradients   names of the arguments that get a gradient. Of the results only the first one has one
+    check_values, ranks, settings    where the rule is another: errors that need the tensors' numbers; who communicates (default: the
+                argument ``group``); what must be equal on all of them (default: every tensor's shape, dtype and need of a gradient, and every
+                other argument)
 
 torch.ops.tpinv.<name> is opaque to torch.compile(fullgraph=True) and one entry in the save set of selective checkpointing; so is
 <name>_backward. Where nobody looks (no compiler, no dispatch mode, no profiler, no functional transform, plain tensors), a call of the
@@ -24,7 +27,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from tpinv.collectives import Ranks, resolve
+from tpinv.collectives import Ranks, agree, resolve
 
 ALONE = Ranks(None, 0, 1)
 _library = torch.library.Library("tpinv", "FRAGMENT")
@@ -52,7 +55,7 @@ class Operator:
 
     def __init__(
         self, schema: str, check: Callable, forward: Callable, fake: Callable, backward: Callable | None, kept: str, gradients: str,
-        fake_backward: Callable | None,
+        fake_backward: Callable | None, check_values: Callable | None, ranks: Callable | None, settings: Callable | None,
     ):  # fmt: skip
         parsed = torch._C.parse_schema(f"tpinv::{schema}")
         names = [argument.name for argument in parsed.arguments]
@@ -62,7 +65,10 @@ class Operator:
         self._settings = [i for i in range(len(names)) if i not in self._tensors]
         self._kept = [everything.index(name) for name in kept.split()]
         self._gradients = [names.index(name) for name in gradients.split()]
-        self._arguments = len(names)
+        self._names, group = names, names.index("group") if "group" in names else None
+        self._check_values = check_values
+        self._ranks = ranks or (lambda *arguments: ALONE if group is None else ranks_of(arguments[group]))
+        self._agreed = settings or self._everything
         self._define(schema, self._compute, self._fake)
         self.overload = getattr(torch.ops.tpinv, self.name).default
         self._differentiable = self._refuse if backward is None else self._autograd_function().apply
@@ -87,7 +93,7 @@ class Operator:
             return self.overload(*arguments)
         if _wants_gradient(tensors):
             return self._differentiable(None, fused, *arguments)
-        return self.forward(*arguments)
+        return self._compute(*arguments)
 
     @torch.compiler.disable
     def _outside_graphs(self, *arguments, fused):
@@ -103,7 +109,27 @@ class Operator:
         torch.library.register_fake(name, fake, lib=_library)
 
     def _compute(self, *arguments):
+        ranks = self._ranks(*arguments)
+        if ranks.size == 1:
+            self._refuse_or_not(*arguments)
+        else:
+            agree(ranks, self.name, self._agreed(*arguments), lambda: self._refuse_or_not(*arguments))
         return self.forward(*arguments)
+
+    def _refuse_or_not(self, *arguments) -> None:
+        self.check(*arguments)
+        if self._check_values is not None:
+            self._check_values(*arguments)
+
+    def _everything(self, *arguments) -> list[tuple]:
+        settings = [(self._names[i], arguments[i]) for i in self._settings if self._names[i] != "group"]
+        for i in self._tensors:
+            name, t = self._names[i], arguments[i]
+            if t is None:
+                settings.append((name, None))
+            else:
+                settings += (name, t.shape), (f"dtype of {name}", t.dtype), (f"gradient of {name}", t.requires_grad)
+        return settings
 
     def _fake(self, *arguments):
         if not any(isinstance(size, torch.SymInt) for i in self._tensors if arguments[i] is not None for size in arguments[i].shape):
@@ -142,7 +168,7 @@ class Operator:
             @staticmethod
             def forward(ctx, keyset, fused, *arguments):
                 if keyset is None:
-                    results = operator.forward(*arguments)
+                    results = operator._compute(*arguments)
                 else:
                     results = _below_autograd(operator.overload, keyset, *arguments)
                 everything = arguments + (results if isinstance(results, tuple) else (results,))
@@ -157,7 +183,7 @@ class Operator:
             def backward(ctx, dy, *_):
                 if torch.is_grad_enabled():
                     raise RuntimeError(operator._no_second_derivative())
-                spread = [None] * (2 + operator._arguments)
+                spread = [None] * (2 + len(operator._names))
                 needs = [ctx.needs_input_grad[2 + i] for i in operator._gradients]
                 if dy is None or not any(needs):
                     return tuple(spread)
@@ -188,11 +214,12 @@ class Operator:
 
 def register(
     schema: str, *, check: Callable, forward: Callable, fake: Callable, backward: Callable | None = None, kept: str = "",
-    gradients: str = "", fake_backward: Callable | None = None,
+    gradients: str = "", fake_backward: Callable | None = None, check_values: Callable | None = None, ranks: Callable | None = None,
+    settings: Callable | None = None,
 ) -> Operator:  # fmt: skip
     """Defines torch.ops.tpinv.<name> and, with ``backward``, <name>_backward; the module's docstring says what each argument is.
     ``fake_backward``: gradients' fakes where they are not those of kept tensors of the same names."""
-    return Operator(schema, check, forward, fake, backward, kept, gradients, fake_backward)
+    return Operator(schema, check, forward, fake, backward, kept, gradients, fake_backward, check_values, ranks, settings)
 
 
 def _watched(tensors: Sequence[Tensor]) -> bool:

@@ -44,8 +44,8 @@ def _check(x, weight, *settings) -> None:
     norm.check_norm(x, weight, None, *settings)
 
 
-def _forward(x, weight, *settings) -> Tensor:
-    return norm.forward(NAME, x, weight, None, *settings, center=False)
+def _forward(x, weight, eps, *_) -> Tensor:
+    return norm.forward(x, weight, None, eps, center=False)
 
 
 def _backward(dy, x, weight, needs, *settings) -> tuple:
@@ -60,4 +60,5 @@ OPERATOR = register(
     backward=_backward,
     kept="x weight",
     gradients="x weight",
+    ranks=norm.sharing,
 )

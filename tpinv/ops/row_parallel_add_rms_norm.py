@@ -4,7 +4,6 @@ from torch import Tensor
 
 from tpinv import contract, reference
 from tpinv.collectives import resolve
-from tpinv.collectives.agreement import agree
 from tpinv.ops import products
 from tpinv.ops.arguments import check_eps, problem_of_eps, problem_of_tree, require, tree_of
 from tpinv.ops.reduce_add_rms_norm import add_norm, fake_hidden
@@ -45,11 +44,6 @@ def _check(x, weight, residual, norm_weight, eps, leaves, node_dtype, group) -> 
 
 def _forward(x, weight, residual, norm_weight, eps, leaves, node_dtype, group) -> tuple[Tensor, Tensor]:
     tree, ranks = contract.ROW_Y.tree(tree_of(leaves, node_dtype)), ranks_of(group)
-    settings = (
-        ("x", x.shape), ("weight", weight.shape), ("dtype", x.dtype), ("norm_weight", norm_weight.dtype), ("eps", eps), ("leaves", leaves),
-        ("node_dtype", node_dtype),
-    )  # fmt: skip
-    agree(ranks, NAME, settings, lambda: _check(x, weight, residual, norm_weight, eps, leaves, node_dtype, group))
     values = products.tree_product(rows(x), weight.t(), tree, ranks)
     values = values.view(len(values), *x.shape[:-1], weight.shape[0])
     return add_norm(values, residual, norm_weight, eps, tree, ranks)

@@ -3,11 +3,10 @@
 from torch import Tensor
 
 from tpinv import contract
-from tpinv.collectives import all_gather, resolve
-from tpinv.collectives.agreement import agree
+from tpinv.collectives import agree, all_gather, resolve
 from tpinv.ops import products
 from tpinv.ops.arguments import problem_of_tree, require, tree_of
-from tpinv.ops.linear import FusedGradient, check_linear, fake_gradients, settings_of, weight_grad
+from tpinv.ops.linear import FusedGradient, check_linear, fake_gradients, weight_grad
 from tpinv.ops.registry import group_name, ranks_of, register
 from tpinv.ops.shapes import rows
 from tpinv.tree import ReductionTree
@@ -62,8 +61,6 @@ def _check(x, weight, bias, leaves, node_dtype, group, sequence_parallel) -> Non
 
 def _forward(x, weight, bias, leaves, node_dtype, group, sequence_parallel) -> Tensor:
     tree, ranks = tree_of(leaves, node_dtype), ranks_of(group)
-    settings = settings_of(x, weight, bias, leaves, node_dtype, sequence_parallel)
-    agree(ranks, NAME, settings, lambda: _check(x, weight, bias, leaves, node_dtype, group, sequence_parallel))
     x_shard_k, w_shard_k, nodes = rows(x), weight, contract.ROW_Y.tree(tree)
     y = products.sum_product(x_shard_k, w_shard_k.t(), x.shape[:-1], nodes, ranks, sequence_parallel, x.dtype)
     return y if bias is None else y + bias

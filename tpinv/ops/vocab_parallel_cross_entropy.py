@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tpinv import contract, reference
 from tpinv.collectives import Ranks, all_max, resolve, select_all_reduce, tree_all_reduce
-from tpinv.collectives.agreement import agree
 from tpinv.ops import products
 from tpinv.ops.arguments import check_ids, check_integers, problem_of_tree, require, tree_of
 from tpinv.ops.registry import group_name, ranks_of, register
@@ -61,19 +60,13 @@ def _check(logits, target, leaves, group, label_smoothing, ignore_index) -> None
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1), over a vocabulary of at least 2 (here {vocab})")
 
 
+def _check_values(logits, target, leaves, group, label_smoothing, ignore_index) -> None:
+    check_ids(target, logits.shape[-1] * ranks_of(group).size, "target", ignore_index)
+
+
 def _forward(logits, target, leaves, group, label_smoothing, ignore_index) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and for the backward the maximum and the sum of exponentials of every row, [M]."""
     tree, ranks = contract.VOCABULARY.tree(tree_of(leaves)), ranks_of(group)
-
-    def check():
-        _check(logits, target, leaves, group, label_smoothing, ignore_index)
-        check_ids(target, logits.shape[-1] * ranks.size, "target", ignore_index)
-
-    settings = (
-        ("logits", logits.shape), ("dtype", logits.dtype), ("target", target.shape), ("leaves", leaves),
-        ("label_smoothing", label_smoothing), ("ignore_index", ignore_index), ("gradient", logits.requires_grad),
-    )  # fmt: skip
-    agree(ranks, NAME, settings, check)
     x, smoothing, vocab = rows(logits), *_smoothing(logits, label_smoothing, ranks)
     local, owned, ignored = _local(target, x.shape[-1], ranks, ignore_index)
     backend, x = products.rows_backend("cross_entropy", x), unit_stride(x)
@@ -126,4 +119,5 @@ OPERATOR = register(
     backward=_backward,
     kept="logits target top total",
     gradients="logits",
+    check_values=_check_values,
 )

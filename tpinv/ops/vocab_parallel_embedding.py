@@ -8,8 +8,7 @@ Ids that a rank does not own are skipped, not aliased to row 0, so that no rank'
 from torch import Tensor
 
 from tpinv import reference
-from tpinv.collectives import all_gather, resolve, select_all_reduce, select_reduce_scatter
-from tpinv.collectives.agreement import agree
+from tpinv.collectives import agree, all_gather, resolve, select_all_reduce, select_reduce_scatter
 from tpinv.ops import products
 from tpinv.ops.arguments import check_ids, check_integers
 from tpinv.ops.registry import group_name, ranks_of, register
@@ -53,18 +52,12 @@ def _check(ids, weight, vocab, group, sequence_parallel) -> None:
         raise ValueError(f"sequence_parallel scatters dimension 0 of ids {tuple(ids.shape)}, which {ranks.size} ranks must divide")
 
 
+def _check_values(ids, weight, vocab, *_) -> None:
+    check_ids(ids, vocab, "ids")
+
+
 def _forward(ids, weight, vocab, group, sequence_parallel) -> Tensor:
     ranks = ranks_of(group)
-
-    def check():
-        _check(ids, weight, vocab, group, sequence_parallel)
-        check_ids(ids, vocab, "ids")
-
-    settings = (
-        ("ids", ids.shape), ("weight", weight.shape), ("dtype", weight.dtype), ("sequence_parallel", sequence_parallel),
-        ("gradient of weight", weight.requires_grad),
-    )  # fmt: skip
-    agree(ranks, NAME, settings, check)
     local, owned = _local(ids, weight.shape[0], ranks)
     picked = weight[local.masked_fill(~owned, 0)]
     select = select_reduce_scatter if sequence_parallel else select_all_reduce
@@ -108,4 +101,5 @@ OPERATOR = register(
     kept="ids",
     gradients="weight",
     fake_backward=_fake_gradient,
+    check_values=_check_values,
 )
