@@ -9,11 +9,16 @@ rank, and then
                  be one for all calls: versions, the table of sums, the chip.
     remembers    a signature that all had: it is known from then on, and costs a look into a dictionary.
 
-The board lies in the group's store and no tensor is sent: nothing waits for a GPU, and a CUDA graph may be under capture. Where a
-signature is known to some ranks and new to others, or refused by others, the former are in their collective by then and wait. On a CPU
-that wait is guarded (transport.py): after a second it looks at the board every half second, and raises what it finds.
+The board lies in the group's store and no tensor is sent: nothing waits for a GPU, and a CUDA graph may be under capture.
+
+Two ways from there. Ranks on the CPUs of one machine announce every call, known or not, on a line (line.py) before a collective begins:
+whatever is wrong is found there, on all ranks, and the group can go on after it. Ranks on GPUs or on several machines go straight into
+their collective where the signature is known to them; if a peer refuses that call or calls something else, they wait in it. On a CPU that
+wait is guarded (transport.py): after a second it looks at the board, every half second, and raises what it finds; the group is given up.
+On a GPU the kernels' or NCCL's own timeout ends it. A rank that refused compares its next call even if it is known.
 """
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -26,10 +31,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from tpinv import contract
 from tpinv.collectives.board import ended
-from tpinv.collectives.group import GroupState, Ranks, state_of
+from tpinv.collectives.group import GroupState, Ranks, state_of, states
 from tpinv.collectives.line import REFUSED, Line, LineError, one_place
 from tpinv.tree import ReductionTree
 
@@ -76,8 +82,13 @@ def agree(ranks: Ranks, name: str, signature: Mapping | Iterable[tuple] = (), ch
         digest = state.known.get(call)
     if state.board is None or (digest is not None and state.line is None and not state.suspect):
         return
-    if state.line is None or not _announce(state, digest or _digest(state)):
-        _compare(state)
+    try:
+        if state.line is None or not _announce(state, digest or _digest(state)):
+            _compare(state)
+    except dist.DistError as error:
+        state.suspect = True
+        place = f"{where(state)} cannot be compared, because the group's store has gone, and with it the process that held it"
+        raise RuntimeError(f"{place}. That may have refused the call: see its own error ({error})") from error
     state.suspect = False
     if digest is None:
         state.known[call] = _digest(state)
@@ -122,6 +133,23 @@ def _refuse(state: GroupState, error: Exception) -> None:
     _post_refusal(state, error)
     if state.line is not None:  # after the post, where peers look for the reason
         state.line.send(state.calls, REFUSED)
+
+
+@atexit.register
+def _post_ends() -> None:
+    """Tells the peers of a process that ends, and why if by an error. Rank 0, whose process may hold the store, gives them time to read it."""
+    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    why = f"{type(error).__name__}: {error}".partition("\n")[0] if error else "its process is at its end"
+    deadline = time.monotonic() + GRACE
+    for state in states():
+        if state.board is None or not state.calls:
+            continue
+        with contextlib.suppress(RuntimeError):  # the store has gone
+            state.board.post_end(why)
+            while error and state.rank == 0 and time.monotonic() < deadline:
+                if all("refused" in (state.board.read(state.calls, rank) or ()) for rank in range(1, state.size)):
+                    break
+                time.sleep(LOOK / 5)
 
 
 def _announce(state: GroupState, digest: bytes) -> bool:

@@ -16,7 +16,7 @@ import socket
 from collections import deque
 from pathlib import Path
 
-from torch.distributed import Store
+from torch.distributed import FileStore, PrefixStore, Store
 
 _KEPT = 32  # posts of waits that no comparison has cleared, and refusals in a status
 
@@ -47,7 +47,12 @@ class Board:
         self._write(f"status/{self.rank}", self._status)
 
     def post_end(self, why: str) -> None:
-        """This process is about to end."""
+        """This process is about to end. A store in a file that is gone would be waited for."""
+        store = self._store
+        while isinstance(store, PrefixStore):
+            store = store.underlying_store
+        if isinstance(store, FileStore) and not os.path.exists(store.path):
+            return
         self._status["ended"] = why
         self._write(f"status/{self.rank}", self._status)
 

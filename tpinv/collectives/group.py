@@ -101,8 +101,8 @@ def state_of(ranks: Ranks) -> GroupState:
 
 
 def states() -> list[GroupState]:
-    """Of all groups that live."""
-    return list(_states.values())
+    """Of all groups that live and have not been destroyed."""
+    return [state for group, state in list(_states.items()) if group in c10d._world.pg_group_ranks]
 
 
 def _state(group: dist.ProcessGroup) -> GroupState:

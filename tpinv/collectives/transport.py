@@ -111,9 +111,9 @@ def _give_up(state: GroupState, error: Exception) -> None:
     """Closes the group's connections, if the backend is gloo: what waits on them ends, here and on the peers, and no thread of the group
     keeps the process from exiting."""
     state.broken = f"the connections of this process group were given up after an error, make a new group. The error: {error}"
-    backend = state.group()._get_backend(torch.device("cpu"))
-    if backend.name() == "gloo":
-        with contextlib.suppress(RuntimeError):  # a receive that times out closes all pairs of the context
+    with contextlib.suppress(RuntimeError):  # a receive that times out closes all pairs of the context
+        backend = state.group()._get_backend(torch.device("cpu"))
+        if backend.name() == "gloo":
             backend.recv([torch.empty(1)], (state.rank + 1) % state.size, _NO_TAG).wait(timedelta(milliseconds=1))
 
 
