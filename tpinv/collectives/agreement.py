@@ -42,7 +42,7 @@ from tpinv.tree import ReductionTree
 KNOWN = 1 << 14  # signatures remembered; the oldest goes first, on every rank alike
 PATIENCE = 1.0  # seconds before a wait looks around
 LOOK = 0.5  # seconds between two looks
-GRACE = 3.0  # seconds for the others to post as well, once one has refused or differs: then every rank names the same ones
+GRACE = 3.0  # seconds for the others to post as well, once one differs: then every rank names all
 
 
 def agree(ranks: Ranks, name: str, signature: Mapping | Iterable[tuple] = (), check: Callable[[], None] | None = None) -> None:
@@ -86,9 +86,7 @@ def agree(ranks: Ranks, name: str, signature: Mapping | Iterable[tuple] = (), ch
         if state.line is None or not _announce(state, digest or _digest(state)):
             _compare(state)
     except dist.DistError as error:
-        state.suspect = True
-        place = f"{where(state)} cannot be compared, because the group's store has gone, and with it the process that held it"
-        raise RuntimeError(f"{place}. That may have refused the call: see its own error ({error})") from error
+        raise store_gone(state, error) from error
     state.suspect = False
     if digest is None:
         state.known[call] = _digest(state)
@@ -130,7 +128,10 @@ def timeout() -> float:
 
 
 def _refuse(state: GroupState, error: Exception) -> None:
-    _post_refusal(state, error)
+    value_error = isinstance(error, ValueError)
+    said = str(error) if value_error else f"{type(error).__name__}: {error}"
+    text = f"rank {state.rank} of {state.size} refused {state.call[0]} (call {state.calls} of the group): {said}"
+    _post_refusal(state, {"rank": state.rank, "refused": text, "value_error": value_error})
     if state.line is not None:  # after the post, where peers look for the reason
         state.line.send(state.calls, REFUSED)
 
@@ -147,9 +148,15 @@ def _post_ends() -> None:
         with contextlib.suppress(RuntimeError):  # the store has gone
             state.board.post_end(why)
             while error and state.rank == 0 and time.monotonic() < deadline:
-                if all("refused" in (state.board.read(state.calls, rank) or ()) for rank in range(1, state.size)):
+                if all(_knows(state, rank) for rank in range(1, state.size)):
                     break
                 time.sleep(LOOK / 5)
+
+
+def _knows(state: GroupState, rank: int) -> bool:
+    """Has this peer heard of the end of this rank, or ended itself?"""
+    status = state.board.status(rank)
+    return status is not None and (ended(status) is not None or any(refusal["at"] >= state.calls for refusal in status["refusals"]))
 
 
 def _announce(state: GroupState, digest: bytes) -> bool:
@@ -168,8 +175,16 @@ def _announce(state: GroupState, digest: bytes) -> bool:
         return state.line.agrees(state.calls, digest, look)
     except LineError as error:
         explain(state, time.monotonic() + GRACE)
-        place = f"rank {error.rank} of {state.size} has ended or destroyed the group; rank {state.rank} waits for it in {where(state)}"
+        place = f"rank {error.rank} of {state.size} has ended or destroyed the group; the others wait for it in {where(state)}"
         raise _fail(state, RuntimeError(place)) from None
+
+
+def store_gone(state: GroupState, error: dist.DistError) -> RuntimeError:
+    """The error of a rank that cannot read the board any more."""
+    state.refused.add(state.calls)
+    state.suspect = True
+    first = str(error).partition("\n")[0]
+    return RuntimeError(f"in {where(state)}, the group's store has gone with the process that held it; its own error says why ({first})")
 
 
 def explain(state: GroupState, deadline: float) -> None:
@@ -198,7 +213,7 @@ def _compare(state: GroupState) -> None:
             posts.update((rank, post) for rank in missing if (post := state.board.read(number, rank)))
             if odd_at == math.inf and not _one(posts):
                 odd_at = now
-        if now > odd_at + GRACE:
+        if now > odd_at + _grace(posts):
             break
         if now > looked + LOOK:
             looked = now
@@ -227,12 +242,12 @@ def _connect(state: GroupState, posts: Mapping[int, dict]) -> None:
 def compare_in_wait(state: GroupState) -> None:
     """For a wait inside a collective: posts this rank's call, once, and raises if a peer has posted another one under that number, or its
     refusal. A peer that is only late has not posted anything, and is waited for."""
-    number, deadline = state.calls, time.monotonic() + GRACE
+    number, began = state.calls, time.monotonic()
     own = _description(state) if state.board.posted(number) else _post_call(state)
     while True:
         posts = {state.rank: own}
         posts.update((rank, post) for rank in range(state.size) if rank != state.rank and (post := state.board.read(number, rank)))
-        if _one(posts) or len(posts) == state.size or time.monotonic() > deadline:
+        if _one(posts) or len(posts) == state.size or time.monotonic() > began + _grace(posts):
             break
         time.sleep(LOOK / 5)  # the others wait as well, and will post: then all ranks say the same
     _raise_unless_one(state, posts)
@@ -257,9 +272,7 @@ def raise_for_peers(state: GroupState, comparing: bool = False) -> None:
                 state, ValueError(f"the ranks do not make the same calls: {where(state)} is new on rank {state.rank}; {place}. {_SAME}")
             )
         if why := ended(status):
-            raise _fail(
-                state, RuntimeError(f"rank {rank} of {state.size} has ended ({why}); rank {state.rank} waits for it in {where(state)}")
-            )
+            raise _fail(state, RuntimeError(f"rank {rank} of {state.size} has ended ({why}); the others wait for it in {where(state)}"))
 
 
 def _raise_unless_one(state: GroupState, posts: Mapping[int, dict]) -> None:
@@ -270,6 +283,11 @@ def _raise_unless_one(state: GroupState, posts: Mapping[int, dict]) -> None:
         state.refused.add(state.calls)  # the posts stay as they are, so that every rank finds the same
         state.suspect = True
         raise ValueError(f"the ranks differ in call {state.calls} of their group: {'; '.join(differences)}. {_SAME}")
+
+
+def _grace(posts: Mapping[int, dict]) -> float:
+    """Seconds in which the missing ranks may still post. A refusal says all by itself; what differs wants every rank's value."""
+    return LOOK if any("refused" in post for post in posts.values()) else GRACE
 
 
 def _one(posts: Mapping[int, dict]) -> bool:
@@ -331,39 +349,32 @@ def _post_call(state: GroupState) -> dict:
     return description
 
 
-def _post_refusal(state: GroupState, error: Exception, told: Mapping | None = None) -> None:
-    """Of the current call. ``told``: the refusal of another rank that is the reason, whose words are passed on."""
+def _post_refusal(state: GroupState, refusal: dict) -> None:
+    """Of the current call: ``refused``, the sentence that every peer raises, ``value_error``, its kind, and the ``rank`` it comes from."""
     state.refused.add(state.calls)
     state.suspect = True
-    if state.board is None:
-        return
-    value_error = isinstance(error, ValueError)
-    said = str(error) if value_error else f"{type(error).__name__}: {error}"
-    own = {"rank": state.rank, "call": state.calls, "name": state.call[0], "refused": said, "value_error": value_error}
-    with contextlib.suppress(RuntimeError):  # the store may have gone with the rank that held it: the error at hand says more
-        state.board.post(state.calls, state.call[0], dict(told) if told else own)
+    if state.board is not None:
+        with contextlib.suppress(RuntimeError):  # the store may have gone with the rank that held it: the error at hand says more
+            state.board.post(state.calls, state.call[0], refusal)
 
 
-def _fail(state: GroupState, error: Exception, told: Mapping | None = None) -> Exception:
-    """``error``, after the peers were told, since they might wait for this rank."""
-    _post_refusal(state, error, told)
+def _fail(state: GroupState, error: Exception) -> Exception:
+    """``error``, which this rank found, after the peers were told: they might wait for it."""
+    _post_refusal(state, {"rank": state.rank, "refused": str(error), "value_error": isinstance(error, ValueError)})
     return error
 
 
 def _refused_by_peer(state: GroupState, refusal: Mapping) -> Exception:
-    kind = ValueError if refusal["value_error"] else RuntimeError
-    error = kind(
-        f"rank {refusal['rank']} of {state.size} refused {refusal['name']} (call {refusal['call']} of the group): {refusal['refused']}"
-    )
-    return _fail(state, error, told=refusal)
+    """What a peer has posted, as an error; it is passed on, so that it reaches those who wait for this rank."""
+    _post_refusal(state, dict(refusal))
+    return (ValueError if refusal["value_error"] else RuntimeError)(refusal["refused"])
 
 
 def last_refusal(state: GroupState) -> str | None:
-    """The newest refusal that any rank has posted, in words."""
+    """The newest refusal that any rank has posted."""
     statuses = [status for rank in range(state.size) if (status := state.board.status(rank))]
     refusals = [refusal for status in statuses for refusal in status["refusals"]]
-    newest = max(refusals, key=lambda refusal: refusal["at"], default=None)
-    return newest and f"rank {newest['rank']} refused {newest['name']}: {newest['refused']}"
+    return max(refusals, key=lambda refusal: refusal["at"])["refused"] if refusals else None
 
 
 def _late(state: GroupState, late: list[int], limit: float) -> str:
@@ -373,7 +384,7 @@ def _late(state: GroupState, late: list[int], limit: float) -> str:
         places.append(
             f"rank {rank} was last seen at its call {status['call']}, {status['name']}" if status else f"rank {rank} has made no call"
         )
-    return f"waited {limit:g} s for {_ranks(late)} of {state.size} in {where(state)}: {'; '.join(places)}. {_SAME}; TPINV_TIMEOUT sets the seconds"
+    return f"rank {state.rank} waited {limit:g} s for {_ranks(late)} of {state.size} in {where(state)}: {'; '.join(places)}. {_SAME}; TPINV_TIMEOUT sets the seconds"
 
 
 def where(state: GroupState) -> str:

@@ -89,10 +89,12 @@ class Line:
                 try:
                     frame = peer.recv(_FRAME.size)
                 except BlockingIOError:
-                    look()
-                    continue
+                    frame = None
                 except OSError:
                     frame = b""
+                if frame is None:
+                    look()
+                    continue
                 if not frame:
                     raise LineError(rank)
                 announced, theirs = _FRAME.unpack(frame)

@@ -66,10 +66,10 @@ def wait(work: dist.Work | None, ranks: Ranks) -> None:
     """
     if work is None:
         return
-    try:
+    with contextlib.suppress(RuntimeError):  # a second has passed, or the collective failed
         work.wait(_SLICES[0])
-    except RuntimeError:  # a second has passed, or the collective failed
-        _wait_and_look(work, state_of(ranks))
+        return
+    _wait_and_look(work, state_of(ranks))
 
 
 def _wait_and_look(work: dist.Work, state: GroupState) -> None:
@@ -79,8 +79,9 @@ def _wait_and_look(work: dist.Work, state: GroupState) -> None:
             try:
                 agreement.compare_in_wait(state)
             except (ValueError, RuntimeError) as found:
-                _give_up(state, found)
-                raise
+                error = agreement.store_gone(state, found) if isinstance(found, dist.DistError) else found
+                _give_up(state, error)
+                raise error from None
         with contextlib.suppress(RuntimeError):  # also what the collective itself raises, which is asked below
             work.wait(_SLICES[1])
         if not work.is_completed() and time.monotonic() < began + agreement.LOOK / 2:
@@ -101,8 +102,8 @@ def _explain(state: GroupState, failure: RuntimeError) -> None:
             error = RuntimeError(f"{agreement.where(state)}: the backend failed: {failure}. Before that: {earlier}")
     except ValueError as found:
         error = found
-    except RuntimeError as found:  # the store may be gone as well
-        error = found if state.calls in state.refused else error
+    except RuntimeError as found:  # the store may have gone as well
+        error = error if isinstance(found, dist.DistError) else found
     _give_up(state, error)
     raise error from failure
 
