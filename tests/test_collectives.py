@@ -65,7 +65,8 @@ def every_case():
     _, rank, ranks = resolve()
     out = {}
     with poison(ranks > 1):
-        for tree in (ReductionTree(24), ReductionTree(24, "bfloat16"), *(ReductionTree(p) for p in RANKS)):
+        # of 20 leaves, 4 ranks own two or three subtrees
+        for tree in (ReductionTree(24), ReductionTree(24, "bfloat16"), ReductionTree(20), *(ReductionTree(p) for p in RANKS)):
             for kind in KINDS if fits(tree, ranks) else ():
                 for size in SIZES if tree.leaves == 24 and kind == "exponents" else SIZES[:-1]:
                     leaves = hostile(kind, (tree.leaves, *size), torch_node_dtype(tree), seed=1)
@@ -119,14 +120,15 @@ def traffic():
     real = dist.all_to_all_single
     dist.all_to_all_single = lambda out, x, **rest: sent.append((x.numel(), out.numel())) or real(out, x, **rest)
     try:
-        tree_all_reduce(torch.ones(1, 800), tree=ReductionTree(8))
+        tree_all_reduce(torch.ones(1, 8000), tree=ReductionTree(8))
+        tree_all_reduce(torch.ones(1, 800), tree=ReductionTree(8))  # small: all values at once
     finally:
         dist.all_to_all_single = real
     return sent
 
 
 def test_traffic_is_that_of_a_two_shot_all_reduce():
-    assert run_ranks(traffic, 4) == [[(800, 800)]] * 4
+    assert run_ranks(traffic, 4) == [[(8000, 8000), (3200, 3200)]] * 4
 
 
 def selections():
