@@ -137,6 +137,8 @@ def test_a_file_is_left_as_it_is_until_there_is_a_new_one(untrained):
         ("show --leaves -1", "leaves=-1"),
         ("show --leaves 8 --tp -2", "-2 ranks"),
         ("probe torch.sum --leaves -1", "leaves=-1"),
+        ("doctor --leaves 0", "leaves=0"),
+        ("doctor --tokens -1", "--tokens -1 must be at least 1"),
         ("diff a a --rows -1", "--rows -1 must be at least 0"),
     ],
 )
@@ -182,6 +184,13 @@ def test_an_error_that_nobody_expected(monkeypatch, capsys):
     assert "unexpected KeyError: 'digest'; --traceback shows where" in one_line(capsys, "diff")
     assert main(["diff", "a", "a", "--traceback"]) == 2
     assert 'raise KeyError("digest")' in capsys.readouterr().err
+
+
+def test_doctor_of_vllm_is_about_no_bytes(monkeypatch, capsys):
+    doctor = pytest.importorskip("tpinv.integrations.vllm.doctor")
+    monkeypatch.setattr(doctor, "findings", lambda: [(False, "no plugin")])
+    assert main(["doctor", "--vllm"]) == 2
+    assert "vLLM would not run on tpinv here" in one_line(capsys, "doctor")
 
 
 def test_nobody_reads_the_output(monkeypatch, capsys):

@@ -1,7 +1,8 @@
 """``tpinv doctor``: which kernels this machine can use, whether their bits agree, and what the tuner has chosen.
 
 Every candidate configuration is compared with the canonical one, on hostile inputs, for each kind of product and dtype. Exit
-status 1 when one disagrees: then it is never used here, and if all do the canonical kernel runs, slower.
+status 1 when one disagrees: then it is never used here, and if all do the canonical kernel runs, slower. ``--vllm`` instead says whether
+vLLM would run on tpinv here, with status 2 if it would not.
 """
 
 import argparse
@@ -27,7 +28,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.vllm:
         from tpinv.integrations.vllm import doctor
 
-        return doctor.run(console)
+        if doctor.run(console):
+            raise ValueError("vLLM would not run on tpinv here; what is wrong is listed above")
+        return 0
+    for leaves in arguments.leaves:
+        ReductionTree(leaves)
+    if min(arguments.tokens) < 1:
+        raise ValueError(f"--tokens {' '.join(map(str, arguments.tokens))} must be at least 1")
     from tpinv import kernels
 
     console.print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, TPINV_CACHE {os.environ.get('TPINV_CACHE', 'not set')}")
