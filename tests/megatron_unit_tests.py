@@ -277,9 +277,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkout", type=Path, help="a checkout of Megatron-LM of the installed megatron-core's version")
     parser.add_argument("--leaves", type=int, help="of the tree; by default the ranks, or 2 for one")
-    parser.add_argument(
-        "--ranks", type=int, default=8, help="what Megatron-LM's tests are written for; each is a process of half a gigabyte"
-    )
+    parser.add_argument("--ranks", type=int, default=1, help="processes of half a gigabyte; some tests ask for 2, 4 or 8")
     parser.add_argument("paths", nargs="*", default=list(PATHS), help="under tests/unit_tests")
     arguments = parser.parse_args()
     checkout, leaves = arguments.checkout.resolve(), arguments.leaves or max(2, arguments.ranks)

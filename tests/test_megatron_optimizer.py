@@ -13,6 +13,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.module import Float16Module
 from torch import nn
 
+from tpinv import clip_grad_norm_, grad_norm
 from tpinv.harness.megatron.verify import Run, build_config, train
 from tpinv.integrations.megatron import convert, convert_optimizer
 from tpinv.testing import RankError, compare
@@ -164,6 +165,26 @@ def test_the_norm_does_not_need_megatrons_marks(way, distributed, megatron_pool)
     for norm, gradients in on(megatron_pool, norm_without_marks, 4, replace(RUN, tp=4, sequence_parallel=True), way, distributed):
         assert norm == alone
         assert not {name: str(d) for name in expected if (d := compare(gradients[name], expected[name]))}
+
+
+def norm_by_modules(run: Run, lose) -> tuple[float, float]:
+    """tpinv.grad_norm and clipping of .grad, without Megatron's optimizer."""
+    model = convert(jobs.unconverted(run), tree=run.tree)
+    if lose is not None:
+        lose(model)
+    model(*jobs.batch(run), labels=jobs.batch(run, 1)[0]).mean().backward()
+    norm = grad_norm(model).item()
+    assert clip_grad_norm_(list(model.parameters()), norm / 2).item() == norm
+    return norm, grad_norm(model).item()
+
+
+@pytest.mark.parametrize("way", ["kept", "new", "to_empty"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_tpinvs_norm_asks_megatrons_modules(way, tied, megatron_pool):
+    run = replace(RUN, tied=tied)
+    lose = LOSSES[way] if not tied else None
+    alone = on(megatron_pool, norm_by_modules, 1, run, None)[0]
+    assert on(megatron_pool, norm_by_modules, 4, replace(run, tp=4, sequence_parallel=True), lose) == [alone] * 4
 
 
 def stock_norm(run: Run) -> float:

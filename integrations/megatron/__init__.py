@@ -14,11 +14,13 @@ from tpinv.integrations.megatron.converted import is_converted
 from tpinv.integrations.megatron.cpu import on_cpu
 from tpinv.integrations.megatron.guard import padded_vocab_size
 from tpinv.integrations.megatron.hooks import convert_optimizer, install_finalize_filter
+from tpinv.integrations.megatron.lora import add_lora
 from tpinv.integrations.megatron.loss import log_probs
 from tpinv.integrations.megatron.specs import TPInvariantSpecProvider, gpt_layer_spec, hybrid_stack_spec
 
 __all__ = [
     "TPInvariantSpecProvider",
+    "add_lora",
     "convert",
     "convert_optimizer",
     "gpt_layer_spec",

@@ -20,6 +20,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
+from tpinv import sharding
 from tpinv.collectives import agree, resolve
 from tpinv.integrations.megatron import converted, hooks, layers, loss
 from tpinv.integrations.megatron.guard import check_config, check_data_parallel, check_vocabulary
@@ -101,6 +102,9 @@ def convert(
             module.tpinv_hook = module.register_forward_pre_hook(_no_dynamic_batching, with_kwargs=True)
         if isinstance(module, layers._NormMixin):
             _share_rows(name, module, models[0])
+        if isinstance(module, layers.TreeBound):
+            module.ranks = resolve(module.tp_group)
+            sharding.register(module)
     layers.mark_shared_weights([module for _, module in plan])
     for language_model in models:
         converted.remember(language_model, tree, accept)

@@ -184,7 +184,7 @@ def _refused_for_converted(stock):
         if any(id(tensor) in ours for tensor in tensors):
             raise ValueError(
                 "torch's gradient norm counts this rank's shards of a converted model alone; use Megatron's optimizer through "
-                "convert_optimizer(optimizer), or tpinv.clip_grad_norm_(model.parameters(), ..., group=tensor-parallel group)"
+                "convert_optimizer(optimizer), or tpinv.clip_grad_norm_(model, ...), which asks the modules"
             )
         return stock(tensors, *args, **kwargs)
 

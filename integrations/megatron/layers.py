@@ -23,15 +23,17 @@ from tpinv import functional
 from tpinv.collectives import Ranks
 from tpinv.integrations.megatron.guard import ACTIVATIONS
 from tpinv.ops.marks import KeepsMarks
+from tpinv.sharding import ShardedModule, Sharding
 from tpinv.tree import ReductionTree
 
 ALONE = Ranks(None, 0, 1)
 
 
-class TreeBound(KeepsMarks):
+class TreeBound(KeepsMarks, ShardedModule):
     """A class that needs a tree. ``bind`` returns the subclass for one tree, which Megatron can then build without knowing of it."""
 
     tree: ReductionTree
+    ranks = None  # set by convert
     converted = False  # set by convert: until then the embedding, the output layer and the loss may be stock
 
     @classmethod
@@ -40,9 +42,14 @@ class TreeBound(KeepsMarks):
         return type(cls.__name__, (cls,), {"tree": tree, "__module__": cls.__module__, "__doc__": cls.__doc__})
 
     def parameter_sharding(self) -> dict[str, tuple[int, int] | None]:
-        """Parameter name -> (dimension, stride) of its shards over the tensor-parallel ranks, or None: whole on every rank, and so is its
-        gradient. Names that are not in it are left to Megatron."""
+        """Parameter name -> (dimension, stride) of its shards over ``tp_group``, or None: whole on every rank, and so is its gradient."""
         return {}
+
+    def parameter_shardings(self) -> dict[str, Sharding]:
+        if self.ranks is None:
+            return {}
+        held = {name: cut for name, cut in self.parameter_sharding().items() if self._parameters.get(name) is not None}
+        return {name: Sharding(self.ranks, *(cut or (None,))) for name, cut in held.items()}
 
     def require_converted(self) -> None:
         if problems := foreign_parts(self):
@@ -54,18 +61,17 @@ class TreeBound(KeepsMarks):
             )
 
 
-OWNED = {"weight", "bias"}
+OWNED = frozenset({"weight", "bias"})  # what a class may own, unless it says otherwise
 
 
 def foreign_parts(module: torch.nn.Module) -> list[str]:
     """What hangs under a module that computes with a weight and a bias and would be left out of its sums, such as a LoRA adapter."""
-    problems = []
-    if not module._parameters.keys() <= OWNED and (
-        foreign := [n for n, p in module._parameters.items() if p is not None and n not in OWNED]
-    ):
-        problems.append(f"{type(module).__name__} does not know its parameters {', '.join(foreign)}; for adapters, use add_lora")
-    if module._modules:
-        problems.append(f"{type(module).__name__} does not know its modules {', '.join(module._modules)}; for adapters, use add_lora")
+    kind, problems = type(module).__name__, []
+    parameters = module._parameters.keys() - getattr(module, "owned", OWNED)
+    if foreign := sorted(name for name in parameters if module._parameters[name] is not None):
+        problems.append(f"{kind} does not know its parameters {', '.join(foreign)}; for adapters, use add_lora")
+    if foreign := sorted(module._modules.keys() - getattr(module, "own_modules", ())):
+        problems.append(f"{kind} does not know its modules {', '.join(foreign)}; for adapters, use add_lora")
     return problems
 
 

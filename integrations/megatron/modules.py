@@ -27,6 +27,7 @@ from torch import nn
 
 from tpinv.integrations.megatron import layers, specs
 from tpinv.integrations.megatron.attention import TPInvariantDotProductAttention
+from tpinv.integrations.megatron.lora import LoRAAdapter
 from tpinv.tree import ReductionTree
 
 try:  # megatron-core 0.19 and later
@@ -72,7 +73,7 @@ def check_again(model: nn.Module) -> None:
 
 
 def _problems(name: str, module: nn.Module, tree: ReductionTree, accept: Collection) -> list[str]:
-    kind, ours = type(module), isinstance(module, tuple(REPLACEMENTS.values()))
+    kind, ours = type(module), isinstance(module, (*REPLACEMENTS.values(), LoRAAdapter))
     path = f"{kind.__module__}.{kind.__name__}"
     covered = ours or kind in REPLACEMENTS
     owned = {key for key, parameter in module.named_parameters(recurse=False)}
