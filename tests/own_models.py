@@ -30,11 +30,7 @@ def net(tree, group):
 
 def drawn_per_rank(tree, group):
     """Initial weights that depend on TP, as those of most frameworks do: verify loads those of TP = 1."""
-    model = Net(tree, group)
-    torch.manual_seed(100 + dist.get_rank())
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model, batches()
+    return _drawn_per_rank(Net(tree, group)), batches()
 
 
 class Foreign(nn.Module):
@@ -65,6 +61,32 @@ def uncovered(tree, group, stock):
     """What tpinv does not cover: a product whose sum over ranks is stock's, also in tpinv's runs."""
     x = torch.randn(2, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1))
     return {"model": Foreign(group), "batches": list(x), "shards": {"weight": 1}}
+
+
+def foreign_per_rank(tree, group, stock):
+    """Weights that depend on TP, of a module that says nothing of how they are sharded."""
+    return {**uncovered(tree, group, stock), "model": _drawn_per_rank(Foreign(group)), "shards": None}
+
+
+def with_state(tree, group, stock):
+    """The same with functions that put its weights together and take them apart."""
+
+    def state(model):
+        parts = [torch.empty_like(model.weight) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, model.weight.detach(), group=group)
+        return {"whole": torch.cat(parts, 1)}
+
+    def load(model, whole):
+        model.weight.data.copy_(whole["whole"].chunk(dist.get_world_size(group), 1)[dist.get_rank(group)])
+
+    return {**foreign_per_rank(tree, group, stock), "shards": {"weight": 1}, "state": state, "load": load}
+
+
+def _drawn_per_rank(model: nn.Module) -> nn.Module:
+    torch.manual_seed(100 + dist.get_rank())
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 class Shapes(nn.Module):

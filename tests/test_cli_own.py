@@ -62,6 +62,19 @@ def test_weights_drawn_per_rank_are_loaded_from_one(capsys):
     assert "initial tensors depended on TP; it started from those of TP=1" in capsys.readouterr().out
 
 
+def test_weights_that_nobody_knows_how_to_shard(capfd):
+    assert verify("own_models:foreign_per_rank", "--tp", "2") == 2
+    said = capfd.readouterr().err
+    assert "the initial weight depends on TP and nothing says how it is sharded ((16, 48) at TP=1, (16, 24) at TP=2)" in said
+    assert said.count("\n") == 1
+
+
+def test_weights_by_functions_of_the_factory(capsys):
+    assert verify("own_models:with_state", "--tp", "2") == 1, "the module itself is not covered"
+    printed = capsys.readouterr()
+    assert "stock TP=2: 1 initial tensors depended on TP" in printed.out and printed.err == ""
+
+
 def test_what_tpinv_does_not_cover_is_status_1(capsys):
     assert verify("own_models:uncovered", "--tp", "4") == 1
     assert "tpinv differs: this is a bug, or a part of the model that tpinv does not cover" in capsys.readouterr().out
