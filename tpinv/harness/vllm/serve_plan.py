@@ -147,6 +147,7 @@ def batches(llm, sizes: list[int], vocabulary: int, lengths: list[int], count: i
     greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=1, detokenize=False)
     found = {}
     for size in sizes:
+        llm.reset_prefix_cache()
         asked = prompts[:8] if size == 1 else prompts
         outputs = [output for i in range(0, len(asked), size) for output in llm.generate(asked[i : i + size], greedy, use_tqdm=False)]
         answers = [_answer(output) for output in outputs]
