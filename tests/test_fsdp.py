@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from tpinv import clip_grad_norm_, grad_norm
 from tpinv.collectives import Ranks
-from tpinv.sharding import ShardedModule
+from tpinv.state_dict import ShardedModule
 from tpinv.testing import assert_bitwise_equal, compare, run_ranks
 
 ALONE = Ranks(None, 0, 1)

@@ -20,7 +20,8 @@ ALLOWED = {
     "ops": {"tree", "contract", "reference", "runtime", "kernels", "collectives"},
     "functional": {"ops"},
     "sharding": {"tree", "contract", "reference", "collectives"},
-    "layers": {"tree", "contract", "reference", "collectives", "ops", "functional", "sharding"},
+    "layers": {"tree", "contract", "reference", "collectives", "ops", "functional", "sharding", "state_dict"},
+    "state_dict": {"sharding"},
     "optim": {"tree", "contract", "reference", "kernels", "collectives", "sharding"},
     "warmup": {"layers"},
     "inference": {"tree", "contract", "reference", "runtime", "kernels", "collectives", "ops", "functional"},
@@ -41,7 +42,19 @@ ALLOWED = {
         "inference",
         "testing",
     },
-    "__init__": {"tree", "contract", "reference", "collectives", "ops", "functional", "layers", "optim", "sharding", "warmup"},
+    "__init__": {
+        "tree",
+        "contract",
+        "reference",
+        "collectives",
+        "ops",
+        "functional",
+        "layers",
+        "optim",
+        "sharding",
+        "state_dict",
+        "warmup",
+    },
 }
 
 

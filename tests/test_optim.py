@@ -10,7 +10,8 @@ from hostile import DTYPES, RANKS, hostile, poison, same_nan, sum_of
 
 from tpinv import clip_grad_norm_, grad_norm, optim
 from tpinv.collectives import Ranks, resolve
-from tpinv.sharding import ShardedModule, shard
+from tpinv.sharding import shard
+from tpinv.state_dict import ShardedModule
 from tpinv.testing import assert_bitwise_equal, compare, run_ranks
 
 KINDS = ("normal", "exponents", "cancellation", "specials")

@@ -13,7 +13,8 @@ from torch.nn.utils import prune
 
 from tpinv import ColumnParallelLinear, ReductionTree, RMSNorm, RowParallelLinear, VocabParallelEmbedding, clip_grad_norm_, grad_norm, silu
 from tpinv.collectives import Ranks, resolve
-from tpinv.sharding import ShardedModule, Sharding, find_shardings, shard
+from tpinv.sharding import Sharding, find_shardings, shard
+from tpinv.state_dict import ShardedModule
 from tpinv.testing import assert_bitwise_equal, run_ranks
 
 TREE = ReductionTree(8)

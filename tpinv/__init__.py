@@ -21,7 +21,8 @@ from tpinv.ops import (
     vocab_parallel_log_probs,
 )
 from tpinv.optim import clip_grad_norm_, grad_norm
-from tpinv.sharding import ShardedModule, Sharding
+from tpinv.sharding import Sharding
+from tpinv.state_dict import ShardedModule
 from tpinv.tree import Node, ReductionTree
 from tpinv.warmup import warmup
 

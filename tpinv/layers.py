@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from tpinv import ops
 from tpinv.collectives import agree, resolve
-from tpinv.sharding import ShardedModule, digest, local, shard, unshard
+from tpinv.sharding import digest, local, shard, unshard
+from tpinv.state_dict import ShardedModule
 from tpinv.tree import ReductionTree
 
 __all__ = ["ColumnParallelLinear", "LayerNorm", "RMSNorm", "RowParallelLinear", "VocabParallelEmbedding", "shard", "unshard"]

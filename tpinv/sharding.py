@@ -1,6 +1,6 @@
 """How parameters are sharded: what modules know, asked for when it is needed.
 
-A module that holds parts of parameters says so by a method, :meth:`ShardedModule.parameter_shardings`, from its constructor's arguments.
+A module that holds parts of parameters says so by a method, :meth:`Sharded.parameter_shardings`, from its constructor's arguments.
 Nothing is written on tensors, where ``to_empty``, ``deepcopy``, ``load_state_dict(assign=True)``, a dtype's change, an assignment or FSDP
 would lose it. Whoever needs the sharding of a parameter (the gradient norm) looks for the module that holds it at that moment, by
 identity, among all modules that live.
@@ -10,6 +10,7 @@ module that does not know it (an adapter's weight registered on a layer, a param
 ValueError: what it is a part of, nobody can say, and a norm over a cut dimension would be another function at every number of ranks.
 """
 
+import copyreg
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,10 +27,11 @@ from tpinv.collectives import Ranks, resolve
 
 
 def shard(whole: Tensor, dim: int, rank: int, ranks: int, stride: int = 1) -> Tensor:
-    """Rank ``rank``'s part of a parameter that is sharded on ``dim`` in ``stride`` blocks. ValueError unless it divides evenly."""
+    """Rank ``rank``'s part of a parameter that is sharded on ``dim`` in ``stride`` blocks, in memory of its own: a view would keep the whole
+    alive. ValueError unless it divides evenly."""
     if whole.shape[dim] % (ranks * stride):
         raise ValueError(f"dimension {dim} of {tuple(whole.shape)} must be divisible by {ranks} ranks x stride {stride}")
-    return reference.split_leaves(whole, dim, ranks, stride)[rank].contiguous()
+    return reference.split_leaves(whole, dim, ranks, stride)[rank].clone(memory_format=torch.contiguous_format)
 
 
 def unshard(parts: list[Tensor], dim: int, stride: int = 1) -> Tensor:
@@ -56,8 +58,8 @@ class Sharding:
         return f"{how} over {self.ranks.size} ranks {list(global_ranks(self.ranks))}"
 
 
-class ShardedModule:
-    """Mixin, before nn.Module, for a module that holds parts of parameters. ``ranks`` is its group.
+class Sharded:
+    """What integrations mix in; tpinv.ShardedModule (state_dict.py) is this and checkpoints. ``ranks`` is the module's group.
 
     ``shards`` names every parameter that may be registered on the module and the dimension it is cut on, None for a whole one. A subclass
     with parameters of its own extends it. Every instance is found by :func:`find_shardings` as long as it lives.
@@ -93,7 +95,7 @@ class ShardedModule:
 
 
 def register(module: nn.Module) -> None:
-    """For a module that became a :class:`ShardedModule` by an assignment to ``__class__``, which calls no constructor."""
+    """For a module that became a :class:`Sharded` one by an assignment to ``__class__``, which calls no constructor."""
     _living.add(module)
 
 
@@ -104,7 +106,7 @@ def unknown_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     stack = [(f"{name}.", child) for name, child in module.named_children()]
     while stack:
         prefix, child = stack.pop()
-        if not isinstance(child, ShardedModule):
+        if not isinstance(child, Sharded):
             found += [(prefix + name, p) for name, p in child._parameters.items() if p is not None]
             stack += [(f"{prefix}{name}.", grandchild) for name, grandchild in child.named_children()]
     return found
@@ -152,6 +154,33 @@ def global_ranks(ranks: Ranks) -> tuple[int, ...]:
     if ranks.group is None:
         return (dist.get_rank() if dist.is_available() and dist.is_initialized() else 0,)
     return tuple(dist.get_process_group_ranks(ranks.group))
+
+
+def _reduce_ranks(ranks: Ranks) -> tuple:
+    return _ranks_again, (global_ranks(ranks) if ranks.size > 1 else (), ranks.rank, ranks.size)
+
+
+def _ranks_again(members: tuple[int, ...], rank: int, size: int) -> Ranks:
+    """Of a pickle: the group of the same ranks, of which this process is the same one. The default group before others."""
+    if size == 1:
+        return Ranks(None, 0, 1)
+    if dist.is_available() and dist.is_initialized():
+        groups = [dist.group.WORLD, *dist.distributed_c10d._world.pg_map]
+        for group in groups:
+            if tuple(dist.get_process_group_ranks(group)) == members and dist.get_rank(group) == rank:
+                return resolve(group)
+    here = (
+        f"rank {dist.get_rank()} of {dist.get_world_size()}"
+        if dist.is_available() and dist.is_initialized()
+        else "a process without a group"
+    )
+    raise ValueError(
+        f"a layer was pickled on rank {rank} of {size} ranks {list(members)}, whose parts it holds, and this is {here}, without such a group: make "
+        "the groups first, load each rank's own file, or move between sizes by state dicts and torch.distributed.checkpoint"
+    )
+
+
+copyreg.pickle(Ranks, _reduce_ranks)  # a ProcessGroup is a connection: its members are what can be written down
 
 
 def placed_over(tensor: Tensor) -> list[tuple[Ranks, object]]:
