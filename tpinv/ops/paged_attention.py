@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tpinv import reference
-from tpinv.contract import ATTENTION_LEAF
+from tpinv.contract import ATTENTION_LEAF, ATTENTION_NODE
 from tpinv.ops import attention, products
 from tpinv.ops.shapes import unit_stride
 from tpinv.reference import attention as reference_attention
@@ -232,11 +232,15 @@ for _signature, _function, _fake in (
 def require_paged(device: torch.device, dtype: torch.dtype, width: int) -> None:
     """ValueError unless, on this machine, a decode, a chunk of queries and another request's company give a row the bytes that
     core_attention gives it in one prefill, over shuffled pages with NaN behind the last position."""
-    length = 2 * ATTENTION_LEAF + 333 if device.type == "cuda" else ATTENTION_LEAF + 70
+    length = (4 * ATTENTION_NODE + 2) * ATTENTION_LEAF + 333 if device.type == "cuda" else ATTENTION_LEAF + 70
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = (torch.randn(length, heads, width, device=device, generator=generator).to(dtype) for heads in (4, 2, 2))
     whole = attention.backend(q)[0](*(t.unsqueeze(1) for t in (q, k, v)), 1.0, True)[0].squeeze(1)
-    short = 133
+    short = 133  # which one kernel computes, and the long one another, if it is longer than a node
+    if not attention.same_bytes(whole[:short], attention.backend(q)[0](*(t[:short].unsqueeze(1) for t in (q, k, v)), 1.0, True)[0][:, 0]):
+        raise ValueError(
+            f"attention is not invariant on {attention.device_name(device)}: the first {short} rows differ from those of {length}"
+        )
     for size in (16, 256):
         of_each = -(-length // size)
         order = torch.randperm(2 * of_each, generator=torch.Generator().manual_seed(1)).to(device)

@@ -5,11 +5,12 @@
     merge_kernel    a program per row: the chain over a node's leaves, the tree over nodes, one division
 
 The split is the contract's own, so it moves no bit: a unit does what the prefill's program does between two merges. How many
-units there are is known to the GPU alone. A fixed number of programs counts them from the lengths (:func:`_work`) and takes them in turn,
-hence a CUDA graph serves any lengths up to the bounds that it was captured with.
+units there are is known to the GPU alone, and so is whether they are leaves or nodes: nodes as soon as there are enough of them to fill
+it, because every part is written and read once more. A fixed number of programs counts the units from the lengths (:func:`_work`) and takes
+them in turn, hence a CUDA graph serves any lengths up to the bounds that it was captured with.
 
-Scratch, in fp32: units (bounded by requests, longest request and tiles) x key heads x ROWS x (WIDTH + 2). Units are nodes as soon as there
-are more than UNITS of leaves: 4096 units of 16 rows of width 128 are 34 MB.
+Scratch, in fp32: units x key heads x ROWS x (WIDTH + 2), for at most UNITS of leaves, or requests x tiles x key heads x nodes of the longest
+request if those are more. 4096 units of 16 rows of width 128 are 34 MB.
 """
 
 import torch
@@ -23,34 +24,39 @@ from tpinv.kernels.attention.leaves import BLOCK, LOG2E, NODE, merge, quotient, 
 from tpinv.runtime.device import ceil_div
 from tpinv.runtime.launch import entry
 
-UNITS = 4096  # times key heads: enough to fill any GPU many times
+UNITS = 4096  # of leaves at most, key heads included
 # Rows of a tile -> warps, stages, programs of a multiprocessor. Not in the bits.
-SCHEDULES = {16: (4, 7, 2), 32: (4, 5, 2), 64: (8, 5, 1)}
-DYNAMIC = ["table_s", "requests", "key_heads", "per_group", "most", "longest"]
+SCHEDULES = {16: (4, 5, 2), 32: (4, 5, 2), 64: (8, 5, 1)}
+DYNAMIC = ["table_s", "requests", "key_heads", "per_group", "most", "longest", "enough", "limit"]
 
 
 @triton.jit
-def _work(cu_q, lens, requests, per_group, most, longest, ROWS: tl.constexpr, UNIT: tl.constexpr, SIZE: tl.constexpr):
-    """[SIZE] for each request: units of work, and how many there are up to it and in it. None where other kernels compute."""
+def _work(
+    cu_q, lens, requests, key_heads, per_group, most, longest, enough, limit, ROWS: tl.constexpr, LEAF: tl.constexpr, SIZE: tl.constexpr
+):
+    """[SIZE] for each request: units of work of a key head, and how many there are up to it and in it; none where other kernels compute. And
+    the keys of a unit: a node's if ``enough`` units are, or more than ``limit`` units of leaves would be."""
     i = tl.arange(0, SIZE)
     queries = tl.load(cu_q + i + 1, mask=i < requests, other=0) - tl.load(cu_q + i, mask=i < requests, other=0)
     keys = tl.minimum(tl.load(lens + i, mask=i < requests, other=0), longest)
     tiles = tl.where(queries <= most, (queries * per_group + ROWS - 1) // ROWS, 0)
-    work = tiles * ((keys + UNIT - 1) // UNIT)
-    return work, tl.cumsum(work, 0)
+    leaves, nodes = tiles * ((keys + LEAF - 1) // LEAF), tiles * ((keys + LEAF * NODE - 1) // (LEAF * NODE))
+    whole = (tl.sum(nodes) * key_heads >= enough) | (tl.sum(leaves) * key_heads > limit)
+    work = tl.where(whole, nodes, leaves)
+    return work, tl.cumsum(work, 0), tl.where(whole, LEAF * NODE, LEAF)
 
 
 @entry
 @triton.jit(do_not_specialize=DYNAMIC)
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, acc_ptr, sums_ptr, table_ptr, cu_q, lens, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
-    table_s, requests, key_heads, per_group, most, longest, scale,
+    table_s, requests, key_heads, per_group, most, longest, enough, limit, scale,
     CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, LEAF: tl.constexpr,
-    UNIT: tl.constexpr, SIZE: tl.constexpr,
+    SIZE: tl.constexpr,
 ):  # fmt: skip
     """Grid: programs. acc_ptr [units, key heads, ROWS, WIDTH], sums_ptr [units, key heads, 2, ROWS] of total and top. Requests of more than
-    ``most`` queries are another kernel's, keys past ``longest`` nobody's. UNIT: keys of a unit."""
-    work, ends = _work(cu_q, lens, requests, per_group, most, longest, ROWS, UNIT, SIZE)
+    ``most`` queries are another kernel's, keys past ``longest`` nobody's."""
+    work, ends, unit = _work(cu_q, lens, requests, key_heads, per_group, most, longest, enough, limit, ROWS, LEAF, SIZE)
     request_index = tl.arange(0, SIZE)
     everything = tl.sum(work) * key_heads
     dim = tl.arange(0, WIDTH)
@@ -62,14 +68,14 @@ def decode_kernel(
         queries = tl.load(cu_q + request + 1) - q_at
         keys = tl.minimum(tl.load(lens + request), longest)
         tiles = (queries * per_group + ROWS - 1) // ROWS
-        start = inside // tiles * UNIT
+        start = inside // tiles * unit
         row = inside % tiles * ROWS + tl.arange(0, ROWS)
         query = row // per_group
         rows = queries * per_group
         sees = keys - queries + query + 1
         at_q = q_ptr + (q_at + query).to(tl.int64) * q_s + (head * per_group + row % per_group) * q_h
         q = tl.load(at_q[:, None] + dim[None, :], mask=(row < rows)[:, None] & (dim < DIM)[None, :], other=0.0)
-        stop = min(keys, start + UNIT)
+        stop = min(keys, start + unit)
         whole = stop // BLOCK * BLOCK
         if CAUSAL:  # of the tile's first row, and of its last
             whole = min(whole, max(0, keys - queries + inside % tiles * ROWS // per_group + 1) // BLOCK * BLOCK)
@@ -82,16 +88,13 @@ def decode_kernel(
         k_at, v_at, table_at = k_ptr + head * k_h, v_ptr + head * v_h, table_ptr + request.to(tl.int64) * table_s
         acc, total, top, leaf_acc, leaf_total, leaf_top = walk(
             q, acc, total, top, leaf_acc, leaf_total, leaf_top, start, whole, keys, sees, k_at, v_at, k_s, k_b, v_s, v_b, table_at, dim,
-            scale, False, CAUSAL, DIM, PAGE, LEAF if UNIT > LEAF else 0,
+            scale, False, CAUSAL, DIM, PAGE, LEAF,
         )  # fmt: skip
         acc, total, top, leaf_acc, leaf_total, leaf_top = walk(
             q, acc, total, top, leaf_acc, leaf_total, leaf_top, whole, stop, keys, sees, k_at, v_at, k_s, k_b, v_s, v_b, table_at, dim,
-            scale, True, CAUSAL, DIM, PAGE, LEAF if UNIT > LEAF else 0,
+            scale, True, CAUSAL, DIM, PAGE, LEAF,
         )  # fmt: skip
-        if UNIT > LEAF:
-            acc, total, top = merge(acc, total, top, leaf_acc, leaf_total, leaf_top)
-        else:
-            acc, total, top = leaf_acc, leaf_total, leaf_top
+        acc, total, top = merge(acc, total, top, leaf_acc, leaf_total, leaf_top)
         lane = tl.arange(0, ROWS)
         at = (unit_of_all.to(tl.int64) * key_heads + head) * ROWS
         tl.store(acc_ptr + (at + lane[:, None]) * WIDTH + dim[None, :], acc, mask=(row < rows)[:, None])
@@ -99,11 +102,24 @@ def decode_kernel(
         tl.store(sums_ptr + 2 * at + ROWS + lane, top, mask=row < rows)
 
 
+@triton.jit
+def _parts(acc_ptr, sums_ptr, part_at, part_s, row, node, in_node, units, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """acc [NODE, WIDTH], total and top [NODE] of one row of a node's units; nothing where there is none."""
+    i, dim = tl.arange(0, NODE), tl.arange(0, WIDTH)
+    unit = node * in_node + i
+    here = (i < in_node) & (unit < units)
+    at = (part_at + unit.to(tl.int64) * part_s) * ROWS
+    accs = tl.load(acc_ptr + (at + row)[:, None] * WIDTH + dim[None, :], mask=here[:, None], other=0.0)
+    totals = tl.load(sums_ptr + 2 * at + row, mask=here, other=0.0)
+    return accs, totals, tl.load(sums_ptr + 2 * at + ROWS + row, mask=here, other=float("-inf"))
+
+
 @entry
 @triton.jit(do_not_specialize=[*DYNAMIC, "tokens", "elsewhere"])
 def merge_kernel(
-    out_ptr, acc_ptr, sums_ptr, cu_q, lens, o_s, o_h, tokens, requests, key_heads, per_group, most, longest, elsewhere,
-    CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, LEAF: tl.constexpr,
+    out_ptr, acc_ptr, sums_ptr, cu_q, lens, o_s, o_h, tokens, requests, key_heads, per_group, most, longest, enough, limit,
+    elsewhere,
+    CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, LEAF: tl.constexpr,
     SIZE: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """Grid: heads, queries (some), requests and one more for rows of none, which are zero. Rows of a request with more than ``most`` queries,
@@ -130,13 +146,15 @@ def merge_kernel(
     query = tl.program_id(1)
     if query >= queries:
         return
-    work, _ = _work(cu_q, lens, requests, per_group, most, longest, ROWS, UNIT, SIZE)
+    work, _, unit = _work(cu_q, lens, requests, key_heads, per_group, most, longest, enough, limit, ROWS, LEAF, SIZE)
     first = tl.sum(tl.where(tl.arange(0, SIZE) < request, work, 0))
     row = query * per_group + (head % per_group).to(tl.int32)
     tiles = (queries * per_group + ROWS - 1) // ROWS
-    units = (keys + UNIT - 1) // UNIT
-    IN_NODE: tl.constexpr = NODE * LEAF // UNIT
-    nodes = tl.cdiv(units, IN_NODE)
+    units = (keys + unit - 1) // unit
+    in_node = NODE * LEAF // unit
+    nodes = (units + in_node - 1) // in_node
+    part_at = (first + row // ROWS).to(tl.int64) * key_heads + head // per_group
+    part_s = tiles * key_heads
     level = tl.arange(0, LEVELS)
     parked_acc = tl.zeros((LEVELS, WIDTH), tl.float32)
     parked_total = tl.zeros((LEVELS,), tl.float32)
@@ -145,18 +163,20 @@ def merge_kernel(
     acc = tl.zeros((WIDTH,), tl.float32)
     total = 0.0
     top = float("-inf")
+    part = tl.arange(0, NODE)
+    accs, totals, tops = _parts(acc_ptr, sums_ptr, part_at, part_s, row % ROWS, 0, in_node, units, ROWS, WIDTH)
     for node in range(nodes):
+        # The next node's parts are under way while this one's are merged.
+        here_accs, here_totals, here_tops = accs, totals, tops
+        accs, totals, tops = _parts(acc_ptr, sums_ptr, part_at, part_s, row % ROWS, node + 1, in_node, units, ROWS, WIDTH)
         acc = tl.zeros((WIDTH,), tl.float32)
         total = 0.0
         top = float("-inf")
-        for i in tl.static_range(IN_NODE):
-            unit = node * IN_NODE + i
-            here = units > unit
-            at = ((first + unit * tiles + row // ROWS).to(tl.int64) * key_heads + head // per_group) * ROWS
-            right = tl.load(acc_ptr + (at + row % ROWS) * WIDTH + dim, mask=dim < tl.where(here, WIDTH, 0), other=0.0)
-            right_total = tl.load(sums_ptr + 2 * at + row % ROWS, mask=here, other=0.0)
-            right_top = tl.load(sums_ptr + 2 * at + ROWS + row % ROWS, mask=here, other=float("-inf"))
-            acc, total, top = merge(acc, total, top, right, right_total, right_top)
+        for i in tl.static_range(NODE):
+            this = part == i
+            right_acc = tl.sum(tl.where(this[:, None], here_accs, 0.0), 0)
+            right_total, right_top = tl.sum(tl.where(this, here_totals, 0.0), 0), tl.sum(tl.where(this, here_tops, 0.0), 0)
+            acc, total, top = merge(acc, total, top, right_acc, right_total, right_top)
         turn = node
         if node == nodes - 1:
             turn = (1 << pending) - 1  # the last node takes all that is pending
@@ -185,26 +205,27 @@ def decode(
     per_group, padded = heads // key_heads, padded_width(width)
     rows = max(16, min(64, triton.next_power_of_2(most * per_group)))
     tiles = ceil_div(most * per_group, rows)
-    unit = leaf
-    if requests * tiles * key_heads * ceil_div(longest, leaf) > UNITS:
-        unit = leaf * contract.ATTENTION_NODE
-    items = requests * tiles * key_heads * ceil_div(longest, unit)
+    of_each = requests * tiles * key_heads
+    items = max(min(of_each * ceil_div(longest, leaf), UNITS), of_each * ceil_div(longest, leaf * contract.ATTENTION_NODE))
     scratch = query.new_empty(items * rows * (padded + 2), dtype=torch.float32)
     acc, sums = scratch[: items * rows * padded], scratch[items * rows * padded :]
-    warps, stages, programs = SCHEDULES[rows]
+    warps, stages, _ = SCHEDULES[rows]
     common = {
-        "CAUSAL": causal, "DIM": width, "WIDTH": padded, "ROWS": rows, "UNIT": unit, "LEAF": leaf,
+        "CAUSAL": causal, "DIM": width, "WIDTH": padded, "ROWS": rows, "LEAF": leaf,
         "SIZE": max(16, triton.next_power_of_2(requests)), "enable_fp_fusion": False,
     }  # fmt: skip
+    enough, programs = 1 << 30, min(items, 3)  # under Triton's interpreter
+    if query.is_cuda:
+        enough = torch.cuda.get_device_properties(query.device).multi_processor_count
+        programs = min(items, SCHEDULES[rows][2] * enough)
+    bounds = key_heads, per_group, most, longest, enough, UNITS
     if items:
-        if query.is_cuda:
-            programs = min(items, programs * torch.cuda.get_device_properties(query.device).multi_processor_count)
-        decode_kernel[(min(items, programs),)](
+        decode_kernel[(programs,)](
             query, key_cache, value_cache, acc, sums, block_table, query_start_loc, seq_lens, query.stride(0), query.stride(1),
-            *(s for t in (key_cache, value_cache) for s in t.stride()[:3]), block_table.stride(0), requests, key_heads, per_group, most,
-            longest, scale * LOG2E, PAGE=page, num_warps=warps, num_stages=stages, **common,
+            *(s for t in (key_cache, value_cache) for s in t.stride()[:3]), block_table.stride(0), requests, *bounds,
+            scale * LOG2E, PAGE=page, num_warps=warps, num_stages=stages, **common,
         )  # fmt: skip
     merge_kernel[(heads, max(1, min(most, tokens)), requests + 1)](
-        out, acc, sums, query_start_loc, seq_lens, out.stride(0), out.stride(1), tokens, requests, key_heads, per_group, most, longest,
+        out, acc, sums, query_start_loc, seq_lens, out.stride(0), out.stride(1), tokens, requests, *bounds,
         int(elsewhere), LEVELS=LEVELS, num_warps=1, **common,
     )  # fmt: skip

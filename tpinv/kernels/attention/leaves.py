@@ -35,23 +35,6 @@ def finite(top):
 
 
 @triton.jit
-def step(q, k, v, acc, total, top, seen, scale, MASKED: tl.constexpr):
-    """One block: q [ROWS, WIDTH], k and v [BLOCK, WIDTH], acc [ROWS, WIDTH], total and top [ROWS]. MASKED: ``seen`` [ROWS, BLOCK] says what
-    a row sees; what it does not must be finite in v."""
-    scores = tl.dot(q, k.T, input_precision="ieee")
-    if MASKED:
-        scores = tl.where(seen, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-    shift = finite(new_top)
-    p = tl.exp2(tl.fma(scores, tl.zeros_like(scores) + scale, tl.zeros_like(scores) - shift[:, None]))
-    shrink = tl.exp2(top - shift)
-    total = tl.fma(total, shrink, block_sum(p, q.shape[0]))
-    acc = acc * shrink[:, None]
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-    return acc, total, new_top
-
-
-@triton.jit
 def merge(acc, total, top, right_acc, right_total, right_top):
     """Left and right -> both. acc [ROWS, WIDTH] or [WIDTH], total and top [ROWS] or numbers."""
     new_top = tl.maximum(top, right_top)
@@ -63,6 +46,33 @@ def merge(acc, total, top, right_acc, right_total, right_top):
     else:
         acc = tl.fma(acc, tl.zeros_like(acc) + a, right_acc * b)
     return acc, total, new_top
+
+
+@triton.jit
+def step(q, k, v, acc, total, top, leaf_acc, leaf_total, leaf_top, begins, seen, scale, MASKED: tl.constexpr, MERGES: tl.constexpr):
+    """One block: q [ROWS, WIDTH], k and v [BLOCK, WIDTH], acc [ROWS, WIDTH], total and top [ROWS]. MASKED: ``seen`` [ROWS, BLOCK] says what
+    a row sees; what it does not must be finite in v. MERGES: the block may be the one that ``begins`` a leaf; the one before is merged.
+
+    The merge stands behind a product that it does not depend on: there the one before, into leaf_acc, has been waited for. At the end of a
+    loop's body it would still be on its way; reading it there makes the compiler wait for every single instruction of both products. And
+    it stands before the softmax, which a branch in its middle would cut in two for the scheduler."""
+    scores = tl.dot(q, k.T, input_precision="ieee")
+    if MERGES:
+        if begins:
+            acc, total, top = merge(acc, total, top, leaf_acc, leaf_total, leaf_top)
+            leaf_acc = tl.zeros_like(leaf_acc)
+            leaf_total = tl.zeros_like(leaf_total)
+            leaf_top = tl.full(leaf_top.shape, float("-inf"), tl.float32)
+    if MASKED:
+        scores = tl.where(seen, scores, float("-inf"))
+    new_top = tl.maximum(leaf_top, tl.max(scores, 1) * scale)
+    shift = finite(new_top)
+    p = tl.exp2(tl.fma(scores, tl.zeros_like(scores) + scale, tl.zeros_like(scores) - shift[:, None]))
+    shrink = tl.exp2(leaf_top - shift)
+    leaf_total = tl.fma(leaf_total, shrink, block_sum(p, q.shape[0]))
+    leaf_acc = leaf_acc * shrink[:, None]
+    leaf_acc = tl.dot(p.to(v.dtype), v, leaf_acc, input_precision="ieee")
+    return acc, total, top, leaf_acc, leaf_total, new_top
 
 
 @triton.jit
@@ -120,8 +130,8 @@ def walk(
     q, acc, total, top, leaf_acc, leaf_total, leaf_top, start, stop, keys, sees, k_ptr, v_ptr, k_s, k_b, v_s, v_b, table_ptr, dim, scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, LEAF: tl.constexpr,
 ):  # fmt: skip
-    """Blocks from ``start`` to ``stop``, keys of one node: leaf_* go on, and are merged into acc, total and top where a leaf ends, unless LEAF
-    is 0, because they are of one leaf.
+    """Blocks from ``start`` to ``stop``, keys of one node: leaf_* go on, and are merged into acc, total and top where the next begins, unless
+    LEAF is 0, because they are of one leaf.
     ``sees`` [ROWS]: with CAUSAL, how many keys a row sees."""
     for at in range(start, stop, BLOCK):
         k, v = key_block(k_ptr, v_ptr, k_s, k_b, v_s, v_b, table_ptr, at, keys, dim, DIM, PAGE, MASKED)
@@ -132,11 +142,10 @@ def walk(
                 seen = key[None, :] < tl.minimum(sees, keys)[:, None]
             else:
                 seen = tl.broadcast_to((key < keys)[None, :], (q.shape[0], BLOCK))
-        leaf_acc, leaf_total, leaf_top = step(q, k, v, leaf_acc, leaf_total, leaf_top, seen, scale, MASKED)
+        begins = False
         if LEAF:
-            if (at + BLOCK) % LEAF == 0:
-                acc, total, top = merge(acc, total, top, leaf_acc, leaf_total, leaf_top)
-                leaf_acc = tl.zeros_like(leaf_acc)
-                leaf_total = tl.zeros_like(leaf_total)
-                leaf_top = tl.full(leaf_top.shape, float("-inf"), tl.float32)
+            begins = at % LEAF == 0
+        acc, total, top, leaf_acc, leaf_total, leaf_top = step(
+            q, k, v, acc, total, top, leaf_acc, leaf_total, leaf_top, begins, seen, scale, MASKED, LEAF > 0
+        )
     return acc, total, top, leaf_acc, leaf_total, leaf_top

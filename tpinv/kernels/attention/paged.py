@@ -47,10 +47,10 @@ def forward(
     torch._assert_async(fits, "a request is longer than max_query_len or max_seq_len says")
     tiles = ceil_div(max_query_len, rows)
     programs = programs_for(tiles * heads * requests, query.device)
-    parked = query.new_empty(scratch_floats(programs, rows, width), dtype=torch.float32)
+    parked, turn = query.new_empty(scratch_floats(programs, rows, width), dtype=torch.float32), query.new_zeros(1, dtype=torch.int32)
     (k_b, k_s, k_h, _), (v_b, v_s, v_h, _) = key_cache.stride(), value_cache.stride()
     long_attention_kernel[(programs,)](
-        query, key_cache, value_cache, out, None, parked, block_table, query.stride(0), 0, query.stride(1), k_s, k_b, k_h, v_s, v_b, v_h,
+        query, key_cache, value_cache, out, None, parked, turn, block_table, query.stride(0), 0, query.stride(1), k_s, k_b, k_h, v_s, v_b, v_h,
         out.stride(0), 0, out.stride(1), query_start_loc, seq_lens, None, None, tokens, 0, block_table.stride(0), most, heads, requests,
         tiles, per_group, scale * LOG2E, ROWS=rows, PAGE=key_cache.shape[1], LEAF=leaf, LEVELS=LEVELS, num_warps=warps, num_stages=stages,
         **constants(query, causal),
