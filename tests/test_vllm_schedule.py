@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from tpinv.harness.vllm import schedule
-from tpinv.harness.vllm.verify import Row, _model_limits, verdict
+from tpinv.harness.vllm.verify import Row, model_limits, verdict
 
 
 def test_requests_are_a_function_of_the_seed():
@@ -49,9 +49,9 @@ def test_verdicts():
 
 def test_a_model_must_be_a_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint directory"):
-        _model_limits(str(tmp_path))
+        model_limits(str(tmp_path))
     (tmp_path / "config.json").write_text('{"vocab_size": 7}')
-    assert _model_limits(str(tmp_path)) == (7, 2048)
+    assert model_limits(str(tmp_path)) == (7, 2048)
 
 
 def test_options_of_training_are_refused():

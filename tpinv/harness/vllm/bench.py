@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tpinv.harness.vllm.verify import DTYPES, Settings, _model_limits, _random_model, run_job
+from tpinv.harness.vllm.verify import DTYPES, Settings, model_limits, random_model, run_job
 
 COLUMNS = ("layers", "TP", "tokens_per_second", "of_stock", "milliseconds_per_token", "of_stock_latency")
 
@@ -23,7 +23,7 @@ def measure(
 ) -> list[dict]:  # fmt: skip
     """A row for each kind of layers and size. RuntimeError if an engine fails."""
     rows = []
-    vocabulary, _ = _model_limits(model)
+    vocabulary, _ = model_limits(model)
     with tempfile.TemporaryDirectory(prefix="tpinv-vllm-") as directory:
         for size in sizes:
             stock = None
@@ -55,7 +55,7 @@ def run(arguments) -> int:
         console.print("no GPU: these are the times of tpinv's reference, which nobody serves with")
     kinds = ("stock", "batch-invariant", "tpinv") if device == "cuda" else ("stock", "tpinv")
     with tempfile.TemporaryDirectory(prefix="tpinv-vllm-") as directory:
-        model = arguments.checkpoint or _random_model(Settings(sizes=(1,)), os.path.join(directory, "model"))
+        model = arguments.checkpoint or random_model(Settings(sizes=(1,)), os.path.join(directory, "model"))
         rows = measure(
             model, sizes=tuple(arguments.tp), layers=kinds, leaves=arguments.leaves[-1], dtype="bf16", device=device, eager=device == "cpu",
             prompt=arguments.prompt, answer=arguments.answer, requests=arguments.requests, timeout=1800.0, console=console,

@@ -76,8 +76,8 @@ def compare(settings: Settings, console: Console) -> list[Row]:
         RuntimeError: an engine failed or took too long; the message holds the end of its output.
     """
     with tempfile.TemporaryDirectory(prefix="tpinv-vllm-") as directory:
-        model = settings.model or _random_model(settings, os.path.join(directory, "model"))
-        vocabulary, limit = _model_limits(model)
+        model = settings.model or random_model(settings, os.path.join(directory, "model"))
+        vocabulary, limit = model_limits(model)
         longest = min(settings.longest, limit - 40)
         requests = schedule.make_requests(settings.seed, settings.requests, vocabulary, longest)
         jobs = [job for layers in settings.layers for job in _jobs(settings, layers, model, requests)]
@@ -123,7 +123,7 @@ def verdict(rows: list[Row], console: Console) -> bool:
     return True
 
 
-def _random_model(settings: Settings, directory: str) -> str:
+def random_model(settings: Settings, directory: str) -> str:
     """Written by a process of its own, so that this one imports neither transformers nor, on a GPU, CUDA."""
     arguments = [directory, DTYPES[settings.dtype], json.dumps({name: getattr(settings, name) for name in ("qk_norm", "tied", "bias")})]
     code = (
@@ -136,7 +136,7 @@ def _random_model(settings: Settings, directory: str) -> str:
     return directory
 
 
-def _model_limits(model: str) -> tuple[int, int]:
+def model_limits(model: str) -> tuple[int, int]:
     """Vocabulary and longest sequence of a checkpoint."""
     path = os.path.join(model, "config.json")
     if not os.path.exists(path):
