@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from tpinv.harness.vllm import schedule
-from tpinv.harness.vllm.verify import Row, model_limits, verdict
+from tpinv.harness.vllm.verify import Row, against, model_limits, verdict
 
 
 def test_requests_are_a_function_of_the_seed():
@@ -45,6 +45,19 @@ def test_verdicts():
         verdict([row("stock", 3), row(preemptions=0)], console)
     with pytest.raises(ValueError, match="no cached"):
         verdict([row("stock", 3), row(cached=0)], console)
+
+
+@pytest.mark.parametrize("planted", [None, "r1", "r0 wave 1"])
+def test_every_wave_is_compared(planted):
+    answer = {"tokens": [5, 6], "log_probs": ["aa", "bb"], "candidates": [[], []], "prompt_log_probs": ["cc"]}
+    reference = {name: answer for name in ("r0", "r1")}
+    answers = reference | {f"{name} wave 1": answer for name in reference}
+    if planted:
+        answers |= {planted: answer | {"log_probs": ["aa", "b0"]}}
+    counts = {"steps": 9, "preemptions": 1, "cached": 1}
+    job = {"layers": "tpinv", "tp": 2, "plan": {"name": "crowded 1"}, "requests": [{"name": "r0"}, {"name": "r1"}]}
+    found = against(job, {"answers": answers, "counts": counts, "seconds": 1.0}, reference)
+    assert (found.tokens, found.requests, found.differing, found.first) == (12, 4, int(planted is not None), planted)
 
 
 def test_a_model_must_be_a_checkpoint(tmp_path):

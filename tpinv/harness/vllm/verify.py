@@ -88,7 +88,7 @@ def compare(settings: Settings, console: Console) -> list[Row]:
             reference = result["answers"]
             rows.append(_again(job, result))
         else:
-            rows.append(_against(job, result, reference))
+            rows.append(against(job, result, reference))
     return rows
 
 
@@ -237,14 +237,10 @@ def _row(job: dict, result: dict, pairs: dict[str, tuple[list[str], list[str]]])
     )  # fmt: skip
 
 
-def _against(job: dict, result: dict, reference: dict) -> Row:
+def against(job: dict, result: dict, reference: dict) -> Row:
+    """The answers of all waves against the reference's."""
     answers = result["answers"]
     return _row(job, result, {name: (_log_probs(reference[name.split(" wave")[0]]), _log_probs(answers[name])) for name in answers})
-
-
-def _against(job: dict, result: dict, reference: dict) -> Row:
-    names = [request["name"] for request in job["requests"]]
-    return _row(job, result, {name: (_log_probs(reference[name]), _log_probs(result["answers"][name])) for name in names})
 
 
 def _again(job: dict, result: dict) -> Row:
