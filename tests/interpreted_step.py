@@ -5,6 +5,7 @@ exp and rsqrt are NumPy's here, so the references below use those; everything el
 
 import functools
 import itertools
+import math
 
 import fast_interpreter  # noqa: F401
 import numpy as np
@@ -14,11 +15,12 @@ import torch
 from tpinv import functional, reference
 from tpinv.kernels.attention import backward as attention_backward
 from tpinv.kernels.attention import forward as attention
-from tpinv.kernels.rows import activation, cross_entropy, embedding, norm, squares, sums
+from tpinv.kernels.rows import activation, cross_entropy, embedding, gelu, norm, squares, sums
 from tpinv.ops import attention as functional_attention
 from tpinv.ops import products
 from tpinv.optim import norm_of
 from tpinv.reference import embedding as reference_embedding
+from tpinv.reference import gelu as reference_gelu
 from tpinv.testing import assert_bitwise_equal
 from tpinv.tree import ReductionTree
 
@@ -162,6 +164,27 @@ def test_swiglu_has_the_bits_of_its_two_steps(dtype, monkeypatch):
     gate = x[:, :23].clone().requires_grad_()
     functional.silu(gate).backward(dy)
     assert_bitwise_equal(activation.silu_backward(x[:, :23], dy), gate.grad, "silu's gradient")
+
+
+def scalar(function):
+    """math's function, in float64, on every element: what the interpreter computes."""
+    return lambda x: torch.from_numpy(np.vectorize(function, otypes=[np.float64])(x.numpy()).astype(np.float32)) if x.numel() else x
+
+
+@pytest.mark.parametrize("tanh", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gelu(tanh, dtype, monkeypatch):
+    """tanh is made of exp here, since the interpreter has none."""
+    monkeypatch.setattr(torch, "exp", exp)
+    monkeypatch.setattr(torch, "erf", scalar(math.erf))
+    monkeypatch.setattr(torch, "tanh", lambda x: 1.0 - 2.0 / (exp(2.0 * x) + 1.0))
+    x, dy = wild(5, 213, seed=14, dtype=dtype, spread=3), wild(5, 213, seed=15, dtype=dtype, spread=3)
+    y, dx = reference_gelu.gelu(x, tanh), reference_gelu.gelu_backward(x, dy, tanh)
+    assert_bitwise_equal(gelu.gelu(x, tanh), y, "y")
+    assert_bitwise_equal(gelu.gelu_backward(x, dy, tanh), dx, "dx")
+    shifted = torch.empty(x.numel() + 1, dtype=dtype)[1:].view(x.shape).copy_(x)  # another address, and a part of it
+    assert_bitwise_equal(gelu.gelu(shifted[:, 3:100], tanh), y[:, 3:100], "a part at an odd address")
+    assert gelu.gelu(x[:0], tanh).shape == (0, 213) == gelu.gelu_backward(x[:0], dy[:0], tanh).shape
 
 
 # -- sum of squares ----------------------------------------------------------------------------------------------------------------

@@ -86,6 +86,20 @@ def test_norms(shape, dtype, kind, plain):
         assert_bitwise_equal(a, b, name)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu(approximate, dtype, plain):
+    """A kernel of ours; an element has its bytes wherever it lies, at an odd address and in a row of any width."""
+    x, dy = jobs.make("x", 33, 1001, dtype=dtype), jobs.make("dy", 33, 1001, dtype=dtype)
+    run = lambda x, dy: grads(lambda x: functional.gelu(x, approximate), dy, x)  # noqa: E731
+    ours, torchs = plain(lambda: run(x, dy))
+    for name, a, b in zip(("y", "dx"), ours, torchs, strict=True):
+        assert_bitwise_equal(a, b, name)
+    for width in (1, 3, 500):
+        for name, a, b in zip(("y", "dx"), run(x[:, 1 : 1 + width], dy[:, 1 : 1 + width]), ours, strict=True):
+            assert_bitwise_equal(a, b[:, 1 : 1 + width], f"{name} of {width}")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("smooth", [0.0, 0.1])
 @pytest.mark.parametrize("vocab", [1000, 128256])

@@ -30,7 +30,7 @@ CUBIC_3 = tl.constexpr(3.0 * 0.044715)
 @triton.jit
 def _distribution(x, TANH: tl.constexpr):
     if TANH:
-        return 0.5 * (1.0 + tanh(SQRT_2_OVER_PI * (x + CUBIC * (x * x * x))))
+        return 0.5 * (1.0 + tanh((x + (x * x * x) * CUBIC) * SQRT_2_OVER_PI))
     else:
         return 0.5 * (1.0 + erf(x * SQRT_HALF))
 
@@ -40,7 +40,7 @@ def _density(x, distribution, TANH: tl.constexpr):
     """F' of the erf form; of the tanh form, with t = 2 F - 1, (1 - t^2) / 2 times the derivative of t's argument."""
     if TANH:
         t = 2.0 * distribution - 1.0
-        return 0.5 * (1.0 - t * t) * (SQRT_2_OVER_PI * (1.0 + CUBIC_3 * (x * x)))
+        return 0.5 * (1.0 - t * t) * ((1.0 + (x * x) * CUBIC_3) * SQRT_2_OVER_PI)
     else:
         return exp(-0.5 * (x * x)) * ONE_OVER_SQRT_2PI
 
