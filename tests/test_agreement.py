@@ -3,6 +3,8 @@
 import contextlib
 import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from unittest import mock
@@ -272,6 +274,39 @@ def test_a_rank_that_dies(tmp_path, with_line, where):
     with pytest.raises(RankError, match="rank 1 of 2 died with exit code 3"):
         run_ranks(dying, 2, with_line, where, str(tmp_path))
     assert re.match(r"RuntimeError: rank 1 of 2 has ended", (tmp_path / "0").read_text())
+
+
+RANK = """
+import sys, torch, torch.distributed as dist
+from tpinv import ReductionTree, tree_all_reduce
+from tpinv.collectives import agreement
+
+rank, path, with_line = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "line"
+if not with_line:
+    def no_line(*_):
+        raise OSError
+    agreement.Line = no_line
+dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_size=2)
+tree_all_reduce(torch.ones(1, 4), tree=ReductionTree(2))
+if rank == 1:
+    raise KeyError("of its own")
+tree_all_reduce(torch.ones(1, 4), tree=ReductionTree(2))
+"""
+
+
+@pytest.mark.parametrize("how", ["line", "board"])
+def test_processes_that_end_by_an_error(tmp_path, how):
+    """Rank 1 ends by an error that has nothing to do with the group; rank 0 says so, and both exit."""
+    start = [[sys.executable, "-c", RANK, str(rank), str(tmp_path / "store"), how] for rank in range(2)]
+    ranks = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in start]
+    try:
+        said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert "KeyError: 'of its own'" in said[1]
+    wanted = "RuntimeError: rank 1 of 2 has ended (KeyError: 'of its own'); the others wait for it in call 2 of the group, tree_all_reduce"
+    assert wanted in said[0], said[0]
 
 
 # -- groups ------------------------------------------------------------------------------------------------------------------------------
