@@ -46,7 +46,7 @@ def grad_norm(x: Gradients, *, group=None, norm_type: float = 2.0, compare_repli
             Parameters that tpinv's layers hold are parts or whole as the layer says, over the layer's group; DTensors (FSDP2, tensor
             parallelism by DTensor) are what their placements say, on top of it; any other is whole and the same on every rank.
         group: ProcessGroup, one-dimensional DeviceMesh, or None for the groups that the parameters are sharded over. Where it is given it
-            must be the layers' own.
+            must be the layers' own; a group of one rank, where they have none, asks no other rank.
         norm_type: 2.0 or inf.
         compare_replicas: whether to compare, byte by byte, values and gradients of what is whole on several ranks. The host waits for
             it. None: at every call on a CPU; on a GPU at the first one with these parameters.
@@ -154,7 +154,7 @@ class _Gradients:
             except ValueError as error:
                 self.refusal = self.refusal or error
         self.groups = list(self._known.values())
-        if not self.groups and (world := resolve(None)).size > 1:
+        if not self.groups and group is None and (world := resolve(None)).size > 1:
             self.groups = [world]  # nothing says who has copies of these: all ranks
 
     def _one(self, ranks: Ranks) -> Ranks | None:

@@ -59,7 +59,7 @@ class LMHead(ColumnParallelLinear):
 class RowParallelLinear(Invariant, linear.Linear):
     """The forward is a tree over in-features, scattered over the sequence under sequence parallelism."""
 
-    shards = {"weight": 1}
+    shards = {"weight": 1, "bias": None}
 
     @dataclass(kw_only=True, slots=True)
     class Config(TreeConfig, linear.Linear.Config):
@@ -123,6 +123,8 @@ class FeedForward(Invariant, feed_forward.FeedForward):
 class RMSNorm(Invariant, nn_modules.RMSNorm):
     """The weight's gradient is a tree over the tokens of all ranks and complete on each of them."""
 
+    shards = {"weight": None}
+
     @dataclass(kw_only=True, slots=True)
     class Config(TreeConfig, nn_modules.RMSNorm.Config):
         pass
@@ -160,6 +162,8 @@ class _GatherTokens(torch.autograd.Function):
 
 class QKNorm(Invariant, nn_modules.RMSNorm):
     """One weight for all heads, which are sharded: its gradient is a tree over heads, tokens below them. Input [..., heads/p, H]."""
+
+    shards = {"weight": None}
 
     @dataclass(kw_only=True, slots=True)
     class Config(TreeConfig, nn_modules.RMSNorm.Config):

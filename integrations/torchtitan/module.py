@@ -8,7 +8,6 @@ as plain local tensors and the stock machinery has nothing to move. Parameters a
 
 import contextlib
 import math
-import weakref
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +18,8 @@ from torchtitan.distributed.utils import get_spmd_backend
 from torchtitan.models.common.param_init import skip_param_init
 
 from tpinv.collectives import Ranks, resolve
-from tpinv.layers import shard
 from tpinv.ops.registry import ALONE, group_name
+from tpinv.sharding import Sharded, shard
 from tpinv.tree import ReductionTree
 
 
@@ -34,18 +33,11 @@ class TreeConfig:
     forward_only: bool = False
 
 
-class Invariant:
+class Invariant(Sharded):
     """Mixin before a stock module class, whose ``Config`` also derives from :class:`TreeConfig`."""
 
     ranks = ALONE
     group = ""  # the name by which operators know the ranks
-    shards: dict[str, int] = {}  # parameter -> dimension sharded over the tensor-parallel ranks; all others are whole
-    living = weakref.WeakSet()
-
-    def __new__(cls, *args, **kwargs):  # not __init__, which copies do not call
-        module = super().__new__(cls)
-        Invariant.living.add(module)
-        return module
 
     def __init__(self, config):
         super().__init__(config)
@@ -68,16 +60,6 @@ class Invariant:
             sizes = zip(param.device_mesh.mesh_dim_names or (), param.device_mesh.shape, strict=False)
             check_replicas(math.prod(size for axis, size in sizes if axis != "tp"), self.forward_only)
         init_whole(param, self._param_init[name], self.shards.get(name), self.ranks)
-
-
-def counted_parameters() -> dict[int, bool]:
-    """id of every parameter that invariant modules hold now -> whether this rank counts its plain gradient in the norm: always a shard,
-    of replicas the first one. Asked when it is needed, since parameters come and go (to_empty, FSDP, load_state_dict(assign=True))."""
-    return {
-        id(parameter): name in module.shards or module.ranks.rank == 0
-        for module in Invariant.living
-        for name, parameter in module.named_parameters(recurse=False)
-    }
 
 
 def check_parallelism(tree: ReductionTree, *, tp: int, cp: int, ep: int, pp: int, backend: str) -> None:
