@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tpinv.diff import Part
 from tpinv.harness.comparison import HarnessError, Recording, compare_recorded, part
 from tpinv.harness.own import Case, OwnRun
-from tpinv.sharding import ShardedModule, shard, unshard
+from tpinv.sharding import shard, unshard
+from tpinv.state_dict import ShardedModule
 
 UNKNOWN = "unknown"
 
