@@ -9,8 +9,10 @@ import torch
 
 from tpinv import reference
 from tpinv.kernels.gemm import triton_gemm as gemm
+from tpinv.kernels.gemm import verification
 from tpinv.kernels.gemm.problem import make_problems
 from tpinv.kernels.rows import sums
+from tpinv.runtime import state
 from tpinv.testing import assert_bitwise_equal, order_probe, tree_shape
 from tpinv.tree import ReductionTree
 
@@ -93,3 +95,30 @@ def test_column_sum_has_the_bytes_of_the_reference(tokens, leaves, ranks):
         assert_bitwise_equal(actual, expected, f"{tokens} tokens, rank {rank} of {ranks}")
     if tokens > 100:
         assert not torch.equal(x.sum(0), actual[0])  # the stock sum adds in another order
+
+
+@pytest.mark.parametrize("length", [32, 40])
+@pytest.mark.parametrize("layout", ["row", "column", "wide"])
+def test_verification_runs_the_kernel_of_the_problem(layout, length, monkeypatch):
+    """It passes on every layout; and one that errs only in the kernel that this problem compiles to is found out."""
+    monkeypatch.setattr(verification, "_ROWS", 20)
+    monkeypatch.setattr(verification, "_COLS", 24)
+    tree, rows, k = ReductionTree(2), 5, 2 * length
+    flat = torch.zeros(4 * rows * k + 8)[1:]
+    strides = {"row": (k + 3, 1), "column": (1, rows), "wide": (2 * k, 2)}[layout]
+    a, b = flat.as_strided((rows, k), strides), torch.zeros(7, k)
+    (problem,) = make_problems(a, b, torch.zeros(1, rows, 7), None, tree, 0, 1, 1, "ieee")
+    config = gemm.TritonConfig(64, 64, 32, 4, 1)
+    state.clear()
+    assert verification.verify(problem, config) and verification.verify(problem, replace(config, parts=2, swap=True))
+    state.clear()
+    compiled, run = gemm.compiled(problem, config), gemm.run
+
+    def errs(problem, config, masked=False):
+        run(problem, config, masked)
+        if not masked and gemm.compiled(problem, config) == compiled:
+            problem.out.neg_()
+
+    monkeypatch.setattr(gemm, "run", errs)
+    assert not verification.verify(problem, config) and len(verification.struck_off()) == 1
+    state.clear()

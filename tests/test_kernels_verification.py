@@ -65,6 +65,7 @@ def test_everything_compiled_in_is_in_the_key():
     p = problem(bias=True)
     options = ("num_warps", "num_stages")
     names = {name for name, _ in gemm.compiled(p, gemm.CANONICAL)}
+    assert gemm.tree_gemm_kernel.do_not_specialize == gemm._ANY_NUMBER
     assert names | NOT_COMPILED_IN.keys() == {*gemm.tree_gemm_kernel.arg_names, *options} and not names & NOT_COMPILED_IN.keys()
     legend = re.search(r"with these macros:\n(.*?)\n\n", cuda.source(sm90.SOURCE), re.S).group(1)
     config = sm90.candidates(p)[0]

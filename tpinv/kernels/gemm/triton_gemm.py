@@ -68,8 +68,11 @@ def _store_root(
     tl.store(at, value, mask=mask)
 
 
+_ANY_NUMBER = ["rows", "cols", "steps", "part_leaves"]
+
+
 @entry
-@triton.jit(do_not_specialize=["rows", "cols", "steps", "part_leaves"])
+@triton.jit(do_not_specialize=_ANY_NUMBER)
 def tree_gemm_kernel(
     a_ptr, b_ptr, out_ptr, bias_ptr, parts_ptr, arrivals_ptr, merges_ptr,
     rows, cols, length, steps, pieces, part_leaves, a_row, a_k, a_piece, b_col, b_k, b_piece, out_row,
@@ -243,8 +246,7 @@ def _argument_kinds(problem: Problem, config: TritonConfig) -> dict[str, tuple]:
     bias = problem.out if problem.bias is None else problem.bias
     kinds = {"a_ptr": kind(problem.a), "b_ptr": kind(problem.b), "out_ptr": kind(problem.out), "bias_ptr": kind(bias)}
     names = tree_gemm_kernel.arg_names[_POINTERS:]
-    any_number = tree_gemm_kernel.do_not_specialize
-    return kinds | {n: kind(x, n not in any_number) for n, x in zip(names, _numbers(problem, config), strict=False)}
+    return kinds | {n: kind(x, n not in _ANY_NUMBER) for n, x in zip(names, _numbers(problem, config), strict=False)}
 
 
 def layout(problem: Problem) -> tuple:
