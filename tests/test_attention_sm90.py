@@ -1,0 +1,45 @@
+"""Attention's kernels as compiled for Hopper: products run on tensor cores one after another without waiting for each. No GPU needed."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tpinv.kernels.attention import forward
+
+POINTERS = {name: "*bf16" for name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr")} | {
+    "lse_ptr": "*fp32",
+    "parked_ptr": "*fp32",
+    "turn_ptr": "*i32",
+}
+STRIDES = {f"{t}_{d}" for t in "qkvo" for d in "sbh"}
+
+
+@pytest.mark.parametrize("kernel", [forward.attention_kernel, forward.long_attention_kernel], ids=["a node", "a tree"])
+def test_no_accumulator_is_read_while_it_is_written(kernel, tmp_path):
+    """Else ptxas says C7514 and makes every wgmma wait (leaves.step says when)."""
+    rows, warps, stages = forward.TILES[2][128]
+    names = kernel.jit.arg_names
+    absent = {name: None for name in ("cu_q", "cu_k", "first_q", "first_k", "table_ptr")}
+    known = {"CAUSAL": True, "DIM": 128, "WIDTH": 128, "ROWS": rows, "LEAF": 512, "PAGE": 0, "LEVELS": forward.LEVELS} | absent
+    constants = {name: value for name, value in known.items() if name in names}
+    types = {**dict.fromkeys(names, "i32"), **POINTERS, "scale": "fp32", **dict.fromkeys(constants, "constexpr")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in STRIDES or types[name][0] == "*"}
+    source = ASTSource(kernel.jit, {name: types[name] for name in names}, constants, aligned)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])
+    said = ""
+    for name in ("ptxas-blackwell", "ptxas"):  # the first reads the newest versions of PTX, if it is there
+        ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+        if not said and ptxas.exists():
+            command = [ptxas, "-v", "--gpu-name=sm_90a", "--fmad=false", tmp_path / "kernel.ptx", "-o", tmp_path / "kernel.cubin"]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "registers" in said
+    assert "wgmma.mma_async" in compiled.asm["ptx"] and "C75" not in said, said
