@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--framework", choices=["plain", *sorted(FRAMEWORKS | ENGINES)],
         help="whose model and training loop (default megatron; with --model: what the factory's module imports, else plain), or engine",
     )  # fmt: skip
+    parser.add_argument(
+        "--across", metavar="LIST", help="one checkpoint in several frameworks, as transformers,megatron,torchtitan,vllm; logits and "
+        "log-probabilities are compared. --model: a Hugging Face directory (default: small random ones)",
+    )  # fmt: skip
+    parser.add_argument("--vllm-python", metavar="PATH", help="--across: the interpreter of an environment that has vLLM and tpinv")
     parser.add_argument("--tp", default="1,2,4,8", help="tensor-parallel sizes, compared with 1 (default 1,2,4,8)")
     parser.add_argument("--sequence-parallel", action="store_true", help="run every size above 1 with sequence parallelism as well")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of parameters and activations (default fp32)")
@@ -71,6 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
     check_outputs(arguments)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a GPU; there is none here")
+    if arguments.across:
+        from tpinv.cli import across
+
+        return across.run(arguments, sizes)
     if arguments.framework in ENGINES:
         return importlib.import_module(ENGINES[arguments.framework]).run(arguments)
     console = Console()

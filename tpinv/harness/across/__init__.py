@@ -1,10 +1,10 @@
 """Who agrees with whom: one Hugging Face checkpoint and the same tokens in several frameworks at several TP sizes.
 
-Every part computes, with tpinv swapped in, the logits of the whole vocabulary and the log-probability of each next token; the bytes are
-compared with those of transformers in one process. Rope is computed in the model's dtype everywhere (``rope_dtype="model"``).
+Every part computes the logits of the whole vocabulary and the log-probability of each next token (vLLM the latter), with tpinv swapped in
+or with the stock layers; the bytes are compared with those of transformers in one process. Rope is computed in the model's dtype everywhere
+(``rope_dtype="model"``).
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +24,7 @@ class Task:
     """What every framework computes: tokens of real text, ``batch`` rows of ``length``, through the checkpoint in ``path``."""
 
     path: str
+    layers: str = "tpinv"  # or "stock"
     dtype: str = "bf16"
     leaves: int = 8
     batch: int = 2
@@ -36,15 +37,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Row:
-    """One framework at one size. ``differing``: tensors (of logits, log_probs) whose bytes are not the reference's; None: it could not
-    be computed, for the reason in ``note``."""
+    """One framework at one size. ``differing``: how many of ``tensors`` (logits, log_probs) have other bytes than the reference's."""
 
+    layers: str
     framework: str
     tp: int
     variant: str
     tensors: int
-    differing: int | None
-    note: str = ""
+    differing: int
 
 
 def make_checkpoint(kind: str, path: str) -> None:
@@ -83,30 +83,29 @@ def parts(frameworks: Sequence[str], sizes: Sequence[int]) -> list[tuple[str, in
     return listed
 
 
-def compare_frameworks(frameworks: Sequence[str], sizes: Sequence[int], task: Task, report=lambda row: None) -> list[Row]:
-    """A row for every part; the first, transformers in one process, is what the others are compared with."""
+def compare_frameworks(
+    frameworks: Sequence[str],
+    sizes: Sequence[int],
+    task: Task,
+    report=lambda row: None,
+    *,
+    python: str | None = None,
+    timeout: float = 600.0,
+) -> list[Row]:
+    """A row for every part; the first, transformers in one process, is what the others are compared with. ``python``: the interpreter of
+    an environment that has vLLM, which pins a torch of its own; this one by default."""
     rows = []
     with RankPool() as pool:
-        expected = pool.run(run_part, 1, "transformers", "", task, timeout=600)[0]
+        expected = pool.run(run_part, 1, "transformers", "", task, timeout=timeout)[0]
         for framework, ranks, variant in parts(frameworks, sizes):
-            tp = 1 if framework == "transformers" else ranks
             if framework == "vllm":
-                from tpinv.harness.across import vllm
+                from tpinv.harness.across.vllm import serve
 
-                found = vllm.compute(task, tp)
+                found = serve(task, ranks, python, timeout)
             else:
-                found = pool.run(run_part, ranks, framework, variant, task, timeout=600)[0]
+                found = pool.run(run_part, ranks, framework, variant, task, timeout=timeout)[0]
             shared = found.keys() & expected.keys()
             differing = sum(bool(compare(found[name].reshape(expected[name].shape), expected[name])) for name in shared)
-            rows.append(Row(framework, tp, variant, len(shared), differing))
+            rows.append(Row(task.layers, framework, 1 if framework == "transformers" else ranks, variant, len(shared), differing))
             report(rows[-1])
     return rows
-
-
-def compare_kind(
-    kind: str, frameworks: Sequence[str], sizes: Sequence[int], dtype: str, leaves: int = 8, report=lambda row: None
-) -> list[Row]:
-    """:func:`compare_frameworks` with a random checkpoint of ``kind``."""
-    with tempfile.TemporaryDirectory(prefix="tpinv-") as path:
-        make_checkpoint(kind, path)
-        return compare_frameworks(frameworks, sizes, Task(path, dtype, leaves), report)

@@ -14,8 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from tpinv.collectives import all_gather, resolve
 from tpinv.functional import vocab_parallel_log_probs
 from tpinv.harness.across import DTYPES, Task
+from tpinv.harness.megatron.verify import StockProvider
 from tpinv.integrations.megatron import convert, gpt_layer_spec, on_cpu
 from tpinv.integrations.megatron.huggingface import load_hf_weights
+from tpinv.integrations.megatron.specs import block_spec
 from tpinv.tree import ReductionTree
 
 
@@ -50,7 +52,7 @@ def build_config(config: PreTrainedConfig, tp: int, sequence_parallel: bool, dty
 def compute(task: Task, variant: str) -> dict[str, Tensor] | None:
     warnings.simplefilter("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    tp, tree, tokens = dist.get_world_size(), ReductionTree(task.leaves), task.tokens
+    tp, tree, tokens, ours = dist.get_world_size(), ReductionTree(task.leaves), task.tokens, task.layers == "tpinv"
     checkpoint = AutoConfig.from_pretrained(task.path)
     weights = AutoModelForCausalLM.from_pretrained(task.path, dtype=DTYPES[task.dtype]).state_dict()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
@@ -59,18 +61,24 @@ def compute(task: Task, variant: str) -> dict[str, Tensor] | None:
             config = build_config(checkpoint, tp, variant == "SP", DTYPES[task.dtype])
             model = GPTModel(
                 config,
-                transformer_layer_spec=gpt_layer_spec(config, tree=tree),
+                transformer_layer_spec=gpt_layer_spec(config, tree=tree) if ours else block_spec(config, StockProvider()),
                 vocab_size=checkpoint.vocab_size,
                 max_sequence_length=task.length,
                 position_embedding_type="rope",
                 rotary_base=checkpoint.rope_parameters["rope_theta"],
                 share_embeddings_and_output_weights=checkpoint.tie_word_embeddings,
             ).to(DTYPES[task.dtype])
-            load_hf_weights(convert(model, tree=tree).eval(), weights)
-            logits = model(tokens, torch.arange(task.length).expand(task.batch, -1), None)
+            if ours:
+                convert(model, tree=tree, tokenizer_vocab_size=checkpoint.vocab_size, make_vocab_size_divisible_by=1)
+            load_hf_weights(model.eval(), weights)
+            causal = torch.ones(1, 1, task.length, task.length).triu(1).bool()
+            logits = model(tokens, torch.arange(task.length).expand(task.batch, -1), causal)
             ranks = resolve(model.pg_collection.tp)
-            log_probs = vocab_parallel_log_probs(logits[:, :-1], tokens[:, 1:], tree=tree, group=ranks)
             whole = all_gather(logits.contiguous(), ranks, dim=-1)
+            if ours:
+                log_probs = vocab_parallel_log_probs(logits[:, :-1], tokens[:, 1:], tree=tree, group=ranks)
+            else:
+                log_probs = whole[:, :-1].float().log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
     finally:
         parallel_state.destroy_model_parallel()
     return {"logits": whole, "log_probs": log_probs} if dist.get_rank() == 0 else None

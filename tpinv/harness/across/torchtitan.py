@@ -97,7 +97,8 @@ def compute(task: Task, variant: str) -> dict[str, Tensor] | None:
     parallelism = ParallelismConfig(tensor_parallel_degree=tp, enable_sequence_parallel=variant == "SP")
     dist_utils.set_spmd_backend("spmd_types")
     config.update_from_config(config=dataclasses.make_dataclass("Settings", [("parallelism", ParallelismConfig)])(parallelism))
-    apply_overrides(OverrideConfig(imports=[(OVERRIDE, {"leaves": task.leaves})]), config)
+    if task.layers == "tpinv":
+        apply_overrides(OverrideConfig(imports=[(OVERRIDE, {"leaves": task.leaves})]), config)
     model, dims = config.build(), ParallelDims.from_config(parallelism, tp)
     model.parallelize(dims)
     with torch.no_grad(), dist_utils.get_spmd_context(parallel_dims=dims)():
@@ -110,8 +111,11 @@ def compute(task: Task, variant: str) -> dict[str, Tensor] | None:
             parameter.copy_(weights[name] if dim is None else shard(weights[name], dim, rank, tp))
         logits = model(tokens)
     whole = torch.cat(_gather(logits), -1) if tp > 1 and logits.shape[-1] < checkpoint.vocab_size else logits
-    local = whole.chunk(tp, -1)[rank].contiguous()
-    log_probs = vocab_parallel_log_probs(local[:, :-1], tokens[:, 1:], tree=tree, group=resolve() if tp > 1 else Ranks(None, 0, 1))
+    if task.layers == "tpinv":
+        local = whole.chunk(tp, -1)[rank].contiguous()
+        log_probs = vocab_parallel_log_probs(local[:, :-1], tokens[:, 1:], tree=tree, group=resolve() if tp > 1 else Ranks(None, 0, 1))
+    else:
+        log_probs = whole[:, :-1].float().log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
     return {"logits": whole, "log_probs": log_probs} if rank == 0 else None
 
 
