@@ -131,6 +131,14 @@ ROUTES = {
 }
 
 
+def copy_with_gradients(net: nn.Module) -> nn.Module:
+    """Of which the caller keeps the parameters alone."""
+    twin = copy.deepcopy(net)
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        q.grad = p.grad
+    return twin
+
+
 def norms_of_routes():
     results = {}
     for route, make in ROUTES.items():
@@ -142,6 +150,7 @@ def norms_of_routes():
             "group": grad_norm(net, group=dist.group.WORLD if dist.get_world_size() > 1 else None),
             "inf": grad_norm(net, norm_type=math.inf),
             "one": grad_norm(net.up.weight),
+            "generator": grad_norm(copy_with_gradients(net).parameters()),
             "clipped": clip_grad_norm_(net.parameters(), 0.5),
             "after": grad_norm(net),
         }

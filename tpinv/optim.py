@@ -16,7 +16,7 @@ is the same there is compared.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -144,8 +144,7 @@ class _Gradients:
             _check_norm_type(norm_type)
             if max_norm is not None and not max_norm > 0:
                 raise ValueError(f"max_norm={max_norm} must be above 0; leave the call out to not clip")
-            self.parameters = [_Parameter(name, p) for name, p in _listed(x)]
-            holders = find_shardings(p.parameter for p in self.parameters)
+            holders = find_shardings(self._list(x))
         except ValueError as error:
             self.refusal, holders = error, [None] * len(self.parameters)
         for each, holder in zip(self.parameters, holders, strict=True):
@@ -156,6 +155,15 @@ class _Gradients:
         self.groups = list(self._known.values())
         if not self.groups and group is None and (world := resolve(None)).size > 1:
             self.groups = [world]  # nothing says who has copies of these: all ranks
+
+    def _list(self, x: Gradients) -> Iterator[Tensor]:
+        """Each parameter once, one by one: see find_shardings."""
+        seen = set()
+        for name, parameter in _listed(x):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                self.parameters.append(_Parameter(name, parameter))
+                yield parameter
 
     def _one(self, ranks: Ranks) -> Ranks | None:
         return None if ranks.size == 1 else self._known.setdefault(global_ranks(ranks), ranks)
@@ -265,20 +273,17 @@ class _Gradients:
         }
 
 
-def _listed(x: Gradients) -> list[tuple[str, Tensor]]:
-    """(name or "", parameter), each parameter once."""
-    found: dict[int, tuple[str, Tensor]] = {}
-    for each in [x] if isinstance(x, (Tensor, nn.Module)) else list(x):
+def _listed(x: Gradients) -> Iterator[tuple[str, Tensor]]:
+    """(name or "", parameter)."""
+    for each in [x] if isinstance(x, (Tensor, nn.Module)) else x:
         if isinstance(each, nn.Module):
-            for name, parameter in each.named_parameters():
-                found.setdefault(id(parameter), (name, parameter))
+            yield from each.named_parameters()
         elif isinstance(each, Tensor):
-            found.setdefault(id(each), ("", each))
+            yield "", each
         else:
             raise ValueError(
                 f"gradients are those of modules and parameters, not of a {type(each).__name__}; pass model or model.parameters()"
             )
-    return list(found.values())
 
 
 def _check_norm_type(norm_type: float) -> None:

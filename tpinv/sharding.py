@@ -11,7 +11,9 @@ ValueError: what it is a part of, nobody can say, and a norm over a cut dimensio
 """
 
 import copyreg
+import itertools
 import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -126,26 +128,25 @@ def find_shardings(parameters: Iterable[Tensor]) -> list[Holder | None]:
     Raises:
         ValueError: two modules hold a parameter (tied weights) and say different things.
     """
-    held: dict[int, Holder] = {}
-    wanted = list(parameters)
-    ids = {id(p) for p in wanted}
+    iterator = iter(parameters)
+    wanted = list(itertools.islice(iterator, 1))  # while it is not at its end, build().parameters() keeps alive the module, and alone does
+    said = defaultdict(list)
     for module in list(_living):
         if not hasattr(module, "_parameters"):  # under construction
             continue
         shardings = module.parameter_shardings()
         kind = type(module).__name__
-        here = [(id(module._parameters[name]), Holder(f"{kind}.{name}", sharding)) for name, sharding in shardings.items()]
+        for name, sharding in shardings.items():
+            said[id(module._parameters[name])].append(Holder(f"{kind}.{name}", sharding))
         if module._modules or len(shardings) < len(module._parameters):
-            here += [(id(p), Holder(f"{kind}.{name}", None)) for name, p in unknown_parameters(module)]
-        for key, holder in here:
-            if key not in ids:
-                continue
-            other = held.setdefault(key, holder)
-            if other.sharding != holder.sharding:
-                raise ValueError(f"one parameter is {other.name} ({other.sharding}) and {holder.name} ({holder.sharding}); tie equal parts")
+            for name, p in unknown_parameters(module):
+                said[id(p)].append(Holder(f"{kind}.{name}", None))
+    wanted += iterator
     for p in wanted:
-        if id(p) in held:
-            _last_said[p] = held[id(p)]
+        if holders := said.get(id(p)):
+            first = _last_said[p] = holders[0]
+            if other := next((other for other in holders if other.sharding != first.sharding), None):
+                raise ValueError(f"one parameter is {first.name} ({first.sharding}) and {other.name} ({other.sharding}); tie equal parts")
     return [_last_said.get(p) for p in wanted]
 
 
