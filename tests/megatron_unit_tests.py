@@ -9,13 +9,14 @@ As a pytest plugin (``-p megatron_unit_tests``, with ``--tpinv`` or without) thi
 - stands in for CUDA: what asks for a GPU gets CPU tensors, NCCL is gloo, random states are torch's (tpinv.integrations.megatron.on_cpu and
   the rest of ``_stand_in``); tests that are skipped without CUDA run;
 - with ``--tpinv`` puts tpinv's layers where Megatron's modules name the stock ones: linears, embeddings, norms, core attention, cross-entropy;
-- notes every test's outcome, and whether any of tpinv's forwards ran in it.
+- notes every test's outcome, and whether any of tpinv's layers was built or ran in it.
 
 None of Megatron-LM's files is in this repository.
 """
 
 import argparse
 import contextlib
+import functools
 import inspect
 import json
 import linecache
@@ -188,6 +189,15 @@ def _replace(stock, other) -> None:
                 setattr(module, key, other)
 
 
+def _counted(method):
+    @functools.wraps(method)
+    def counted(*args, **kwargs):
+        _seen.calls += 1
+        return method(*args, **kwargs)
+
+    return counted
+
+
 def _swap(leaves: int) -> None:
     import megatron.core.models.bert.bert_layer_specs
     import megatron.core.models.gpt.gpt_layer_specs
@@ -206,13 +216,8 @@ def _swap(leaves: int) -> None:
     layers.TreeBound.converted = True  # the tests build layers by themselves, or models that are never converted
 
     def counting(kind: type) -> type:
-        forward = kind.forward
-
-        def counted(self, *args, **kwargs):
-            _seen.calls += 1
-            return forward(self, *args, **kwargs)
-
-        kind.forward = counted
+        for name in ("__init__", "forward"):
+            setattr(kind, name, _counted(getattr(kind, name)))
         return kind
 
     for stock, ours in [

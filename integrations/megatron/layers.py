@@ -23,13 +23,13 @@ from tpinv import functional
 from tpinv.collectives import Ranks
 from tpinv.integrations.megatron.guard import ACTIVATIONS
 from tpinv.ops.marks import KeepsMarks
-from tpinv.sharding import ShardedModule, Sharding
+from tpinv.sharding import Sharded, Sharding
 from tpinv.tree import ReductionTree
 
 ALONE = Ranks(None, 0, 1)
 
 
-class TreeBound(KeepsMarks, ShardedModule):
+class TreeBound(KeepsMarks, Sharded):
     """A class that needs a tree. ``bind`` returns the subclass for one tree, which Megatron can then build without knowing of it."""
 
     tree: ReductionTree
