@@ -189,8 +189,7 @@ class Embedding(Invariant, embedding.Embedding):
 
 
 class ScaledDotProductAttention(attention.ScaledDotProductAttention):
-    """Attention whose bits do not depend on how many heads a rank holds: on a GPU a kernel of tpinv's; on a CPU torch's, one (sequence,
-    key-value head) at a time, so that no shape depends on it."""
+    """Attention whose bits do not depend on how many heads a rank holds: tpinv's."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(attention.ScaledDotProductAttention.Config):
@@ -201,31 +200,17 @@ class ScaledDotProductAttention(attention.ScaledDotProductAttention):
             raise ValueError(f"ScaledDotProductAttention takes no {', '.join(unknown)}; leave them out")
         if is_causal and q.shape[1] != k.shape[1]:  # torch's mask would begin at the first key, tpinv's ends at the last
             raise ValueError(f"causal attention of {q.shape[1]} queries over {k.shape[1]} keys is not covered; pass as many of both")
-        if not q.is_cuda:
-            return _by_head(super().forward, q, k, v, scale=scale, is_causal=is_causal, **options)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         out, _ = ops.core_attention(*(t.transpose(0, 1) for t in (q, k, v)), scale, is_causal)
         return out.transpose(0, 1)
-
-
-def _by_head(stock, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
-    """``stock`` on one (sequence, key-value head) at a time. split, whose gradient is put together: a sum would lose the sign of -0.0."""
-    per_group = q.shape[2] // k.shape[2]
-    sequences = zip(q.split(1), k.split(1), v.split(1), strict=True)
-    return torch.cat(
-        [
-            torch.cat([stock(*parts, **options) for parts in zip(a.split(per_group, 2), b.split(1, 2), c.split(1, 2), strict=True)], dim=2)
-            for a, b, c in sequences
-        ]
-    )
 
 
 WINDOWS = {(-1, 0): True, (-1, -1): False}  # causal or not
 
 
 class VarlenAttention(attention.VarlenAttention):
-    """Packed documents, each with the bytes it has alone: on a GPU a kernel of tpinv's, in the dtype of its inputs (stock casts to bf16);
-    on a CPU, where the stock module has no kernel, as ScaledDotProductAttention."""
+    """Packed documents, each with the bytes it has alone: tpinv's attention, in the dtype of its inputs (stock casts to bf16, and has no
+    kernel for a CPU)."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(attention.VarlenAttention.Config):
@@ -243,13 +228,5 @@ class VarlenAttention(attention.VarlenAttention):
             )
         packed = [t.flatten(0, 1) for t in (q, k, v)]
         cu_q, cu_k, longest_q, longest_k, *_ = attention_masks
-        if not q.is_cuda:
-            return self._by_document(*packed, cu_q, cu_k, scale=scale, **options).view(q.shape)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         return ops.packed_attention(*packed, cu_q, cu_k, cu_q, cu_k, longest_q, longest_k, scale, self.causal)[0].view(q.shape)
-
-    def _by_document(self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, **options) -> Tensor:
-        alone = ScaledDotProductAttention(ScaledDotProductAttention.Config())
-        sizes = cu_q.diff().tolist(), cu_k.diff().tolist(), cu_k.diff().tolist()
-        documents = zip(*(t.unsqueeze(0).split(size, 1) for t, size in zip((q, k, v), sizes, strict=True)), strict=True)
-        return torch.cat([alone(*parts, is_causal=self.causal, **options) if parts[0].numel() else parts[0] for parts in documents], dim=1)
