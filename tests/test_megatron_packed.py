@@ -143,7 +143,7 @@ def refusals(run: Run) -> list[str]:
         "attention_mask=None": (torch.zeros(1, 1, 1, 1).bool(), {"packed_seq_params": good}),
         "AttnMaskType.no_mask in": (None, {"packed_seq_params": good, "attn_mask_type": AttnMaskType.no_mask}),
         "cp_group=None": (None, {"packed_seq_params": replace(good, cp_group=SimpleNamespace(size=lambda: 2))}),
-        "do not fit into 96 rows": (None, {"packed_seq_params": replace(good, cu_seqlens_q_padded=cu + 1)}),
+        "cu_seqlens overlap, leave the tensors": (None, {"packed_seq_params": replace(good, cu_seqlens_q_padded=cu + 1)}),
         "bias is not covered": (None, {"attention_bias": q}),
     }
     messages = []

@@ -1,13 +1,9 @@
-"""Core attention whose shapes do not depend on how many heads a rank holds.
+"""Core attention whose bits do not depend on how many heads a rank holds: tpinv's own, by leaves, causal or without a mask, on any device.
 
-On a GPU it is tpinv's own kernel (kernels/attention/forward.py), causal or without a mask. On a CPU:
+A packed sequence (PackedSeqParams, qkv_format="thd") has the bytes that it has alone.
 
-The stock module multiplies all (batch, head) pairs of a rank in one batched product, so what a BLAS is given, and may choose an
-order by, changes with TP. Here each (batch, query group) pair is computed alone: its query heads stacked, [n s, d] times [d, s].
-Those shapes are the same at every TP size up to the number of query groups and for every batch around a sequence; the sums over a
-group's query heads in dK and dV lie inside one product. Mask, scaling, softmax and layout are the stock module's own.
-
-A packed sequence (PackedSeqParams, qkv_format="thd") has the bytes that it has alone, on both.
+Other masks are computed on a CPU alone, with the stock module's mask, scaling and softmax: each (batch, query group) pair by itself, its
+query heads stacked, [n s, d] times [d, s]. Those shapes are the same at every TP size up to the number of query groups.
 """
 
 import weakref
@@ -29,8 +25,7 @@ PACK = ("cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv", "cu_se
 
 
 class TPInvariantDotProductAttention(DotProductAttention):
-    """DotProductAttention, one (batch, query group) pair at a time, and for packed sequences, which the stock module refuses, one sequence
-    at a time. Dropout is refused at conversion."""
+    """DotProductAttention, and for packed sequences, which the stock module refuses. Dropout is refused at conversion."""
 
     def forward(
         self,
@@ -50,11 +45,17 @@ class TPInvariantDotProductAttention(DotProductAttention):
         layers.refuse(self, others)
         if packed_seq_params is not None:
             self._check_pack(packed_seq_params, attn_mask_type, attention_mask)
-        if query.is_cuda:
-            return self._on_gpu(query, key, value, attention_mask, packed_seq_params)
-        if packed_seq_params is not None:
-            return self._by_sequence(query, key, value, packed_seq_params)
-        return self._by_group(query, key, value, attention_mask)
+        if not query.is_cuda and packed_seq_params is None and not self._is_plain(attention_mask, len(query), len(key)):
+            return self._by_group(query, key, value, attention_mask)
+        return self._by_leaves(query, key, value, attention_mask, packed_seq_params)
+
+    def _is_plain(self, mask: Tensor | None, sq: int, sk: int) -> bool:
+        """On a CPU: causal attention with the causal mask or none, or attention without a mask."""
+        if getattr(self.scale_mask_softmax, "window_size", None) is not None:
+            return False
+        if self.attn_mask_type == AttnMaskType.causal:
+            return sk >= sq and (mask is None or _is_causal(mask, sq, sk))
+        return self.attn_mask_type == AttnMaskType.no_mask and mask is None
 
     def _by_group(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Gradients come out of unbind and split, which put them together: sums with the other heads' zeros would lose the sign of -0.0."""
@@ -69,18 +70,6 @@ class TPInvariantDotProductAttention(DotProductAttention):
         joined = torch.stack(context).view(batch, heads, sq, -1).permute(2, 0, 1, 3)
         return joined.reshape(sq, batch, -1)
 
-    def _by_sequence(self, query: Tensor, key: Tensor, value: Tensor, pack) -> Tensor:
-        q_sizes = _sizes(pack.cu_seqlens_q, pack.cu_seqlens_q_padded, len(query))
-        k_sizes = _sizes(pack.cu_seqlens_kv, pack.cu_seqlens_kv_padded, len(key))
-        context = []
-        for at, (q, k, v) in enumerate(zip(query.split(q_sizes), key.split(k_sizes), value.split(k_sizes), strict=True)):
-            if at % 2 and len(q):
-                mask = _causal_mask(len(q), len(k), q.device) if self.attn_mask_type == AttnMaskType.causal else None
-                context.append(self._by_group(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), mask).squeeze(1))
-            else:
-                context.append(q.new_zeros(len(q), q.shape[1] * v.shape[2]))
-        return torch.cat(context)
-
     def _check_pack(self, pack, attn_mask_type, mask: Tensor | None) -> None:
         if getattr(pack, "qkv_format", None) != "thd" or pack.cu_seqlens_q is None or pack.cu_seqlens_kv is None:
             raise ValueError('packed_seq_params must have qkv_format="thd", cu_seqlens_q and cu_seqlens_kv; set them, or pass None')
@@ -92,7 +81,7 @@ class TPInvariantDotProductAttention(DotProductAttention):
         if getattr(pack, "cp_group", None) is not None and pack.cp_group.size() > 1:
             raise ValueError(f"packed sequences over {pack.cp_group.size()} context-parallel ranks are not covered; pass cp_group=None")
 
-    def _on_gpu(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pack) -> Tensor:
+    def _by_leaves(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pack) -> Tensor:
         causal = self.attn_mask_type == AttnMaskType.causal
         window = getattr(self.scale_mask_softmax, "window_size", None)
         if window is not None or not (causal or (self.attn_mask_type == AttnMaskType.no_mask and mask is None)):
@@ -120,20 +109,20 @@ def _causal_mask(sq: int, sk: int, device: torch.device) -> Tensor:
     return torch.ones(1, 1, sq, sk, dtype=torch.bool, device=device).triu(1 + sk - sq)
 
 
-def _sizes(cu_seqlens: Tensor, padded: Tensor | None, rows: int) -> list[int]:
-    """Sizes that split the rows: a gap, the first sequence, a gap, the second, ..., a gap. ValueError unless the sequences fit."""
-    cu, first = cu_seqlens.tolist(), (cu_seqlens if padded is None else padded).tolist()
-    sizes, end = [], 0
-    for start, before, after in zip(first, cu, cu[1:], strict=False):
-        sizes += [start - end, after - before]
-        end = start + after - before
-    sizes.append(rows - end)
-    if len(first) != len(cu) or min(sizes) < 0:
-        raise ValueError(f"sequences of cu_seqlens={cu} that start at {first} do not fit into {rows} rows one behind another; pass others")
-    return sizes
-
-
 _checked: list = [None, None]  # the last mask seen, weakly, and its version, sq and sk
+
+
+def _is_causal(mask: Tensor, sq: int, sk: int) -> bool:
+    """On a CPU; a mask that was seen before, unchanged, is not looked at again."""
+    state = None if mask.is_inference() else (mask._version, sq, sk)
+    seen, checked = _checked
+    if state is not None and state == checked and seen() is mask:
+        return True
+    causal = _causal_mask(sq, sk, mask.device)
+    same = mask.dtype == torch.bool and mask.shape[-2:] == causal.shape[-2:] and bool((mask == causal).all())
+    if same and state is not None:
+        _checked[:] = weakref.ref(mask), state
+    return same
 
 
 def _require_causal(mask: Tensor, sq: int, sk: int) -> None:

@@ -5,6 +5,7 @@ or with the stock layers; the bytes are compared with those of transformers in o
 (``rope_dtype="model"``).
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -90,12 +91,13 @@ def compare_frameworks(
     report=lambda row: None,
     *,
     python: str | None = None,
+    pool: RankPool | None = None,
     timeout: float = 600.0,
 ) -> list[Row]:
     """A row for every part; the first, transformers in one process, is what the others are compared with. ``python``: the interpreter of
-    an environment that has vLLM, which pins a torch of its own; this one by default."""
+    an environment that has vLLM, which pins a torch of its own; this one by default. ``pool``: whose workers to use."""
     rows = []
-    with RankPool() as pool:
+    with contextlib.nullcontext(pool) if pool else RankPool() as pool:
         expected = pool.run(run_part, 1, "transformers", "", task, timeout=timeout)[0]
         for framework, ranks, variant in parts(frameworks, sizes):
             if framework == "vllm":
