@@ -220,10 +220,14 @@ def divide() -> float:
 
 def test_ctrl_c(fake, capfd):
     """The signal reaches the parent while ranks train (here: sleep)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     timer = threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
-    assert fake("--steps", 600, "--micro-batches", 4) == 130
-    timer.join()
+    try:
+        assert fake("--steps", 600, "--micro-batches", 4, "--timeout", 30) == 130
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
     said = capfd.readouterr().err
     assert said == "tpinv verify: interrupted\n"
 

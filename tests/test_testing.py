@@ -210,6 +210,7 @@ sys.path.insert(0, {os.path.dirname(__file__)!r})
 import test_testing
 from tpinv.testing import RankPool
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     with RankPool() as pool:
         pool.run(test_testing.who, 3, None)
         if {how == "interrupt"}:
