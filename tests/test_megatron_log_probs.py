@@ -9,7 +9,7 @@ pytest.importorskip("megatron.core")
 
 import megatron_jobs as jobs
 import torch.distributed as dist
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy  # imported before any convert, as frameworks do
@@ -119,3 +119,19 @@ def stock_loss_is_still_stocks() -> bool:
 
 def test_what_is_wrapped_keeps_its_name(megatron_pool):
     assert all(on(megatron_pool, stock_loss_is_still_stocks, 2))
+
+
+def beside_a_model_of_a_destroyed_group(run: Run) -> dict:
+    old = convert(jobs.unconverted(run), tree=run.tree)
+    dist.destroy_process_group(old.pg_collection.tp)
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=1)
+    return recorded(run, "tpinv")
+
+
+def test_a_model_whose_group_is_gone_owns_no_logits(megatron_pool):
+    found, expected = (
+        on(megatron_pool, job, 1, *args)[0] for job, *args in ((beside_a_model_of_a_destroyed_group, RUN), (recorded, RUN, "tpinv"))
+    )
+    for name in expected:
+        assert_bitwise_equal(found[name], expected[name], name)

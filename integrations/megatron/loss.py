@@ -94,7 +94,7 @@ def _owner(logits: Tensor, group) -> LanguageModule | None:
     owners = [
         model
         for model in converted.models()
-        if model.vocab_size == logits.shape[-1] * len(ranks) and dist.get_process_group_ranks(model.pg_collection.tp) == ranks
+        if model.vocab_size == logits.shape[-1] * len(ranks) and _ranks(model.pg_collection.tp) == ranks
     ]
     trees = {model.tpinv_tree for model in owners}
     if len(trees) > 1:
@@ -103,6 +103,14 @@ def _owner(logits: Tensor, group) -> LanguageModule | None:
             "they are; call tpinv.integrations.megatron.log_probs(model, logits, labels)"
         )
     return owners[0] if owners else None
+
+
+def _ranks(group) -> list[int] | None:
+    """Global ranks of a group; None where it has been destroyed, as that of a model which is not used any more may be."""
+    try:
+        return dist.get_process_group_ranks(group)
+    except KeyError:
+        return None
 
 
 def install() -> None:
