@@ -198,3 +198,18 @@ def test_masks_that_are_not_causal_sequences_are_refused():
         model(x, attention_mask=torch.zeros(1, 1, 12, 12))
     with pytest.raises(ValueError, match="converted with"):
         convert(model, tree=ReductionTree(4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_changed_after_convert_is_refused(kind):
+    model, x = convert(build(kind), tree=TREE), ids(1, 12)
+    expected = model(x, use_cache=False).logits
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="was set after convert"):
+        model(x)
+    model.set_attn_implementation("tpinv")
+    assert_bitwise_equal(model(x, use_cache=False).logits, expected)
+    attention = model.model.layers[1].self_attn
+    attention.v_proj = torch.nn.Linear(attention.v_proj.in_features, attention.v_proj.out_features, bias=False)
+    with pytest.raises(ValueError, match="v_proj was replaced by Linear"):
+        model(x)

@@ -29,6 +29,8 @@ REPLACEMENTS = {
     nn.Embedding: layers.TPInvariantEmbedding,
     llama.LlamaRMSNorm: layers.TPInvariantLlamaRMSNorm,
     qwen3.Qwen3RMSNorm: layers.TPInvariantQwen3RMSNorm,
+    llama.LlamaAttention: layers.TPInvariantLlamaAttention,
+    qwen3.Qwen3Attention: layers.TPInvariantQwen3Attention,
     SiLUActivation: layers.TPInvariantSiLU,
     nn.SiLU: layers.TPInvariantSiLU,
 }
@@ -37,8 +39,8 @@ ROTARY = {
     qwen3.Qwen3RotaryEmbedding: layers.Float32Qwen3RotaryEmbedding,
 }
 CONTAINERS = (
-    *MODELS, nn.ModuleList, llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaMLP,
-    qwen3.Qwen3DecoderLayer, qwen3.Qwen3Attention, qwen3.Qwen3MLP,
+    *MODELS, nn.ModuleList, llama.LlamaDecoderLayer, llama.LlamaMLP,
+    qwen3.Qwen3DecoderLayer, qwen3.Qwen3MLP,
 )  # fmt: skip
 ROPE_DTYPES = ("model", "float32")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others change frequencies with the length of what is seen

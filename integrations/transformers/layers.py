@@ -6,11 +6,12 @@ Legend: b sequences, s tokens, H hidden, N out-features, K in-features.
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from tpinv import functional
 from tpinv.collectives import Ranks
+from tpinv.integrations.transformers.attention import NAME
 
 ALONE = Ranks(None, 0, 1)
 
@@ -52,6 +53,29 @@ class TPInvariantLlamaRMSNorm(_RMSNorm, LlamaRMSNorm):
 
 
 class TPInvariantQwen3RMSNorm(_RMSNorm, Qwen3RMSNorm):
+    pass
+
+
+class _Attention:
+    """The stock forward, after a look at what may have been changed since convert: the implementation, which the config names, and
+    the projections."""
+
+    def forward(self, *args, **kwargs):
+        if self.config._attn_implementation != NAME:
+            raise ValueError(
+                f"attn_implementation={self.config._attn_implementation!r} was set after convert; call model.set_attn_implementation({NAME!r})"
+            )
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            if not isinstance(getattr(self, name), (TPInvariantColumnLinear, TPInvariantRowLinear)):
+                raise ValueError(f"{name} was replaced by {type(getattr(self, name)).__name__} after convert, which is not covered")
+        return super().forward(*args, **kwargs)
+
+
+class TPInvariantLlamaAttention(_Attention, LlamaAttention):
+    pass
+
+
+class TPInvariantQwen3Attention(_Attention, Qwen3Attention):
     pass
 
 
