@@ -99,6 +99,11 @@ def _install_second_runner(tree: ReductionTree) -> None:
     def compute_token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
         return inference.token_log_probs(logits, token_ids, tree)
 
+    def apply_temperature(logits: Tensor, rows: Tensor, temperature: Tensor) -> None:
+        """In place. Theirs divides approximately, where the trainer rounds once."""
+        logits.copy_(inference.apply_temperature(logits, temperature[rows.long()]))
+
+    states.apply_temperature = apply_temperature
     for module in (logprob, prompt_logprob):
         if hasattr(module, "compute_token_logprobs"):
             module.compute_token_logprobs = compute_token_logprobs

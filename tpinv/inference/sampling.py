@@ -22,6 +22,18 @@ def greedy(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
+def apply_temperature(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """logits [B, V] / temperature, in float32, rounded once; a temperature of 1, or of 0, which means greedy, leaves them as they are.
+
+    ``temperature``: one number, or float32 [B]. It becomes a tensor of the device: by a number, torch multiplies with the inverse on GPUs.
+    """
+    if isinstance(temperature, Tensor):
+        return logits.float() / temperature.masked_fill(temperature == 0, 1.0).unsqueeze(1)
+    if temperature in (0.0, 1.0):
+        return logits
+    return logits.float() / torch.tensor([temperature], dtype=torch.float32, device=logits.device)
+
+
 def gumbel_noise(seed: int | Tensor, position: int | Tensor, vocabulary: int, device: torch.device | str = "cpu") -> Tensor:
     """float64 [V] of the standard Gumbel distribution; with ``seed`` and ``position`` as int64 [B, 1], [B, V].
 
