@@ -37,7 +37,7 @@ OTHERS = ("Triton", "batch_invariant_ops")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["gemm", "collectives", "step", "attention", "serve", "all"])
+    parser.add_argument("what", choices=["gemm", "collectives", "step", "attention", "serve", "all", "host"])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["llama3-8b"])
     parser.add_argument("--linear", nargs="+", choices=["qkv", "o", "fc1", "fc2"], default=["qkv", "o", "fc1", "fc2"])
     parser.add_argument("--product", nargs="+", choices=["forward", "dgrad", "wgrad"], default=["forward", "dgrad", "wgrad"])
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--csv", help="write every row to this file")
     parser.add_argument("--plot", help="write a picture to this file")
-    parser.add_argument("--out", metavar="DIRECTORY", help="all: where a directory for this run is made (default docs/benchmarks)")
+    parser.add_argument("--out", metavar="DIRECTORY", help="all, host: where a directory for this run is made (default docs/benchmarks)")
     bench_step.add_arguments(parser)
     bench_attention.add_arguments(parser)
     bench_serve.add_arguments(parser)
@@ -68,10 +68,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("bench needs a GPU; there is none here")
     _check_numbers(arguments)
     check_outputs(arguments)
-    if arguments.what == "all":
-        from tpinv.cli import bench_all
+    if arguments.what in ("all", "host"):
+        from tpinv.cli import bench_all, bench_host
 
-        return bench_all.run(arguments)
+        return {"all": bench_all, "host": bench_host}[arguments.what].run(arguments)
     if arguments.what == "collectives":
         from tpinv.cli import bench_collectives
 

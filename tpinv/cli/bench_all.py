@@ -21,6 +21,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -44,17 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     about = describe_machine()
     console.print(f"{about['gpu']} x {gpus}, commit {about['commit']}{', changed' if about['changed'] else ''}; writing {out}")
-    failed = []
-    for part, command in commands(os.path.relpath(out, ROOT), gpus).items():
-        started = time.monotonic()
-        with open(out / f"{part}.log", "w", encoding="utf-8") as log:
-            print(f"# {' '.join(command)}", file=log, flush=True)
-            status = subprocess.run([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, check=False).returncode
-        seconds = time.monotonic() - started
-        about["commands"].append({"part": part, "command": " ".join(command), "status": status, "seconds": round(seconds, 1)})
-        write_json(str(out / "about.json"), about)  # as they come: a run may be cut off
-        failed += [part] if status else []
-        console.print(f"{part}: {f'failed with status {status}, see {out}/{part}.log' if status else 'done'}, {seconds:.0f} s")
+    failed = run_parts(commands(os.path.relpath(out, ROOT), gpus), out, about, console)
     found = summary(out)
     write_json(str(out / "summary.json"), found)
     text = markdown(found, about)
@@ -63,6 +54,31 @@ def run(arguments: argparse.Namespace) -> int:
     if failed:
         raise ValueError(f"{', '.join(failed)} failed; their logs are in {out}")
     return 0
+
+
+def run_parts(parts: dict[str, list[str]], out: Path, about: dict, console: Console, timeout: float | None = None) -> list[str]:
+    """Runs python with each part's arguments in the repository, one after the other, each into a log of its name; adds status and seconds
+    to ``about["commands"]`` and writes that after each. Returns the parts that failed, or took longer than ``timeout`` seconds (status 124)."""
+    failed = []
+    for part, command in parts.items():
+        started = time.monotonic()
+        with open(out / f"{part}.log", "w", encoding="utf-8") as log:
+            print(f"# {' '.join(command)}", file=log, flush=True)
+            process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+            try:
+                status = process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                status = 124
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        seconds = time.monotonic() - started
+        about["commands"].append({"part": part, "command": " ".join(command), "status": status, "seconds": round(seconds, 1)})
+        write_json(str(out / "about.json"), about)  # as they come: a run may be cut off
+        failed += [part] if status else []
+        console.print(f"{part}: {f'failed with status {status}, see {out}/{part}.log' if status else 'done'}, {seconds:.0f} s")
+    return failed
 
 
 def commands(out: str, gpus: int) -> dict[str, list[str]]:

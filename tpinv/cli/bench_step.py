@@ -22,7 +22,9 @@ COLUMNS = ("tp", "sp", "leaves", "node_dtype", "num_layers", "round", "layers", 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tp", nargs="+", type=int, default=[1], help="step, serve: tensor-parallel sizes, a GPU per rank (default 1)")
+    parser.add_argument(
+        "--tp", nargs="+", type=int, default=[1], help="step, serve: tensor-parallel sizes, a GPU per rank (default 1); host: the sizes"
+    )
     parser.add_argument("--num-layers", type=int, default=4, help="step: transformer layers (default 4)")
     parser.add_argument("--sequence-parallel", action="store_true", help="step: above TP = 1")
     parser.add_argument("--profile", help="step: write the GPU kernels of one step, by time, to this file")
