@@ -44,7 +44,7 @@ class TPInvariantDotProductAttention(DotProductAttention):
             raise ValueError("attention bias is not covered by the local core attention; pass None")
         layers.refuse(self, others)
         if packed_seq_params is not None:
-            self._check_pack(packed_seq_params, attn_mask_type, attention_mask)
+            check_pack(self.attn_mask_type, packed_seq_params, attn_mask_type, attention_mask)
         if not query.is_cuda and packed_seq_params is None and not self._is_plain(attention_mask, len(query), len(key)):
             return self._by_group(query, key, value, attention_mask)
         return self._by_leaves(query, key, value, attention_mask, packed_seq_params)
@@ -70,17 +70,6 @@ class TPInvariantDotProductAttention(DotProductAttention):
         joined = torch.stack(context).view(batch, heads, sq, -1).permute(2, 0, 1, 3)
         return joined.reshape(sq, batch, -1)
 
-    def _check_pack(self, pack, attn_mask_type, mask: Tensor | None) -> None:
-        if getattr(pack, "qkv_format", None) != "thd" or pack.cu_seqlens_q is None or pack.cu_seqlens_kv is None:
-            raise ValueError('packed_seq_params must have qkv_format="thd", cu_seqlens_q and cu_seqlens_kv; set them, or pass None')
-        if mask is not None or attn_mask_type not in PACKED_KINDS.get(self.attn_mask_type, ()):
-            raise ValueError(
-                f"attn_mask_type={attn_mask_type} in a module of {self.attn_mask_type} is not covered, nor is a mask: the sequences of a pack "
-                "are the mask, causal or not; pass attention_mask=None"
-            )
-        if getattr(pack, "cp_group", None) is not None and pack.cp_group.size() > 1:
-            raise ValueError(f"packed sequences over {pack.cp_group.size()} context-parallel ranks are not covered; pass cp_group=None")
-
     def _by_leaves(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pack) -> Tensor:
         causal = self.attn_mask_type == AttnMaskType.causal
         window = getattr(self.scale_mask_softmax, "window_size", None)
@@ -89,11 +78,7 @@ class TPInvariantDotProductAttention(DotProductAttention):
         if causal and mask is not None:
             _require_causal(mask, query.shape[0], key.shape[0])
         scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1.0)  # layer scaling divides before the softmax and multiplies in it
-        if pack is None:
-            return functional.core_attention(query, key, value, causal=causal, scale=scale).flatten(2)
-        return functional.packed_attention(
-            query, key, value, **{name: getattr(pack, name) for name in PACK}, causal=causal, scale=scale
-        ).flatten(1)
+        return by_leaves(query, key, value, pack, causal=causal, scale=scale)
 
     def _one_group(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, per_group: int) -> Tensor:
         """q [n sq, d], k and v [sk, d] -> [n, sq, d]"""
@@ -101,6 +86,28 @@ class TPInvariantDotProductAttention(DotProductAttention):
         scores = scores.view(1, per_group, -1, k.shape[0])
         probabilities = self.scale_mask_softmax(scores, mask)
         return (probabilities.reshape(-1, k.shape[0]) @ v).view(per_group, -1, v.shape[-1])
+
+
+def check_pack(kind: AttnMaskType, pack, attn_mask_type, mask: Tensor | None) -> None:
+    """ValueError unless a module of ``kind`` can compute this pack, which was called ``attn_mask_type``."""
+    if getattr(pack, "qkv_format", None) != "thd" or pack.cu_seqlens_q is None or pack.cu_seqlens_kv is None:
+        raise ValueError('packed_seq_params must have qkv_format="thd", cu_seqlens_q and cu_seqlens_kv; set them, or pass None')
+    if mask is not None or attn_mask_type not in PACKED_KINDS.get(kind, ()):
+        raise ValueError(
+            f"attn_mask_type={attn_mask_type} in a module of {kind} is not covered, nor is a mask: the sequences of a pack "
+            "are the mask, causal or not; pass attention_mask=None"
+        )
+    if getattr(pack, "cp_group", None) is not None and pack.cp_group.size() > 1:
+        raise ValueError(f"packed sequences over {pack.cp_group.size()} context-parallel ranks are not covered; pass cp_group=None")
+
+
+def by_leaves(query: Tensor, key: Tensor, value: Tensor, pack, *, causal: bool, scale: float) -> Tensor:
+    """tpinv's attention of [s, b, heads, d] -> [s, b, heads d], or of a pack's [t, heads, d] -> [t, heads d]."""
+    if pack is None:
+        return functional.core_attention(query, key, value, causal=causal, scale=scale).flatten(2)
+    return functional.packed_attention(
+        query, key, value, **{name: getattr(pack, name) for name in PACK}, causal=causal, scale=scale
+    ).flatten(1)
 
 
 def _causal_mask(sq: int, sk: int, device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ from torch import nn
 
 from tpinv import sharding
 from tpinv.collectives import agree, resolve
-from tpinv.integrations.megatron import converted, hooks, layers, loss
+from tpinv.integrations.megatron import converted, hooks, layers, loss, te
 from tpinv.integrations.megatron.guard import check_config, check_data_parallel, check_vocabulary
 from tpinv.integrations.megatron.modules import REPLACEMENTS, check_modules, on_cpu
 from tpinv.ops.attention import require_invariant
@@ -144,7 +144,8 @@ def _check_model(model: LanguageModule, tree: ReductionTree, accept: Collection)
 def _check_attention(model: LanguageModule) -> None:
     """On a GPU, that the kernel is invariant on this chip for these heads: now rather than at the first forward."""
     device = next(model.parameters()).device
-    if device.type == "cuda" and any(isinstance(module, DotProductAttention) for module in model.modules()):
+    ours = any(isinstance(module, DotProductAttention) or te.is_attention(module) for module in model.modules())
+    if device.type == "cuda" and ours:
         require_invariant(device, model.config.params_dtype, model.config.kv_channels)
 
 

@@ -14,6 +14,9 @@ class _NoRandomStates:
     def fork(self, *_):
         yield
 
+    def is_initialized(self) -> bool:
+        return False
+
     def get_states(self) -> dict:
         return {}
 

@@ -64,13 +64,14 @@ class TreeBound(KeepsMarks, Sharded):
 OWNED = frozenset({"weight", "bias"})  # what a class may own, unless it says otherwise
 
 
-def foreign_parts(module: torch.nn.Module) -> list[str]:
-    """What hangs under a module that computes with a weight and a bias and would be left out of its sums, such as a LoRA adapter."""
+def foreign_parts(module: torch.nn.Module, kind: type | None = None) -> list[str]:
+    """For a module that is of tpinv's class ``kind`` or will be. What hangs under a module that computes with a weight and a bias and would be left out of its sums, such as a LoRA adapter."""
+    owned, own_modules = (getattr(kind or module, name, default) for name, default in (("owned", OWNED), ("own_modules", ())))
     kind, problems = type(module).__name__, []
-    parameters = module._parameters.keys() - getattr(module, "owned", OWNED)
+    parameters = module._parameters.keys() - owned
     if foreign := sorted(name for name in parameters if module._parameters[name] is not None):
         problems.append(f"{kind} does not know its parameters {', '.join(foreign)}; for adapters, use add_lora")
-    if foreign := sorted(module._modules.keys() - getattr(module, "own_modules", ())):
+    if foreign := sorted(module._modules.keys() - own_modules):
         problems.append(f"{kind} does not know its modules {', '.join(foreign)}; for adapters, use add_lora")
     return problems
 
@@ -115,9 +116,13 @@ def stride_of(linear: ColumnParallelLinear) -> int:
     return getattr(linear.weight, "partition_stride", 1)  # check_modules has seen to it that the mark is there
 
 
-def neutral_bias(linear: torch.nn.Module) -> Tensor | None:
+def neutral_like(bias: Tensor) -> Tensor:
     """What a caller that adds the bias itself gets for one that is in the output already."""
-    return torch.full_like(linear.bias, -0.0, requires_grad=False) if linear.skip_bias_add and linear.bias is not None else None
+    return torch.full_like(bias, -0.0, requires_grad=False)
+
+
+def neutral_bias(linear: torch.nn.Module) -> Tensor | None:
+    return neutral_like(linear.bias) if linear.skip_bias_add and linear.bias is not None else None
 
 
 class TPInvariantColumnParallelLinear(TreeBound, ColumnParallelLinear):

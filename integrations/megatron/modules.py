@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
-from tpinv.integrations.megatron import layers, specs
+from tpinv.integrations.megatron import layers, specs, te
 from tpinv.integrations.megatron.attention import TPInvariantDotProductAttention
 from tpinv.integrations.megatron.lora import LoRAAdapter
 from tpinv.tree import ReductionTree
@@ -44,6 +44,7 @@ REPLACEMENTS = {
     nn.LayerNorm: layers.TPInvariantLayerNorm,
     FusedLayerNorm: layers.TPInvariantLayerNorm,
     nn.Embedding: layers.TPInvariantEmbedding,
+    **te.replacements(),
 }
 
 # Own no parameters, and add nothing up over ranks, heads or tokens by themselves.
@@ -59,7 +60,8 @@ TRUSTED = ("megatron.core", "tpinv")  # whose hooks are known: DistributedDataPa
 
 def check_modules(plan: list[tuple[str, nn.Module]], tree: ReductionTree, accept: Collection = ()) -> None:
     """ValueError naming every (name, module) of ``plan`` that is not covered, and why."""
-    problems = [problem for name, module in plan for problem in _problems(name, module, tree, accept)]
+    unused = te.unused_modules(plan)
+    problems = [problem for name, module in plan if id(module) not in unused for problem in _problems(name, module, tree, accept)]
     if problems:
         raise ValueError("these modules cannot be made invariant:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
@@ -81,21 +83,22 @@ def _problems(name: str, module: nn.Module, tree: ReductionTree, accept: Collect
     if ours and (other := getattr(module, "tree", tree)) != tree:
         problems.append(f"{name}: converted with {other.fingerprint} already, not {tree.fingerprint}; build the model anew")
     if covered:
-        parts = [] if isinstance(module, DotProductAttention) else layers.foreign_parts(module)  # its softmax and dropout are modules
+        has_modules = isinstance(module, DotProductAttention) or te.is_attention(module)  # softmax, dropout
+        parts = [] if has_modules else layers.foreign_parts(module, REPLACEMENTS.get(kind, kind))
         problems += [f"{name}: {problem}" for problem in parts]
     elif owned and kind not in accept:
-        problems.append(f"{name}: {path} owns parameters and is not covered; use the local layer spec")
+        problems.append(f"{name}: {path} owns parameters and is not covered; use GPT's local or TransformerEngine layer spec")
     elif isinstance(module, tuple(REPLACEMENTS)) and kind not in accept:
         problems.append(f"{name}: {path}, a subclass of a layer that tpinv replaces, is not covered; use its base")
     elif kind not in PASSING and kind not in accept:
         problems.append(
-            f"{name}: {path} is not covered: nobody has looked at what it adds up; use the local layer spec without it, or pass "
+            f"{name}: {path} is not covered: nobody has looked at what it adds up; use GPT's local or TransformerEngine layer spec, or pass "
             f"accept=[{kind.__name__}] if you have"
         )
     if buffers := [key for key, _ in module.named_buffers(recurse=False)]:
         problems.append(f"{name}: {path} owns buffers that are not covered ({', '.join(buffers)}); build it without")
-    if name.endswith("core_attention") and not isinstance(module, DotProductAttention):
-        problems.append(f"{name}: {path} is not covered; use the local DotProductAttention")
+    if name.endswith("core_attention") and not (isinstance(module, DotProductAttention) or te.is_attention(module)):
+        problems.append(f"{name}: {path} is not covered; use the local DotProductAttention, or TEDotProductAttention")
     if isinstance(module, nn.Dropout) and module.p:
         problems.append(f"{name}: its dropout of {module.p} draws from a stream per rank; build it with 0.0")
     if isinstance(module, MLP) and on_cpu(module) and module.config.bias_activation_fusion:
@@ -106,6 +109,8 @@ def _problems(name: str, module: nn.Module, tree: ReductionTree, accept: Collect
         problems.append(f"{name}: an embedding with {', '.join(options)} is not covered; build it without")
     if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
         problems += _linear_problems(name, module, tree)
+    elif covered:
+        problems += te.problems(name, module, tree)
     return problems
 
 

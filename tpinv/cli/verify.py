@@ -28,7 +28,7 @@ ENGINES = {"vllm": "tpinv.harness.vllm.verify"}  # which serve instead of traini
 VARIANTS = "llama (default): RMSNorm, SwiGLU, grouped queries, rope; gpt: LayerNorm, GELU, biases, learned positions"
 COLUMNS = {"layers": "left", "TP": "right", "SP": "left", "differing": "right", "first that differs": "left", "loss per step": "left"}
 # What describes the model of verify's own, and a model of yours says itself.
-OF_OUR_MODEL = ("hidden", "num_layers", "variant", "tied", "qk_norm", "recompute", "distributed_optimizer")
+OF_OUR_MODEL = ("hidden", "num_layers", "spec", "variant", "tied", "qk_norm", "recompute", "distributed_optimizer")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=int, help="hidden size, about, with heads of 128 (default: as small as can be)")
     parser.add_argument("--num-layers", type=int, help="transformer layers (default 2)")
     parser.add_argument("--leaves", type=int, default=8, help="leaves of the tree, a multiple of every size (default 8; 24 for 3 and 6)")
+    parser.add_argument(
+        "--spec", choices=["local", "te"], help="megatron: its local layers (default) or TransformerEngine's, which must be there"
+    )
     parser.add_argument("--variant", choices=["llama", "gpt"], help=VARIANTS)
     parser.add_argument("--tied", action="store_true", help="share the embedding with the output layer")
     parser.add_argument("--qk-norm", action="store_true", help="normalise queries and keys")
@@ -137,7 +140,7 @@ def _our_model(arguments: argparse.Namespace, sizes: tuple[int, ...]):
     if framework not in FRAMEWORKS:
         raise ValueError(f"--framework {framework} has no model of its own; name yours with --model")
     variant = arguments.variant or "llama"
-    given = {name: getattr(arguments, name) for name in ("device", "hidden", "num_layers", "recompute", "distributed_optimizer")}
+    given = {name: getattr(arguments, name) for name in ("device", "hidden", "num_layers", "spec", "recompute", "distributed_optimizer")}
     given = {name: value for name, value in given.items() if value not in ("cpu", None, False)}
 
     def settings(module, layers: str, size: int, sp: bool):
@@ -149,7 +152,7 @@ def _our_model(arguments: argparse.Namespace, sizes: tuple[int, ...]):
             steps=arguments.steps, micro_batches=arguments.micro_batches, tied=arguments.tied, qk_norm=arguments.qk_norm, **given,
         )  # fmt: skip
 
-    about = f"{framework} {variant}{' tied' if arguments.tied else ''}{' qk-norm' if arguments.qk_norm else ''}"
+    about = f"{framework} {variant}{' of TransformerEngine' if arguments.spec == 'te' else ''}{' tied' if arguments.tied else ''}{' qk-norm' if arguments.qk_norm else ''}"
     return framework, settings, about
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from tpinv.harness import weights
 from tpinv.harness.comparison import DTYPES, LOADED, Recording
 from tpinv.harness.own import Case, OwnRun, call_factory, require_dtype
-from tpinv.integrations.megatron import convert, convert_optimizer, gpt_layer_spec, is_converted, on_cpu
+from tpinv.integrations.megatron import convert, convert_optimizer, gpt_layer_spec, is_converted, on_cpu, te
 from tpinv.integrations.megatron.specs import block_spec
 from tpinv.layers import unshard
 from tpinv.testing.text import real_text
@@ -46,6 +46,9 @@ class Run:
     sequence_parallel: bool
     sizes: tuple[int, ...]
     leaves: int = 8
+    spec: str = (
+        "local"  # or "te": TransformerEngine's layers, which Megatron builds by default where it is installed, its rope and its Adam
+    )
     variant: str = "llama"  # RMSNorm, SwiGLU, grouped queries, rope; "gpt": LayerNorm, GELU, biases, learned positions
     dtype: str = "fp32"
     steps: int = 5
@@ -105,6 +108,7 @@ def build_config(run: Run) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        apply_rope_fusion=run.spec == "te",
         **({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if run.recompute else {}),
     )
 
@@ -129,7 +133,10 @@ class StockProvider(LocalSpecProvider):
 
 def build_model(run: Run, config: TransformerConfig) -> GPTModel:
     torch.manual_seed(run.seed)
-    spec = gpt_layer_spec(config, tree=run.tree) if run.layers == "tpinv" else block_spec(config, StockProvider())
+    if run.spec == "te":
+        spec = _te_spec(config)
+    else:
+        spec = gpt_layer_spec(config, tree=run.tree) if run.layers == "tpinv" else block_spec(config, StockProvider())
     model = GPTModel(
         config,
         transformer_layer_spec=spec,
@@ -141,6 +148,17 @@ def build_model(run: Run, config: TransformerConfig) -> GPTModel:
     if run.layers == "stock":
         return model
     return convert(model, tree=run.tree, tokenizer_vocab_size=256, make_vocab_size_divisible_by=1)
+
+
+def _te_spec(config: TransformerConfig):
+    """Megatron's own, for stock and for ours, which converts it."""
+    if not te.INSTALLED:
+        raise ValueError(
+            "spec='te' needs TransformerEngine, which cannot be imported; pip install transformer-engine[pytorch], or use 'local'"
+        )
+    from tpinv.integrations.megatron.te.specs import block_te_spec
+
+    return block_te_spec(config)
 
 
 def train(run: Run) -> dict[str, Tensor] | None:

@@ -1,0 +1,1 @@
+"""The compiled part of TransformerEngine: nothing that Megatron-Core's dense layers call by this name."""
