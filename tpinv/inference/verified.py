@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from tpinv.inference.log_probs import token_log_probs
-from tpinv.inference.sampling import greedy, keep_top, sample
+from tpinv.inference.sampling import apply_temperature, greedy, keep_top, sample
 from tpinv.tree import ReductionTree
 
 
@@ -214,14 +214,14 @@ def count_equal(own: Tensor, drafts: Tensor, counts: Tensor) -> Tensor:
 def own_tokens(logits: Tensor, request: Request, first: int, tree: ReductionTree) -> tuple[list[int], list[float]]:
     """What plain decoding commits at each row: logits [n, V] of the positions ``first`` and following -> (tokens, log-probabilities of the
     raw logits)."""
-    chosen = logits.float()
+    chosen = apply_temperature(logits, request.temperature).float()
     if request.temperature == 0:
         tokens = greedy(chosen)
     else:
         n, vocabulary = logits.shape
         k = torch.full((n,), request.top_k, device=logits.device) if 0 < request.top_k < vocabulary else None
         p = torch.full((n,), request.top_p, device=logits.device) if request.top_p < 1 else None
-        tokens = sample(keep_top(chosen / request.temperature, k, p), [request.seed] * n, [*range(first, first + n)])
+        tokens = sample(keep_top(chosen, k, p), [request.seed] * n, [*range(first, first + n)])
     return tokens.tolist(), token_log_probs(logits, tokens.unsqueeze(1), tree)[:, 0].tolist()
 
 
