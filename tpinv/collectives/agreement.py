@@ -27,7 +27,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -35,25 +35,35 @@ import torch.distributed as dist
 
 from tpinv import contract
 from tpinv.collectives.board import ended
-from tpinv.collectives.group import GroupState, Ranks, state_of, states
+from tpinv.collectives.group import Agreed, GroupState, Ranks, state_of, states
 from tpinv.collectives.line import REFUSED, Line, LineError, one_place
 from tpinv.tree import ReductionTree
 
+Signature = Mapping | Iterable[tuple]
 KNOWN = 1 << 14  # signatures remembered; the oldest goes first, on every rank alike
 PATIENCE = 1.0  # seconds before a wait looks around
 LOOK = 0.5  # seconds between two looks
 GRACE = 3.0  # seconds for the others to post as well, once one differs: then every rank names all
 
 
-def agree(ranks: Ranks, name: str, signature: Mapping | Iterable[tuple] = (), check: Callable[[], None] | None = None) -> None:
+def agree(
+    ranks: Ranks,
+    name: str,
+    signature: Signature | Callable[[], Signature] = (),
+    check: Callable[[], None] | None = None,
+    key: Hashable = None,
+) -> None:
     """Called once at the start of a function that will communicate over ``ranks``, on every rank, whatever its arguments are.
 
     Args:
         ranks: a resolved group. With one rank ``check`` runs and that is all.
         name: of the function.
         signature: everything that must be equal on all ranks, as a mapping or as (field, value) pairs; messages name the fields. Values
-            have a hash and say in ``str`` what they are: numbers, strings, dtypes, shapes, trees, None.
+            have a hash and say in ``str`` what they are: numbers, strings, dtypes, shapes, trees, None. Or a function that returns it, or
+            raises as ``check`` does.
         check: raises a ValueError for arguments that this rank refuses.
+        key: with a function as ``signature``: the name and all that it looks at. It is not asked again for a key whose signature all
+            ranks have had.
 
     Raises:
         ValueError: what ``check`` raised; or, on the other ranks, that a peer refused this call, and its reason; or, on all of them,
@@ -61,37 +71,55 @@ def agree(ranks: Ranks, name: str, signature: Mapping | Iterable[tuple] = (), ch
         RuntimeError: a peer did not come within TPINV_TIMEOUT seconds (600), has ended, or the group was given up after an error.
     """
     if ranks.size == 1 or torch.compiler.is_compiling():  # a traced call agrees when it runs, inside its operator
+        if callable(signature):
+            signature()
         if check is not None:
             check()
         return
     state = state_of(ranks)
     state.calls += 1
-    state.call = call = (name, tuple(signature.items() if isinstance(signature, Mapping) else signature))
     try:
+        agreed = state.keys.get(key)
+    except TypeError:  # a value without a hash
+        key = agreed = None
+    if agreed is not None and not agreed.remembered:
+        agreed = None
+    try:
+        state.call = agreed.call if agreed else (name, ())
         if state.broken is not None:
             raise RuntimeError(state.broken)
+        if agreed is None:
+            state.call = call = (name, _pairs(signature() if callable(signature) else signature))
         if check is not None:
             check()
     except Exception as error:
         _refuse(state, error)
         raise
-    try:
-        digest = state.known.get(call)
-    except TypeError:  # a value without a hash, such as a list: by what it says
-        state.call = call = (name, tuple((field, _text(value)) for field, value in call[1]))
-        digest = state.known.get(call)
-    if state.board is None or (digest is not None and state.line is None and not state.suspect):
-        return
-    try:
-        if state.line is None or not _announce(state, digest or _digest(state)):
-            _compare(state)
-    except dist.DistError as error:
-        raise store_gone(state, error) from error
-    state.suspect = False
-    if digest is None:
-        state.known[call] = _digest(state)
+    if agreed is None:
+        try:
+            agreed = state.known.get(call)
+        except TypeError:  # a value without a hash, such as a list: by what it says
+            state.call = call = (name, tuple((field, _text(value)) for field, value in call[1]))
+            agreed = state.known.get(call)
+        if agreed is not None and key is not None:
+            state.keys[key] = agreed
+    if state.board is not None and (agreed is None or state.line is not None or state.suspect):
+        try:
+            if state.line is None or not _announce(state, agreed.digest if agreed else _digest(state)):
+                _compare(state)
+        except dist.DistError as error:
+            raise store_gone(state, error) from error
+        state.suspect = False
+    if agreed is None:
+        agreed = state.known[call] = Agreed(call, _digest(state))
+        if key is not None:
+            state.keys[key] = agreed
         if len(state.known) > KNOWN:
-            del state.known[next(iter(state.known))]
+            state.known.pop(next(iter(state.known))).remembered = False
+
+
+def _pairs(signature: Signature) -> tuple[tuple, ...]:
+    return tuple(signature.items() if isinstance(signature, Mapping) else signature)
 
 
 def refuse(ranks: Ranks, name: str, error: Exception) -> None:

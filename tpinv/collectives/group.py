@@ -12,6 +12,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from tpinv.collectives.board import Board
 from tpinv.collectives.line import Line
+from tpinv.runtime.state import Memo
 
 
 class Ranks(NamedTuple):
@@ -31,6 +32,15 @@ class Ranks(NamedTuple):
         return self
 
 
+class Agreed:
+    """A (name, signature) that all ranks have had; ``remembered`` until it is dropped from ``GroupState.known``."""
+
+    __slots__ = ("call", "digest", "remembered")
+
+    def __init__(self, call: tuple[str, tuple], digest: bytes):
+        self.call, self.digest, self.remembered = call, digest, True
+
+
 class GroupState:
     """What one process knows about one of its process groups.
 
@@ -39,7 +49,8 @@ class GroupState:
         rank, size: this process's rank in it, and its number of ranks.
         board: what the ranks tell each other through the group's store; None where there is none to tell (the fake backend).
         calls, call: number of the current call, counted alike on every rank, and its (name, signature); see agreement.py.
-        known: the (name, signature) pairs that all ranks were found to agree on, oldest first, with their digests.
+        known: what all ranks were found to agree on, oldest first, by its (name, signature).
+        keys: the same by what decides the signature on this rank alone.
         line, offered: where every call is announced, if the ranks have one (line.py); and this rank's end before it is connected.
         refused: numbers of the calls that ended in an error here.
         suspect: whether the last call ended in an error here, so that the next one is compared even if it is known.
@@ -53,7 +64,8 @@ class GroupState:
         self.rank, self.size = rank, size
         self.calls = 0
         self.call: tuple[str, tuple] = ("", ())
-        self.known: dict[tuple, bytes] = {}
+        self.known: dict[tuple, Agreed] = {}
+        self.keys: dict[tuple, Agreed] = Memo(1 << 14)
         self.line: Line | None = None
         self.offered: Line | None = None
         self.refused: set[int] = set()
@@ -91,6 +103,11 @@ def resolve(group=None) -> Ranks:
     if torch.compiler.is_compiling():  # Dynamo would compile anew whenever the table of states has grown
         size = dist.get_world_size(group)
         return Ranks(group if size > 1 else None, dist.get_rank(group), size)
+    return ranks_in(group)
+
+
+def ranks_in(group: dist.ProcessGroup) -> Ranks:
+    """:func:`resolve` for what is known to be a ProcessGroup. ValueError when it has been destroyed."""
     state = _state(group)
     return Ranks(group if state.size > 1 else None, state.rank, state.size)
 

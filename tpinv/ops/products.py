@@ -29,12 +29,12 @@ def on_gpu(x: Tensor) -> bool:
 
 def rows_backend(name: str, x: Tensor) -> ModuleType:
     """The module ``name`` of kernels/rows or of the reference, by where ``x`` is."""
-    return _module(f"tpinv.kernels.rows.{name}" if on_gpu(x) else f"tpinv.reference.{name}")
+    return _module(name, on_gpu(x))
 
 
 @functools.cache
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(name)  # at first use: kernels need Triton
+def _module(name: str, gpu: bool) -> ModuleType:
+    return importlib.import_module(f"tpinv.kernels.rows.{name}" if gpu else f"tpinv.reference.{name}")  # at first use: kernels need Triton
 
 
 def tree_product(a: Tensor, b: Tensor, tree: ReductionTree, ranks: Ranks, *, stride: int = 1) -> Tensor:

@@ -20,19 +20,24 @@ No function here has a second derivative. A backward with gradients enabled (cre
 silently: it is a RuntimeError.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from tpinv.collectives import Ranks, agree, resolve
+from tpinv.collectives import Ranks, agree, ranks_in, refuse
+from tpinv.runtime.state import Memo
 
 ALONE = Ranks(None, 0, 1)
 _library = torch.library.Library("tpinv", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _PLAIN = {Tensor, torch.nn.Parameter}
+_STRIDED = torch.strided
+_modes, _profiled, _transforms = (
+    torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled, torch._C._functorch.peek_interpreter_stack,
+)  # fmt: skip
 
 
 def group_name(ranks: Ranks) -> str:
@@ -45,7 +50,7 @@ def ranks_of(name: str) -> Ranks:
     if not name:
         return ALONE
     try:
-        return resolve(_resolve_process_group(name))
+        return ranks_in(_resolve_process_group(name))
     except RuntimeError:
         raise ValueError(f"process group {name!r} has been destroyed; build the layers again, or pass group= of today's group") from None
 
@@ -59,25 +64,27 @@ class Operator:
     ):  # fmt: skip
         parsed = torch._C.parse_schema(f"tpinv::{schema}")
         names = [argument.name for argument in parsed.arguments]
-        everything = names + [result.name for result in parsed.returns]
+        results = [result.name for result in parsed.returns]
         self.name, self.check, self.forward, self.fake, self.backward = parsed.name.split("::")[1], check, forward, fake, backward
-        self._tensors = [i for i, argument in enumerate(parsed.arguments) if "Tensor" in str(argument.type)]
-        self._settings = [i for i in range(len(names)) if i not in self._tensors]
-        self._kept = [everything.index(name) for name in kept.split()]
+        self._tensors = sum("Tensor" in str(argument.type) for argument in parsed.arguments)  # they come first
+        held = names[: self._tensors] + results
+        self._kept, self._several = [held.index(name) for name in kept.split()], len(results) > 1
         self._gradients = [names.index(name) for name in gradients.split()]
         self._names, group = names, names.index("group") if "group" in names else None
         self._check_values = check_values
-        self._ranks = ranks or (lambda *arguments: ALONE if group is None else ranks_of(arguments[group]))
+        self._ranks = ranks or (group and (lambda *arguments: ranks_of(arguments[group])))
         self._agreed = settings or self._everything
+        self._checked: Memo = Memo(1 << 12)  # facts of calls that one rank makes alone and that ``check`` has let pass
         self._define(schema, self._compute, self._fake)
         self.overload = getattr(torch.ops.tpinv, self.name).default
-        self._differentiable = self._refuse if backward is None else self._autograd_function().apply
+        self._differentiable = self._autograd_function()
+        # What Function.apply does before this is for functional transforms, and those are shown the operator.
+        self._apply = super(torch.autograd.Function, self._differentiable).apply
         _library.impl(f"tpinv::{self.name}", self._dispatched, "Autograd", with_keyset=True)
         if backward is not None:
             of = {argument.name: argument for argument in (*parsed.arguments, *parsed.returns)}
             kept_schema = [f"{of[name].type} {name}".replace("Optional[Tensor]", "Tensor?") for name in kept.split()]
-            written = schema[schema.index("(") + 1 : schema.rindex("->")].strip().removesuffix(")").split(", ")
-            settings = [written[i] for i in self._settings]
+            settings = schema[schema.index("(") + 1 : schema.rindex("->")].strip().removesuffix(")").split(", ")[self._tensors :]
             kept_and_needs = ["Tensor dy", *kept_schema, "bool[] needs", *settings]
             self._fake_backward = fake_backward or self._like_kept(gradients.split(), kept.split())
             self._define(f"{self.name}_backward({', '.join(kept_and_needs)}) -> Tensor[]", self._compute_backward, self._fake_needed)
@@ -88,12 +95,14 @@ class Operator:
         """``fused``: where gradients go instead of to autograd; an object whose ``add_to(ctx)`` becomes an argument of backward."""
         if torch.compiler.is_compiling():
             return self.overload(*arguments) if fused is None else self._outside_graphs(*arguments, fused=fused)
-        tensors = [t for i in self._tensors if (t := arguments[i]) is not None]
-        if fused is None and _watched(tensors):
+        tensors, settings = arguments[: self._tensors], arguments[self._tensors :]
+        facts, plain, wants = _facts(tensors)
+        if fused is None and (not plain or _modes() or _profiled() or _transforms()):
             return self.overload(*arguments)
-        if _wants_gradient(tensors):
-            return self._differentiable(None, fused, *arguments)
-        return self._compute(*arguments)
+        key = self.name, facts, settings
+        if (wants and torch.is_grad_enabled()) or forward_ad._current_level >= 0:  # which says of dual numbers that it has none
+            return self._apply((key, None, fused), *tensors)
+        return self._compute_known(key, arguments)
 
     @torch.compiler.disable
     def _outside_graphs(self, *arguments, fused):
@@ -109,22 +118,30 @@ class Operator:
         torch.library.register_fake(name, fake, lib=_library)
 
     def _compute(self, *arguments):
-        ranks = self._ranks(*arguments)
-        if ranks.size == 1:
-            self._refuse_or_not(*arguments)
+        facts, _, _ = _facts(arguments[: self._tensors])
+        return self._compute_known((self.name, facts, arguments[self._tensors :]), arguments)
+
+    def _compute_known(self, key: tuple, arguments: tuple):
+        """``key``: all that ``check`` and the ranks' agreement look at. What has passed once passes again."""
+        ranks = self._ranks and self._ranks(*arguments)
+        if ranks and ranks.size > 1:
+            check = self._check_values and (lambda: self._check_values(*arguments))
+            agree(ranks, self.name, lambda: self._checked_signature(*arguments), check, key)
         else:
-            agree(ranks, self.name, self._agreed(*arguments), lambda: self._refuse_or_not(*arguments))
+            if key not in self._checked:
+                self.check(*arguments)
+                self._checked[key] = True
+            if self._check_values is not None:
+                self._check_values(*arguments)
         return self.forward(*arguments)
 
-    def _refuse_or_not(self, *arguments) -> None:
+    def _checked_signature(self, *arguments) -> Iterable[tuple]:
         self.check(*arguments)
-        if self._check_values is not None:
-            self._check_values(*arguments)
+        return self._agreed(*arguments)
 
     def _everything(self, *arguments) -> list[tuple]:
-        settings = [(self._names[i], arguments[i]) for i in self._settings if self._names[i] != "group"]
-        for i in self._tensors:
-            name, t = self._names[i], arguments[i]
+        settings = [(name, value) for name, value in zip(self._names, arguments, strict=True) if name != "group"][self._tensors :]
+        for name, t in zip(self._names, arguments[: self._tensors], strict=False):
             if t is None:
                 settings.append((name, None))
             else:
@@ -132,13 +149,14 @@ class Operator:
         return settings
 
     def _fake(self, *arguments):
-        if not any(isinstance(size, torch.SymInt) for i in self._tensors if arguments[i] is not None for size in arguments[i].shape):
+        if not any(isinstance(size, torch.SymInt) for t in arguments[: self._tensors] if t is not None for size in t.shape):
             self.check(*arguments)  # symbols are checked when the compiled code runs: no guard for the sake of a message
         return self.fake(*arguments)
 
     def _dispatched(self, keyset, *arguments):
-        if _wants_gradient([t for i in self._tensors if (t := arguments[i]) is not None]):
-            return self._differentiable(keyset, None, *arguments)
+        tensors = arguments[: self._tensors]
+        if _wants_gradient(tensors):
+            return self._differentiable.apply(((self.name, None, arguments[self._tensors :]), keyset, None), *tensors)
         return _below_autograd(self.overload, keyset, *arguments)
 
     def _compute_backward(self, dy, *arguments) -> list[Tensor]:
@@ -162,19 +180,24 @@ class Operator:
     # -- its gradient ------------------------------------------------------------------------------------------------------------
 
     def _autograd_function(self) -> type:
-        operator = self
+        operator, kept = self, self._kept
 
         class Differentiable(torch.autograd.Function):
+            """``call``: the key, which ends in the settings; the keyset of a call through the dispatcher, else None; and ``fused``."""
+
             @staticmethod
-            def forward(ctx, keyset, fused, *arguments):
+            def forward(ctx, call, *tensors):
+                key, keyset, _ = ctx.call = call
+                arguments = tensors + key[2]
+                if operator.backward is None:
+                    operator._refuse_gradient(*arguments)
                 if keyset is None:
-                    results = operator._compute(*arguments)
+                    results = operator._compute_known(key, arguments)
                 else:
                     results = _below_autograd(operator.overload, keyset, *arguments)
-                everything = arguments + (results if isinstance(results, tuple) else (results,))
-                ctx.save_for_backward(*[everything[i] for i in operator._kept])
-                ctx.settings, ctx.fused = [arguments[i] for i in operator._settings], fused
-                if isinstance(results, tuple):
+                held = tensors + results if operator._several else (*tensors, results)
+                ctx.save_for_backward(*[held[i] for i in kept])
+                if operator._several:
                     ctx.mark_non_differentiable(*results[1:])
                     ctx.set_materialize_grads(False)
                 return results
@@ -183,33 +206,35 @@ class Operator:
             def backward(ctx, dy, *_):
                 if torch.is_grad_enabled():
                     raise RuntimeError(operator._no_second_derivative())
-                spread = [None] * (2 + len(operator._names))
-                needs = [ctx.needs_input_grad[2 + i] for i in operator._gradients]
+                spread = [None] * (1 + operator._tensors)
+                needs = [ctx.needs_input_grad[1 + i] for i in operator._gradients]
                 if dy is None or not any(needs):
                     return tuple(spread)
-                kept = ctx.saved_tensors
-                if ctx.fused is None and _watched([dy, *(t for t in kept if t is not None)]):
-                    gradients = iter(operator._backward_overload(dy, *kept, needs, *ctx.settings))
+                kept, ((_, _, settings), _, fused) = ctx.saved_tensors, ctx.call
+                if fused is None and (_watched() or not _facts((dy, *kept))[1]):
+                    gradients = iter(operator._backward_overload(dy, *kept, needs, *settings))
                     gradients = [next(gradients) if need else None for need in needs]
-                elif ctx.fused is None:
-                    gradients = operator.backward(dy, *kept, needs, *ctx.settings)
+                elif fused is None:
+                    gradients = operator.backward(dy, *kept, needs, *settings)
                 else:
-                    gradients = operator.backward(dy, *kept, needs, *ctx.settings, add_to=ctx.fused.add_to(ctx))
+                    gradients = operator.backward(dy, *kept, needs, *settings, add_to=fused.add_to(ctx))
                 for i, gradient, need in zip(operator._gradients, gradients, needs, strict=True):
-                    spread[2 + i] = gradient if need else None
+                    spread[1 + i] = gradient if need else None
                 return tuple(spread)
 
         Differentiable.__name__ = Differentiable.__qualname__ = f"tpinv_{self.name}"
         return Differentiable
+
+    def _refuse_gradient(self, *arguments) -> None:
+        error = ValueError(f"{self.name} has no gradient; use the separate operations, or call it under torch.no_grad()")
+        refuse(self._ranks(*arguments) if self._ranks else ALONE, self.name, error)
+        raise error
 
     def _no_second_derivative(self) -> str:
         return (
             f"the backward of tpinv's {self.name} ran with gradients enabled (create_graph=True), and it has no gradient of its own: what is "
             "computed from these gradients could not be trained. Take the gradient without create_graph, or use stock layers for this term"
         )
-
-    def _refuse(self, *_):
-        raise ValueError(f"{self.name} has no gradient; use the separate operations, or call it under torch.no_grad()")
 
 
 def register(
@@ -222,17 +247,31 @@ def register(
     return Operator(schema, check, forward, fake, backward, kept, gradients, fake_backward, check_values, ranks, settings)
 
 
-def _watched(tensors: Sequence[Tensor]) -> bool:
-    """Whether somebody must see an operator: a dispatch mode, a profiler, a functional transform, a tensor with a dispatch of its own."""
-    if torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled() or torch._C._functorch.peek_interpreter_stack():
-        return True
-    return any(type(t) not in _PLAIN or t.is_meta for t in tensors)
+def _facts(tensors: Sequence[Tensor | None]) -> tuple[tuple, bool, bool]:
+    """What checks and agreement look at; are all of them plain tensors, whose numbers lie where they say; does one require a gradient?"""
+    facts, plain, wants = [], True, False
+    for t in tensors:
+        if t is None:
+            facts.append(None)
+            continue
+        requires_grad = t.requires_grad
+        facts += t.shape, t.dtype, t.device, requires_grad
+        wants = wants or requires_grad
+        if type(t) not in _PLAIN or t.layout is not _STRIDED or t.is_meta or t.is_neg():
+            plain = False
+            facts.append(t.layout)
+    return tuple(facts), plain, wants
 
 
-def _wants_gradient(tensors: Sequence[Tensor]) -> bool:
+def _watched() -> bool:
+    """Whether somebody must see an operator: a dispatch mode, a profiler, a functional transform."""
+    return bool(_modes() or _profiled() or _transforms())
+
+
+def _wants_gradient(tensors: Sequence[Tensor | None]) -> bool:
     if forward_ad._current_level >= 0:  # autograd.Function says of dual numbers that it has none
         return True
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _below_autograd(overload, keyset, *arguments):

@@ -17,6 +17,8 @@ def unit_stride(x: Tensor) -> Tensor:
 
 
 def output(y: Tensor, shape: Sequence[int]) -> Tensor:
-    """A fresh ``y`` in its final shape, as the output of an autograd.Function. Not a view: autograd forbids callers to modify
-    a view made inside a custom Function in place, which stock Megatron does with logits."""
-    return torch.ops.aten._unsafe_view.default(y, list(shape))
+    """A fresh ``y``, which nobody else holds, in its final shape, as the output of an autograd.Function. Not a view: autograd forbids
+    callers to modify a view made inside a custom Function in place, which stock Megatron does with logits."""
+    if y._is_view() or not y.is_contiguous():
+        return torch.ops.aten._unsafe_view.default(y, list(shape))
+    return y if y.shape == shape else y.resize_(shape)  # its sizes alone; a view costs the host four times as much
