@@ -9,7 +9,7 @@ import torch
 
 from tpinv.runtime.device import current_stream
 
-_POOL = 1 << 20  # counters a device's captured launches share, 4 MB
+_POOL = 1 << 22  # counters a device's captured launches share, 16 MB
 _STREAMS = 64  # that have a buffer at once
 
 

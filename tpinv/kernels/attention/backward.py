@@ -14,10 +14,12 @@ from tpinv.runtime.device import on_device_of_first
 from tpinv.runtime.launch import entry
 
 _ELEMENTS = 4096  # of a program that sums rows
-# Bytes of an element -> head width up to -> warps, stages of dq, and of dk with dv, whose blocks are contract.ATTENTION_BLOCKS.
+_AT_ONCE = 512  # blocks among which the longest come first
+# Bytes of an element -> head width up to -> queries, warps, stages of dq; keys, warps, stages of dk with dv. Not in the bits: what is summed
+# over comes in the blocks of contract.ATTENTION_BLOCKS.
 SCHEDULES = {
-    2: {64: ((8, 3), (8, 3)), 128: ((4, 2), (8, 2)), 256: ((8, 2), (8, 2))},
-    4: {128: ((4, 1), (4, 1)), 256: ((4, 1), (4, 1))},
+    2: {64: ((128, 8, 3), (128, 8, 3)), 128: ((128, 8, 3), (64, 4, 2)), 256: ((64, 8, 2), (64, 8, 2))},
+    4: {128: ((32, 4, 1), (32, 4, 1)), 256: ((16, 4, 1), (16, 4, 1))},
 }
 
 
@@ -25,8 +27,20 @@ def blocks(width: int, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
     """(query rows, keys, warps, stages) of dq, and (keys, query rows, warps, stages) of dk and dv. ValueError above MAX_WIDTH."""
     for limit, sizes in contract.ATTENTION_BLOCKS[dtype.itemsize].items():
         if width <= limit:
-            return [(*size, *schedule) for size, schedule in zip(sizes, SCHEDULES[dtype.itemsize][limit], strict=True)]
+            return [(rows, summed, *rest) for (_, summed), (rows, *rest) in zip(sizes, SCHEDULES[dtype.itemsize][limit], strict=True)]
     raise ValueError(f"heads of width {width} are wider than {MAX_WIDTH}; use narrower ones")
+
+
+@triton.jit
+def _turn(abreast):
+    """Block and head of this program, of a grid [blocks, heads, ...]: ``abreast`` heads take turns, block by block, then the next ones. Blocks
+    of a causal head get shorter and shorter; head after head, the last one's would keep the GPU waiting (13 % of 4096 keys, 32 heads)."""
+    blocks, heads = tl.num_programs(0), tl.num_programs(1)
+    at = tl.program_id(1) * blocks + tl.program_id(0)
+    first = at // (abreast * blocks) * abreast
+    here = min(abreast, heads - first)
+    at -= first * blocks
+    return at // here, (first + at % here).to(tl.int64)
 
 
 @entry
@@ -65,15 +79,16 @@ def _dq_step(
 
 
 @entry
-@triton.jit(do_not_specialize=DYNAMIC)
+@triton.jit(do_not_specialize=[*DYNAMIC, "abreast"])
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, d_s, d_b, d_h, o_s, o_b, o_h,
-    cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch, per_group, scale, out_scale,
+    cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch, per_group, abreast, scale, out_scale,
     CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Grid: query blocks, heads, batch. o_* are the strides of dq."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch, head, q_at, queries, k_at, keys = place(cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch)
+    batch, _, q_at, queries, k_at, keys = place(cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch)
+    block, head = _turn(abreast)
+    block = tl.num_programs(0) - 1 - block  # the last rows see most keys
     if cu_q is not None:
         if block * ROWS >= queries:
             return
@@ -123,16 +138,16 @@ def _dkv_step(
 
 
 @entry
-@triton.jit(do_not_specialize=DYNAMIC)
+@triton.jit(do_not_specialize=[*DYNAMIC, "abreast"])
 def dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, d_s, d_b, d_h, o_s, o_b, o_h,
-    cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch, per_group, scale, out_scale,
+    cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch, per_group, abreast, scale, out_scale,
     CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One query head's part of dk and dv, o_* their strides by query head. Grid: key blocks, heads, batch."""
-    block = tl.program_id(0)  # the first keys are seen by most rows
-    batch, head, q_at, queries, k_at, keys = place(cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch)
+    batch, _, q_at, queries, k_at, keys = place(cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch)
+    block, head = _turn(abreast)  # the first keys are seen by most rows
     if cu_q is not None:
         if block * KEYS >= keys:
             return
@@ -203,6 +218,11 @@ def row_dots(out: Tensor, dout: Tensor) -> Tensor:
     return delta
 
 
+def _abreast(grid: tuple[int, ...]) -> int:
+    """Heads whose blocks take turns: enough for several rounds of a GPU; one where its own blocks are, for the sake of the L2 cache."""
+    return max(1, _AT_ONCE // grid[0]) if 4 * grid[0] < _AT_ONCE else 1
+
+
 def fill_dkv(q, k, v, dout, lse, delta, dk, dv, scale: float, causal: bool, pack: Pack | None) -> None:
     batch, heads, width = q.shape[1:]
     sk, _, groups, _ = k.shape
@@ -211,7 +231,7 @@ def fill_dkv(q, k, v, dout, lse, delta, dk, dv, scale: float, causal: bool, pack
     part_dk, part_dv = (dk, dv) if per_group == 1 else new(q, pack)(2, sk, batch, heads, width, dtype=torch.float32)
     for grid, place_args in launches(q, k, pack, keys, by_keys=True):
         dkv_kernel[grid](
-            q, k, v, dout, lse, delta, part_dk, part_dv, *strides(q, k, v, dout, part_dk), *place_args, scale * LOG2E, scale,
+            q, k, v, dout, lse, delta, part_dk, part_dv, *strides(q, k, v, dout, part_dk), *place_args, _abreast(grid), scale * LOG2E, scale,
             ROWS=rows, KEYS=keys, num_warps=warps, num_stages=stages, **common,
         )  # fmt: skip
     if per_group > 1:
@@ -223,6 +243,6 @@ def fill_dq(q, k, v, dout, lse, delta, dq, scale: float, causal: bool, pack: Pac
     rows, keys, warps, stages = blocks(q.shape[3], q.dtype)[0]
     for grid, place_args in launches(q, k, pack, rows):
         dq_kernel[grid](
-            q, k, v, dout, lse, delta, dq, *strides(q, k, v, dout, dq), *place_args, scale * LOG2E, scale,
+            q, k, v, dout, lse, delta, dq, *strides(q, k, v, dout, dq), *place_args, _abreast(grid), scale * LOG2E, scale,
             ROWS=rows, KEYS=keys, num_warps=warps, num_stages=stages, **constants(q, causal),
         )  # fmt: skip

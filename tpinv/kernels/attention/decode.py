@@ -13,16 +13,20 @@ Scratch, in fp32: units x key heads x ROWS x (WIDTH + 2), for at most UNITS of l
 request if those are more. 4096 units of 16 rows of width 128 are 34 MB.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tpinv import contract
+from tpinv.kernels.attention import sm90_decode
 from tpinv.kernels.attention.forward import LEVELS, padded_width
 from tpinv.kernels.attention.leaves import BLOCK, LOG2E, NODE, merge, quotient, walk
 from tpinv.runtime.device import ceil_div
 from tpinv.runtime.launch import entry
+from tpinv.runtime.state import device_state
 
 UNITS = 4096  # of leaves at most, key heads included
 # Rows of a tile -> warps, stages, programs of a multiprocessor. Not in the bits.
@@ -201,6 +205,51 @@ def decode(
     most: int, longest: int, scale: float, causal: bool, out: Tensor, elsewhere: bool, leaf: int = contract.ATTENTION_LEAF,
 ) -> None:  # fmt: skip
     """Fills out's rows of requests with at most ``most`` queries, and of none. ``elsewhere``: the others are another kernel's."""
+    numbers = block_table, seq_lens, query_start_loc, most, longest, scale
+    if leaf == contract.ATTENTION_LEAF and query.is_cuda and longest > 0:
+        spec = sm90_decode.spec_for(query, key_cache, value_cache, len(seq_lens), most, out)
+        if spec and _verified(spec, query.device):
+            sm90_decode.run(spec, query, key_cache, value_cache, *numbers[:-1], scale * LOG2E, causal, out, elsewhere, UNITS)
+            return
+    decode_in_triton(query, key_cache, value_cache, *numbers, causal, out, elsewhere, leaf)
+
+
+def _verified(spec: sm90_decode.Spec, device: torch.device) -> bool:
+    """Whether csrc/sm90_decode.cu has the bytes of the kernels here, on this device: compared once. A capture, which forbids it, is told no."""
+    known, key = device_state(device.index).verified, (sm90_decode.SOURCE, spec)
+    if key not in known:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        known[key] = _same_bytes(spec, device)
+    return known[key]
+
+
+def _same_bytes(spec: sm90_decode.Spec, device: torch.device) -> bool:
+    """Four queries or as many as fit, of two key heads; lengths around every boundary, one refused; units of leaves, and of nodes."""
+    longest, page, per_group = contract.ATTENTION_LEAF * contract.ATTENTION_NODE + 700, 16, max(1, spec.rows // 4)
+    lengths = (1, 63, 65, 511, 512, 513, 2000, longest - 700, longest, 0, longest + 1)
+    generator = torch.Generator(device).manual_seed(0)
+    most = spec.rows // per_group
+    counts = [min(most, n) for n in lengths[:-2]] + [0, most]
+    pages = ceil_div(longest, page)
+    cache = torch.randn(pages, 2, page, 2, spec.width, device=device, generator=generator).to(spec.dtype)
+    table = torch.randperm(pages, device=device, generator=generator).int().expand(len(lengths), -1)
+    query = torch.randn(sum(counts) + 3, 2 * per_group, spec.width, device=device, generator=generator).to(spec.dtype)
+    starts, lens = (torch.tensor(t, dtype=torch.int32, device=device) for t in ([0, *itertools.accumulate(counts)], lengths))
+    outs = [torch.full_like(query, 7.0) for _ in range(3)]
+    arguments = query, *cache.unbind(1), table, lens, starts, most, longest
+    decode_in_triton(*arguments, 1.0, True, outs[0], False, contract.ATTENTION_LEAF)
+    for out, limit in zip(outs[1:], (UNITS, 1), strict=True):
+        sm90_decode.run(spec, *arguments, LOG2E, True, out, False, limit)
+    expected, *found = (torch.where(t.isnan(), torch.inf, t).view(torch.int16) for t in outs)  # a NaN is a NaN
+    return all(torch.equal(expected, t) for t in found)
+
+
+def decode_in_triton(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start_loc: Tensor,
+    most: int, longest: int, scale: float, causal: bool, out: Tensor, elsewhere: bool, leaf: int,
+) -> None:  # fmt: skip
+    """:func:`decode` on any GPU."""
     (tokens, heads, width), (_, page, key_heads, _), requests = query.shape, key_cache.shape, len(seq_lens)
     per_group, padded = heads // key_heads, padded_width(width)
     rows = max(16, min(64, triton.next_power_of_2(most * per_group)))
