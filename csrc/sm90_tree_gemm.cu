@@ -32,7 +32,7 @@
 //   A_MAJOR, B_MAJOR     0: k contiguous, 1: rows of A (columns of B) contiguous
 //   IN_FP16              inputs fp16, else bf16      OUT          0 fp32, 1 bf16, 2 fp16
 //   BIAS                 a bias follows the root     SWAP         rows of A are the output's columns: for few tokens, W is A
-//   ACCUMULATE           1 bf16, 2 fp16: the root is rounded to it and added to the output, which is fp32. Else 0
+//   ACCUMULATE           the root is added to the output, which is fp32
 //   NODE_BF16            leaves and nodes are rounded to bf16      SHARED_SLOTS 0 | 1      SPLIT 1 | 2 | 4 | 8
 //   EVERY_LANE_ARRIVES   1 for compute-sanitizer, whose racecheck does not see that a warp's arrival follows all of its lanes' loads
 
@@ -144,8 +144,7 @@ __device__ __forceinline__ void pin(float (&d)[kRegs]) {
 
 // -- roundings ----------------------------------------------------------------------------------------------------------------
 
-constexpr int kRoot = ACCUMULATE ? ACCUMULATE : OUT;  // the format that the root is rounded to
-__device__ __forceinline__ float round_out(float x) { return round_to<kRoot>(x); }
+__device__ __forceinline__ float round_out(float x) { return round_to<OUT>(x); }
 __device__ __forceinline__ float add(float left, float right) { return add_node<NODE_BF16>(left, right); }
 __device__ __forceinline__ float4 add(float4 l, float4 r) {
     return make_float4(add(l.x, r.x), add(l.y, r.y), add(l.z, r.z), add(l.w, r.w));
@@ -185,7 +184,7 @@ __device__ __forceinline__ void store_root(const Params& p, int row0, int col0, 
 #if OUT == 0
                 ((float*)p.out)[at] = x;
 #else
-                ((unsigned short*)p.out)[at] = (unsigned short)pack<kRoot>(x, x);
+                ((unsigned short*)p.out)[at] = (unsigned short)pack<OUT>(x, x);
 #endif
             }
             continue;
@@ -204,7 +203,7 @@ __device__ __forceinline__ void store_root(const Params& p, int row0, int col0, 
             if (inside[half] && col + 8 < p.schedule.cols) *(float2*)(out + col + 8) = make_float2(v[2], v[3]);
 #else
             // Neighbours swap halves, so that four lanes write 32 consecutive bytes.
-            const u32 mine = pack<kRoot>(v[0], v[1]), next = pack<kRoot>(v[2], v[3]);
+            const u32 mine = pack<OUT>(v[0], v[1]), next = pack<OUT>(v[2], v[3]);
             const u32 got = __shfl_xor_sync(0xffffffffu, q & 1 ? mine : next, 1);
             const int c = col0 + j * 8 + (q & 1 ? 8 : 0) + (q & 2) * 2;
             if (inside[half] && c < p.schedule.cols)
@@ -530,7 +529,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 if (before >= 0) drain(acc);  // the producer cannot go round while that stage is kept
             }
         };
-        // x = what is in the output + the rounded root, one fp32 addition. In the swizzled boxes the 16 bytes c of line r lie at c ^ r % 8.
+        // x = what is in the output + the root, one fp32 addition. In the swizzled boxes the 16 bytes c of line r lie at c ^ r % 8.
         auto add_root = [&](float (&x)[kRegs]) {
             const int line = warpgroup * 64 + warp % 4 * 16 + lane / 4;
 #pragma unroll
@@ -544,8 +543,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                         const u32 at = box + line * 128 + ((2 * j + (lane & 3) / 2) ^ (lane / 4)) * 16 + (lane & 1) * 8;
                         const float2 above = load_shared(at), below = load_shared(at + 8 * 128);
                         float* to = x + 4 * (4 * (first + i) + j);
-                        to[0] = __fadd_rn(above.x, round_out(to[0])), to[1] = __fadd_rn(above.y, round_out(to[1]));
-                        to[2] = __fadd_rn(below.x, round_out(to[2])), to[3] = __fadd_rn(below.y, round_out(to[3]));
+                        to[0] = __fadd_rn(above.x, to[0]), to[1] = __fadd_rn(above.y, to[1]);
+                        to[2] = __fadd_rn(below.x, to[2]), to[3] = __fadd_rn(below.y, to[3]);
                     }
                 }
                 hand_back(empty + 8 * stage, lane);

@@ -139,9 +139,10 @@ def resume(run: Run, directory: str, steps: int) -> dict[str, Tensor] | None:
     return train_here(run, start=steps, before=load)
 
 
-def train_counting(run: Run, fuse: bool = True, overlap: bool = False) -> tuple[dict[str, Tensor] | None, int]:
-    """``train``, and how many weight gradients went straight into main_grad; without that, or with ``overlap_grad_reduce``."""
-    stock_config, stock_add, added = verify._ddp_config, main_grad.add, []
+def train_counting(run: Run, how: str = "") -> tuple[dict[str, Tensor] | None, int]:
+    """``train``, and how many weight gradients went straight into main_grad. ``how``: with gradient_accumulation_fusion ("fusion"), with
+    overlap_grad_reduce ("overlap"), or with gradients that autograd rounds to their weight's dtype first ("rounded")."""
+    stock_ddp, stock_config, stock_add, added = verify._ddp_config, verify.build_config, main_grad.add, []
 
     def count(*args, **kwargs):
         added.append(args[0])
@@ -149,8 +150,9 @@ def train_counting(run: Run, fuse: bool = True, overlap: bool = False) -> tuple[
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main_grad, "add", count)
-        patch.setattr(verify, "_ddp_config", lambda run: replace(stock_config(run), overlap_grad_reduce=overlap))
-        if not fuse:
+        patch.setattr(verify, "_ddp_config", lambda run: replace(stock_ddp(run), overlap_grad_reduce=how == "overlap"))
+        patch.setattr(verify, "build_config", lambda run: replace(stock_config(run), gradient_accumulation_fusion=how == "fusion"))
+        if how == "rounded":
             patch.setattr(layers, "fuses_main_grad", lambda *_: False)
         return verify.train(run), len(added)
 

@@ -199,14 +199,14 @@ def adding(dy, x, total):
     "tokens, rows, cols, dtype",
     [(520, 600, 328, BF16), (1000, 1280, 1024, BF16), (777, 40, 136, BF16), (300, 200, 71, BF16), (5, 129, 8, FP16), (200, 300, 264, FP32)],
 )
-def test_every_configuration_adds_the_bytes_of_the_unfused_way(tokens, rows, cols, dtype):
+def test_every_configuration_adds_the_unrounded_product(tokens, rows, cols, dtype):
     from tpinv.kernels.gemm import triton_gemm as gemm
     from tpinv.kernels.gemm import tuner, verification
 
     dy, x, before = wild(tokens, rows, dtype=dtype), wild(tokens, cols, dtype=dtype, seed=1), wild(rows, cols, dtype=FP32, seed=2)
     before[3], before[4] = -0.0, float("inf")
-    expected = before.clone().add_(kernels.matmul(dy.t(), x))  # what Megatron's hook does
-    assert compare(before + kernels.matmul(dy.t(), x, out_dtype=FP32), expected) or dtype == FP32, "the twin: not rounded first"
+    expected = before + kernels.matmul(dy.t(), x, out_dtype=FP32)
+    assert compare(before + kernels.matmul(dy.t(), x), expected) or dtype == FP32, "the twin: rounded first, as Megatron's hook finds it"
     buffer = torch.full((rows, cols + 64), float("nan"), device="cuda")
     problem = adding(dy, x, before)
     configs = [gemm.canonical(problem), *tuner.candidates(problem)]
@@ -245,7 +245,7 @@ def test_adding_to_any_buffer_while_tuning(tmp_path, monkeypatch):
     monkeypatch.setenv("TPINV_CACHE", str(tmp_path))
     device_state(torch.cuda.current_device()).forget()
     dy, x, before = wild(1024, 512), wild(1024, 264, seed=1), wild(512, 264, dtype=FP32, seed=2)
-    product = kernels.matmul(dy.t(), x)
+    product = kernels.matmul(dy.t(), x, out_dtype=FP32)
     expected, flat = before.clone().add_(product), torch.zeros(512 * 264 + 1, device="cuda")
     for total in (
         before.clone(),
@@ -264,8 +264,8 @@ def test_adding_to_any_buffer_while_tuning(tmp_path, monkeypatch):
 
 def test_adding_under_graphs():
     dy, x, before = wild(300, 200), wild(300, 136, seed=1), wild(200, 136, dtype=FP32, seed=2)
-    once = before.clone().add_(kernels.matmul(dy.t(), x))
-    thrice = once.clone().add_(kernels.matmul(dy.t(), x)).add_(kernels.matmul(dy.t(), x))
+    product = kernels.matmul(dy.t(), x, out_dtype=FP32)
+    thrice = before + product + product + product
     total, graph = before.clone(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kernels.add_matmul(total, dy.t(), x)

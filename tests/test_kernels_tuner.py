@@ -29,7 +29,7 @@ class Gpu:
         if self.capturing is not None:
             self.capturing.append(config)
         values = reference.tree_product(problem.a, problem.b.t(), TREE, 0, 1)
-        root = reference.finish(values, TREE, TREE.subtrees(0, 1), problem.a.dtype if problem.accumulate else problem.out.dtype)
+        root = reference.finish(values, TREE, TREE.subtrees(0, 1), problem.out.dtype)
         problem.out.copy_(problem.out + root if problem.accumulate else root)
         if config in self.wrong and not masked:
             problem.out.neg_()

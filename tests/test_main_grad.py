@@ -1,4 +1,4 @@
-"""Weight gradients that are added to main_grad inside backward: the bytes of adding weight.grad to it afterwards."""
+"""Weight gradients that are added to main_grad inside backward: one fp32 addition of a product that is not rounded to the weight's dtype."""
 
 import copy
 import gc
@@ -10,9 +10,9 @@ import torch
 from hostile import hostile
 from torch.utils.checkpoint import checkpoint
 
-from tpinv import column_parallel_linear, reference, row_parallel_linear
+from tpinv import column_parallel_linear, row_parallel_linear
 from tpinv.collectives import Ranks
-from tpinv.ops import main_grad
+from tpinv.ops import main_grad, products
 from tpinv.ops.marks import KeepsMarks
 from tpinv.testing import assert_bitwise_equal, compare
 from tpinv.tree import ReductionTree
@@ -51,21 +51,18 @@ def backward(linear, weight, fused: bool, recompute: bool | None = None, seeds=(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("linear", LINEARS)
 @pytest.mark.parametrize("device", ["cpu", GPU])
-def test_fused_and_unfused_are_the_same_bytes(device, linear, dtype, recompute):
-    unfused = backward(linear, parameter(dtype, device=device), False)
+def test_the_product_is_added_unrounded(device, linear, dtype, recompute):
+    expected = parameter(dtype, device=device).main_grad
+    for seed in (3, 4):
+        x, dy = (hostile("normal", (30, n), dtype, at).to(device) for n, at in ((24, seed), (40, seed + 10)))
+        expected = expected + products.local_product(dy.t(), x, TREE, ALONE, dim=0, dtype=torch.float32)
     for layout in ("dense", "columns", "transposed"):
         fused = backward(linear, parameter(dtype, layout, device), True, recompute)
-        assert fused.grad_added_to_main_grad and not unfused.grad_added_to_main_grad
-        assert_bitwise_equal(fused.main_grad.contiguous(), unfused.main_grad, layout)
-
-
-def test_twin_sums_that_are_not_rounded_first():
-    """What Apex's kernel adds: the fp32 product."""
-    weight = parameter(torch.bfloat16)
-    before = weight.main_grad.clone()
-    backward(column_parallel_linear, weight, True, seeds=(3,))
-    x, dy = (hostile("normal", shape, torch.bfloat16, seed) for shape, seed in (((30, 24), 3), ((30, 40), 13)))
-    assert compare(before + reference.chain_matmul(dy.t(), x), weight.main_grad)
+        assert fused.grad_added_to_main_grad
+        assert_bitwise_equal(fused.main_grad.contiguous(), expected, layout)
+    unfused = backward(linear, parameter(dtype, device=device), False)  # the twin: rounded to the weight's dtype in between
+    assert not unfused.grad_added_to_main_grad
+    assert bool(compare(unfused.main_grad, expected)) == (dtype != torch.float32)
 
 
 @pytest.mark.parametrize("linear", LINEARS)
@@ -91,6 +88,23 @@ def test_a_weight_that_is_used_twice_in_one_backward_is_refused(linear):
     first, second = use(), use()  # as in a pipeline: two forwards, then their backwards
     first.sum().backward()
     second.sum().backward()
+
+
+@pytest.mark.parametrize("linear", LINEARS)
+def test_a_shared_weight_has_each_of_its_gradients_added(linear):
+    """Tied embeddings, by Megatron's mark: every product unrounded, and its hook adds what else autograd has."""
+    weight, x = parameter(torch.bfloat16), hostile("normal", (30, 24), torch.bfloat16, 3)
+    weight.zero_out_wgrad, weight.main_grad = True, torch.zeros(40, 24)
+
+    def use():
+        return linear(x, weight, tree=TREE, group=ALONE, gradient_accumulation_fusion=True)
+
+    (use() + 2 * use() + weight.square().sum()).sum().backward()
+    assert weight.grad_added_to_main_grad
+    dy = torch.ones(30, 40).bfloat16()
+    once, twice = (products.local_product(d.t(), x, TREE, ALONE, dim=0, dtype=torch.float32) for d in (dy, 2 * dy))
+    assert_bitwise_equal(weight.main_grad, twice + once)
+    assert_bitwise_equal(weight.grad, 30 * 40 * 2 * weight.detach())
 
 
 @pytest.mark.parametrize("linear", LINEARS)
@@ -197,7 +211,7 @@ def test_a_weight_that_was_copied_or_replaced_is_guarded_as_the_first_one_was(li
 
     expected = parameter(torch.bfloat16)
     expected.data.copy_(weight.data)
-    assert_bitwise_equal(backward(linear, weight, True).main_grad, backward(linear, expected, False).main_grad)
+    assert_bitwise_equal(backward(linear, weight, True).main_grad, backward(linear, expected, True).main_grad)
     assert weight.grad_added_to_main_grad
     weight.square().sum().backward()  # a pass of its own: left to whoever adds .grad to main_grad
     assert not weight.grad_added_to_main_grad and weight.grad.equal(2 * weight.detach())

@@ -112,11 +112,11 @@ class Sum:
 
 COLUMN_Y = Sum("column_parallel_linear", "y", "in-features", "-", CHAIN, NO_TREE)
 COLUMN_DX = Sum("column_parallel_linear", "dx", "out-features", "tensor parallelism", CHAIN, BY_TREE)
-COLUMN_DW = Sum("column_parallel_linear", "dweight", "tokens", "-", CHAIN, NO_TREE)
+COLUMN_DW = Sum("column_parallel_linear", "dweight (added to main_grad in fp32, not rounded)", "tokens", "-", CHAIN, NO_TREE)
 COLUMN_DB = Sum("column_parallel_linear", "dbias", "tokens", "-", PAIRS, FLOAT32)
 ROW_Y = Sum("row_parallel_linear", "y", "in-features", "tensor parallelism", CHAIN, BY_TREE)
 ROW_DX = Sum("row_parallel_linear", "dx", "out-features", "-", CHAIN, NO_TREE)
-ROW_DW = Sum("row_parallel_linear", "dweight", "tokens", "-", CHAIN, NO_TREE)
+ROW_DW = Sum("row_parallel_linear", "dweight (added to main_grad in fp32, not rounded)", "tokens", "-", CHAIN, NO_TREE)
 ROW_DB = Sum("row_parallel_linear", "dbias", "tokens", "-", PAIRS, FLOAT32)
 NORM_ROW = Sum("rms_norm, layer_norm", "mean, mean square, dx", "hidden", "-", PAIRS, NO_TREE)
 NORM_DW = Sum("rms_norm, layer_norm", "dweight, dbias", "tokens, or heads and tokens", "sequence or tensor parallelism", PAIRS, FLOAT32)

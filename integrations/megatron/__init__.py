@@ -6,9 +6,10 @@
 
 or both in one call once both are built: ``convert(model, tree=tree, optimizer=optimizer)``.
 
-Covered: dense GPTModel and HybridModel of the local spec. Everything else is refused by name (guard.py, settings.py, modules.py).
+Covered: dense GPTModel and HybridModel of the local spec and of TransformerEngine's (te/). Everything else is refused by name (guard.py, settings.py, modules.py).
 """
 
+from tpinv.integrations.megatron import wgrad
 from tpinv.integrations.megatron.convert import convert
 from tpinv.integrations.megatron.converted import is_converted
 from tpinv.integrations.megatron.cpu import on_cpu
@@ -17,6 +18,8 @@ from tpinv.integrations.megatron.hooks import convert_optimizer, install_finaliz
 from tpinv.integrations.megatron.lora import add_lora
 from tpinv.integrations.megatron.loss import log_probs
 from tpinv.integrations.megatron.specs import TPInvariantSpecProvider, gpt_layer_spec, hybrid_stack_spec
+
+wgrad.install()
 
 __all__ = [
     "TPInvariantSpecProvider",

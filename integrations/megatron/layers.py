@@ -83,20 +83,16 @@ def refuse(module: torch.nn.Module, arguments: dict) -> None:
 
 
 def fuses_main_grad(linear: torch.nn.Module, weight: Tensor) -> bool:
-    """Whether dW goes straight into ``weight.main_grad``, whatever config.gradient_accumulation_fusion says: no bit depends on it,
-    and where one would (a second use, a gradient from elsewhere) it is an error.
+    """Whether dW goes straight into ``weight.main_grad``, in float32 and unrounded: always where there is such a buffer, whatever
+    config.gradient_accumulation_fusion says, so that no bit depends on it; of tied embeddings too, which Megatron marks ``zero_out_wgrad``.
 
-    Not where Megatron must have the real gradient: for a weight that other modules use too (tied embeddings hand it to forward;
-    ``zero_out_wgrad`` is Megatron's mark for them), under Megatron-FSDP, which makes its own buffers, and under Megatron's
-    CUDA graphs, which take gradients from ``torch.autograd.grad`` and go by what ``grad_added_to_main_grad`` was while capturing.
+    Not for a weight of another module without that mark, and not under Megatron-FSDP, which makes its own buffers.
     """
     return (
-        weight is linear.weight
+        (weight is linear.weight or getattr(weight, "zero_out_wgrad", False))
         and hasattr(weight, "grad_added_to_main_grad")
         and getattr(getattr(weight, "main_grad", None), "dtype", None) == torch.float32
-        and not getattr(weight, "zero_out_wgrad", False)
         and not hasattr(weight, "__fsdp_param__")
-        and getattr(linear.config, "cuda_graph_impl", None) in (None, "none")
     )
 
 

@@ -54,7 +54,7 @@ MODEL = {
     **_any("read with enable_autocast alone, which is refused", "autocast_dtype"),
     **_any("a flag of torch's own products, which tpinv does not call", "disable_bf16_reduced_precision_matmul"),
     **_any("tpinv's kernels are deterministic", "deterministic_mode"),
-    **_any("tpinv adds to main_grad inside backward with it and without it, the same bytes", "gradient_accumulation_fusion"),
+    **_any("tpinv adds to main_grad inside backward, in fp32 and unrounded, with it and without it", "gradient_accumulation_fusion"),
     # initial values: that they do not depend on TP is the user's, and convert warns
     **_any(
         "initial values, not what is done with them",
@@ -78,7 +78,7 @@ MODEL = {
         "recompute_granularity recompute_method recompute_num_layers recompute_modules num_microbatches_with_partial_activation_checkpoints",
     ),
     **_any(
-        "graphs of the same kernels; main_grad is not fused in them",
+        "graphs of the same kernels, main_grad's addition among them",
         "enable_cuda_graph external_cuda_graph cuda_graph_impl cuda_graph_use_single_mempool cuda_graph_retain_backward_graph "
         "cuda_graph_warmup_steps cuda_graph_scope cuda_graph_modules inference_cuda_graph_scope",
     ),

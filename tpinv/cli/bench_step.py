@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-layers", type=int, default=4, help="step: transformer layers (default 4)")
     parser.add_argument("--sequence-parallel", action="store_true", help="step: above TP = 1")
+    parser.add_argument(
+        "--spec", choices=["local", "te"], default="local", help="step: Megatron's local layers (default) or TransformerEngine's"
+    )
     parser.add_argument("--profile", help="step: write the GPU kernels of one step, by time, to this file")
 
 
@@ -49,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
                     for layers in ("stock", "tpinv"):
                         sp, last = arguments.sequence_parallel and tp > 1, turn == arguments.rounds - 1
                         of_row = {"leaves": leaves, "node_dtype": arguments.node_dtype, "num_layers": arguments.num_layers}
-                        step = bench.Step(layers, tp, sp, **of_row, profile=bool(arguments.profile) and last)
+                        step = bench.Step(layers, tp, sp, arguments.spec, **of_row, profile=bool(arguments.profile) and last)
                         result = pool.run(bench.measure, tp, step, timeout=600, device="cuda")[0]
                         kernels += [(layers, tp, leaves, *kernel) for kernel in result.pop("kernels", [])]
                         console.print(layers, f"TP={tp}", *(f"{name} {value:.6g}" for name, value in result.items()))

@@ -89,7 +89,7 @@ def matmul(a: Tensor, b: Tensor, *, bias: Tensor | None = None, out_dtype: torch
 
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor, *, precision: str = "ieee") -> None:
-    """``total += matmul(a, b)``, the same bytes in one kernel: the chain is rounded once to a's dtype and added by one fp32 addition.
+    """``total += matmul(a, b, out_dtype=torch.float32)``, the same bytes in one kernel: the chain, not rounded, is added by one fp32 addition.
 
     ``total`` [R, C] is float32 and may have any strides; rows that are dense are what the kernel takes. Errors as in
     tree_product, and ValueError for a total of another dtype, shape or device.
@@ -98,7 +98,7 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor, *, precision: str = "ieee") 
     if total.dtype != torch.float32 or total.shape != (a.shape[0], b.shape[1]):
         raise ValueError(f"total {tuple(total.shape)} {total.dtype} must be float32 [{a.shape[0]}, {b.shape[1]}]")
     if total.stride(1) != 1 or total.stride(0) < total.shape[1]:
-        total.add_(matmul(a, b, precision=precision))
+        total.add_(matmul(a, b, out_dtype=torch.float32, precision=precision))
         return
     if total.numel() == 0 or a.shape[1] == 0:
         total.add_(0.0)  # an empty sum is +0.0, and -0.0 + 0.0 another zero

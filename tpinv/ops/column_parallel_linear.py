@@ -38,7 +38,7 @@ def column_parallel_linear(
             pairs piece j of each block.
         gather_output: return [..., N] instead of [..., N/p]. Not with stride > 1, whose blocks a gather would interleave.
         gradient_accumulation_fusion: add dW to ``weight.main_grad`` in backward and hand a meaningless tensor to autograd
-            (ops/main_grad.py): the bytes of ``main_grad.add_(weight.grad)``.
+            (ops/main_grad.py): one fp32 addition of the product, which is not rounded to the weight's dtype before.
 
     Gradients: dx sums over N, which is sharded: tree. dW sums over tokens, whole on every rank: one chain. db: tree over tokens.
 

@@ -54,4 +54,4 @@ class FusedGradient:
 
     def add_to(self, ctx) -> Tensor | None:
         """The parameter, if this backward pass is one that accumulates its gradient. It is the second tensor among the inputs."""
-        return self.weight if main_grad.accumulates(ctx.next_functions[1][0]) else None
+        return self.weight if main_grad.accumulates(ctx.next_functions[1][0], self.weight) else None

@@ -1,11 +1,15 @@
 """Weight gradients straight into ``main_grad``, the float32 buffer that Megatron-Core keeps beside a parameter.
 
-    main_grad[n, k] += float32(dW[n, k] rounded to the weight's dtype)          one fp32 addition
+    main_grad[n, k] += dW[n, k]          the chain over tokens as it is in fp32, one fp32 addition
 
-That is what ``main_grad.add_(weight.grad)`` makes of it after backward, so fused and unfused are the same bytes; fused, a third less
-memory is read and written. The agreement with whoever owns the buffer is Megatron's (gradient_accumulation_fusion): its hooks are to run as
-ever, so they find a tensor without meaning in the place of the gradient, and ``weight.grad_added_to_main_grad`` tells them that there is
-nothing left to add. A gradient that the weight gets from elsewhere in the same backward pass would be lost with it: that is an error.
+as TransformerEngine's and Apex's kernels have it: not ``main_grad.add_(weight.grad)``, which rounds to the weight's dtype in between and
+reads and writes a third more memory. The agreement with whoever owns the buffer is Megatron's (gradient_accumulation_fusion): its hooks are
+to run as ever, so they find a zero that has no meaning in the place of the gradient, and ``weight.grad_added_to_main_grad`` tells them that
+there is nothing left to add. A gradient that the weight gets from elsewhere in the same backward pass would be lost with it: that is an
+error, unless the weight has Megatron's mark for shared weights, ``zero_out_wgrad``: then the hooks add what else there is.
+
+In a CUDA graph the addition is captured too, also where the graph's owner takes gradients with ``torch.autograd.grad``, as Megatron's and
+TransformerEngine's do. Its replays hand out zeros, so it does not matter whether somebody adds those.
 
 What sees to that is a hook on the weight (``_Guard``). Copies, ``load_state_dict(assign=True)`` and swapped tensors carry over names and
 numbers, not hooks, so nothing is remembered under a name: every forward and every addition asks whether this very tensor has its own.
@@ -33,11 +37,16 @@ def check(weight: Tensor) -> None:
         )
     if weight.requires_grad and weight.is_leaf and not torch.compiler.is_compiling():
         _guard(weight)
+        if not _is_capturing(weight):
+            _zero(weight.dtype, weight.device)  # in a graph's memory it would not stay zero
 
 
-def accumulates(node) -> bool:
+def accumulates(node, weight: Tensor) -> bool:
     """Whether this backward pass is one that ends in .grad at ``node``, the weight's AccumulateGrad. ``torch.autograd.grad`` does
-    not: it wants the gradient itself, or none, and nobody expects it to change a buffer."""
+    not: it wants the gradient itself, or none, and nobody expects it to change a buffer; but in a CUDA graph, where it is how Megatron
+    captures a backward pass."""
+    if _is_capturing(weight):
+        return True
     try:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # how torch says that autograd.grad was asked for this leaf
@@ -48,10 +57,10 @@ def add(weight: Tensor, dy: Tensor, x: Tensor, tree: ReductionTree, ranks: Ranks
     """Adds dW = dy^T x to ``weight.main_grad``; dimension ``dim`` of dW is the sharded one. Returns what autograd gets instead.
 
     A weight that a backward pass meets a second time is a ValueError: autograd would have added both gradients in the weight's
-    dtype before the buffer sees them, and the first one is in it already.
+    dtype before the buffer sees them, and the first one is in it already. Not so with ``zero_out_wgrad``: each is added, unrounded.
     """
     backward, guard = torch._C._current_graph_task_id(), _guard(weight)
-    if guard.added_in == backward:
+    if guard.added_in == backward and not _is_shared(weight):
         raise ValueError(
             f"weight {tuple(weight.shape)} is used twice in one backward pass, where gradient_accumulation_fusion would round other sums; "
             "pass gradient_accumulation_fusion=False (with Megatron-Core, set weight.zero_out_wgrad = True)"
@@ -60,6 +69,14 @@ def add(weight: Tensor, dy: Tensor, x: Tensor, tree: ReductionTree, ranks: Ranks
     products.add_local_product(weight.main_grad, dy.t(), x, tree, ranks, dim=dim, stride=stride)
     weight.grad_added_to_main_grad = True
     return _zero(weight.dtype, weight.device).expand_as(weight)  # autograd never adds to an expanded tensor in place
+
+
+def _is_shared(weight: Tensor) -> bool:
+    return getattr(weight, "zero_out_wgrad", False)
+
+
+def _is_capturing(weight: Tensor) -> bool:
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
@@ -90,12 +107,14 @@ class _Guard:
         if self.added_in != torch._C._current_graph_task_id():  # this pass has added nothing: what comes is left to the hooks
             weight.grad_added_to_main_grad = False
             return None
+        if _is_shared(weight):
+            return None  # zeros and what comes from elsewhere, which Megatron's hook adds
         if grad.data_ptr() != _zero(weight.dtype, weight.device).data_ptr():
             raise ValueError(
                 f"weight {tuple(weight.shape)} gets a gradient from elsewhere too, or through a hook, where gradient_accumulation_fusion has "
                 "added its linear's already; pass gradient_accumulation_fusion=False (with Megatron-Core, set weight.zero_out_wgrad = True)"
             )
-        return torch.empty_like(weight)
+        return None if _is_capturing(weight) else torch.empty_like(weight)
 
 
 def _guard(weight: Tensor) -> _Guard:

@@ -69,11 +69,11 @@ def local_product(
 
 
 def add_local_product(total: Tensor, a: Tensor, b: Tensor, tree: ReductionTree, ranks: Ranks, *, dim: int, stride: int = 1) -> None:
-    """``total`` [R, C], float32, += :func:`local_product` rounded once to a's dtype: one fp32 addition."""
+    """``total`` [R, C], float32, += :func:`local_product` in float32, not rounded before: one fp32 addition."""
     if on_gpu(a):
         kernels.add_matmul(total, a, b)
     else:
-        total.add_(local_product(a, b, tree, ranks, dim=dim, dtype=a.dtype, stride=stride))
+        total.add_(local_product(a, b, tree, ranks, dim=dim, dtype=torch.float32, stride=stride))
 
 
 def column_sum(x: Tensor, tree: ReductionTree, ranks: Ranks) -> Tensor:

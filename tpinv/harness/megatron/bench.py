@@ -1,7 +1,10 @@
-"""A training step of Megatron-Core on GPUs, with the fastest stock modules that need no TransformerEngine, and with tpinv's.
+"""A training step of Megatron-Core on GPUs, with stock modules and with tpinv's. Model, DistributedDataParallel, optimizer and data are the
+same in both.
 
-Stock: cuBLAS linears, NCCL, torch's fused RMSNorm, compiled SwiGLU, bias-dropout-add and cross-entropy, and FlashAttention through SDPA in the
-place of the unfused local attention. Model, DistributedDataParallel, optimizer and data are the same in both.
+Stock of the local spec: cuBLAS linears, NCCL, torch's fused RMSNorm, compiled SwiGLU, bias-dropout-add and cross-entropy, and FlashAttention
+through SDPA in the place of the unfused local attention. Stock of TransformerEngine's ("te"): its linears with weight gradients accumulated
+into main_grad by their products (the output layer's too, where Apex is missing by wgrad.py), its norms, attention, rope, cross-entropy and Adam.
+tpinv's is the same model, converted.
 """
 
 import gc
@@ -23,7 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from tpinv.harness.megatron.verify import StockProvider
+from tpinv.harness.megatron.verify import StockProvider, te_spec
 from tpinv.integrations.megatron import convert, convert_optimizer, gpt_layer_spec
 from tpinv.integrations.megatron.specs import block_spec
 from tpinv.tree import ReductionTree
@@ -36,6 +39,7 @@ class Step:
     layers: str  # "stock" or "tpinv"
     tp: int
     sequence_parallel: bool = False
+    spec: str = "local"  # or "te"
     leaves: int = 8
     node_dtype: str = "float32"
     num_layers: int = 4
@@ -66,12 +70,13 @@ class FlashProvider(StockProvider):
 
 
 def _config(step: Step) -> TransformerConfig:
+    te = step.spec == "te"
     return TransformerConfig(
         num_layers=step.num_layers, hidden_size=step.hidden, ffn_hidden_size=step.ffn, num_attention_heads=step.heads,
         num_query_groups=step.groups, kv_channels=step.hidden // step.heads, normalization="RMSNorm", activation_func=silu,
         gated_linear_unit=True, add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0, masked_softmax_fusion=False,
-        bias_activation_fusion=True, bias_dropout_fusion=True, cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="native",
-        gradient_accumulation_fusion=False, tensor_model_parallel_size=step.tp, sequence_parallel=step.sequence_parallel,
+        bias_activation_fusion=True, bias_dropout_fusion=True, cross_entropy_loss_fusion=True,
+        cross_entropy_fusion_impl="te" if te else "native", apply_rope_fusion=te, gradient_accumulation_fusion=te, tensor_model_parallel_size=step.tp, sequence_parallel=step.sequence_parallel,
         params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16, bf16=True,
     )  # fmt: skip
 
@@ -79,9 +84,13 @@ def _config(step: Step) -> TransformerConfig:
 def _model(step: Step, config: TransformerConfig) -> GPTModel:
     tree = ReductionTree(step.leaves, step.node_dtype)
     ours = step.layers == "tpinv"
+    if step.spec == "te":
+        spec = te_spec(config)
+    else:
+        spec = gpt_layer_spec(config, tree=tree) if ours else block_spec(config, FlashProvider())
     model = GPTModel(
         config,
-        transformer_layer_spec=gpt_layer_spec(config, tree=tree) if ours else block_spec(config, FlashProvider()),
+        transformer_layer_spec=spec,
         vocab_size=step.vocabulary,
         max_sequence_length=step.sequence,
         position_embedding_type="rope",

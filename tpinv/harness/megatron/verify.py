@@ -134,7 +134,7 @@ class StockProvider(LocalSpecProvider):
 def build_model(run: Run, config: TransformerConfig) -> GPTModel:
     torch.manual_seed(run.seed)
     if run.spec == "te":
-        spec = _te_spec(config)
+        spec = te_spec(config)
     else:
         spec = gpt_layer_spec(config, tree=run.tree) if run.layers == "tpinv" else block_spec(config, StockProvider())
     model = GPTModel(
@@ -150,7 +150,7 @@ def build_model(run: Run, config: TransformerConfig) -> GPTModel:
     return convert(model, tree=run.tree, tokenizer_vocab_size=256, make_vocab_size_divisible_by=1)
 
 
-def _te_spec(config: TransformerConfig):
+def te_spec(config: TransformerConfig):
     """Megatron's own, for stock and for ours, which converts it."""
     if not te.INSTALLED:
         raise ValueError(

@@ -106,7 +106,7 @@ class Problem:
     splits: dict[int, tuple[int, ...]]  # parts -> merges of one part; see splits()
     node_bf16: bool
     precision: str  # of fp32 products: "ieee" or "tf32"
-    accumulate: bool = False  # the root, rounded to the operands' dtype, is added to ``out``, which is float32
+    accumulate: bool = False  # the root is added to ``out``, which is float32
 
     @property
     def rows(self) -> int:

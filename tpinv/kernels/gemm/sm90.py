@@ -132,7 +132,7 @@ def macros(problem: Problem, config: Sm90Config) -> dict[str, int]:
         "A_MAJOR": major_a, "B_MAJOR": major_b, "IN_FP16": int(problem.a.dtype == torch.float16),
         "OUT": _OUT[problem.out.dtype], "NODE_BF16": int(problem.node_bf16), "BIAS": int(problem.bias is not None),
         "SHARED_SLOTS": config.shared_slots, "SPLIT": config.parts, "SWAP": int(config.swap),
-        "ACCUMULATE": _OUT[problem.a.dtype] if problem.accumulate else 0, "EVERY_LANE_ARRIVES": EVERY_LANE_ARRIVES,
+        "ACCUMULATE": int(problem.accumulate), "EVERY_LANE_ARRIVES": EVERY_LANE_ARRIVES,
     }  # fmt: skip
 
 

@@ -53,18 +53,19 @@ def _perfect_sum(ptr, stride, FIRST: tl.constexpr, COUNT: tl.constexpr, NODE_BF1
 
 @triton.jit
 def _store_root(
-    out_ptr, bias_ptr, value, row, col, rows, cols, out_row, ROOT: tl.constexpr, BIAS: tl.constexpr, ACCUMULATE: tl.constexpr
+    out_ptr, bias_ptr, value, row, col, rows, cols, out_row, BIAS: tl.constexpr, ACCUMULATE: tl.constexpr
 ):  # fmt: skip
-    """Rounds the root once to the dtype ROOT; then adds the bias and rounds once more, or (ACCUMULATE) adds the rounded root in
-    fp32 to what is there. row and col are broadcastable."""
+    """Rounds the root once to the output's dtype; then adds the bias and rounds once more, or (ACCUMULATE, fp32) adds the root to what is
+    there. row and col are broadcastable."""
     at = out_ptr + row.to(tl.int64) * out_row + col
     mask = (row < rows) & (col < cols)
+    ROOT: tl.constexpr = out_ptr.dtype.element_ty
     value = value.to(ROOT)
     if BIAS:
         bias = tl.load(bias_ptr + col, mask=col < cols, other=0.0)
         value = (value.to(tl.float32) + bias.to(tl.float32)).to(ROOT)
     if ACCUMULATE:
-        value = tl.load(at, mask=mask, other=0.0) + value.to(tl.float32)
+        value = tl.load(at, mask=mask, other=0.0) + value
     tl.store(at, value, mask=mask)
 
 
@@ -177,9 +178,8 @@ def tree_gemm_kernel(
         row = m[:, None]
         col = n[None, :]
         inner = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
-    ROOT: tl.constexpr = a_ptr.dtype.element_ty if ACCUMULATE else out_ptr.dtype.element_ty
     if SPLIT == 1:
-        _store_root(out_ptr, bias_ptr, value, row, col, rows, cols, out_row, ROOT, BIAS, ACCUMULATE)
+        _store_root(out_ptr, bias_ptr, value, row, col, rows, cols, out_row, BIAS, ACCUMULATE)
     else:
         published = parts_ptr + (tile * SPLIT).to(tl.int64) * (BM * BN) + inner
         tl.store(published + part * (BM * BN), value)
@@ -188,7 +188,7 @@ def tree_gemm_kernel(
         if before == SPLIT - 1:
             tl.debug_barrier()
             root = _perfect_sum(published, BM * BN, 0, SPLIT, NODE_BF16)
-            _store_root(out_ptr, bias_ptr, root, row, col, rows, cols, out_row, ROOT, BIAS, ACCUMULATE)
+            _store_root(out_ptr, bias_ptr, root, row, col, rows, cols, out_row, BIAS, ACCUMULATE)
             tl.store(arrivals_ptr + tile, 0)
 
 
