@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tpinv import contract
+from tpinv.kernels.attention import sm90
 from tpinv.kernels.attention.leaves import BLOCK, LOG2E, NODE, merge, quotient, tile, walk
 from tpinv.reference.attention import Pack
 from tpinv.runtime.device import ceil_div, on_device_of_first
@@ -312,13 +313,30 @@ def scratch_floats(programs: int, rows: int, width: int) -> int:
 
 
 @on_device_of_first
-def forward(
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, pack: Pack | None = None) -> tuple[Tensor, Tensor]:
+    """q [sq, b, h, d], k and v [sk, b, g, d], unit stride in d, any others -> out [sq, b, h, d], lse fp32 [b, h, sq]. b is 1 in a pack.
+
+    By csrc/sm90_attention.cu where it can, and was seen to have the bytes of the Triton kernel."""
+    if sm90.refuses(q, k, v, pack) is None and sm90.verified(q, k, causal, pack, triton_forward):
+        _check_keys(len(k) if pack is None else pack.longest_k)
+        out, lse = empty_results(q, pack)
+        sm90.run(q, k, v, out, lse, scale, causal, pack)
+        return out, lse
+    return triton_forward(q, k, v, scale, causal, pack)
+
+
+def empty_results(q: Tensor, pack: Pack | None) -> tuple[Tensor, Tensor]:
+    sq, batch, heads, _ = q.shape
+    return new(q, pack)(q.shape), q.new_empty(batch, heads, sq, dtype=torch.float32)
+
+
+@on_device_of_first
+def triton_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, pack: Pack | None = None, leaf: int = contract.ATTENTION_LEAF
 ) -> tuple[Tensor, Tensor]:
-    """q [sq, b, h, d], k and v [sk, b, g, d], unit stride in d, any others -> out [sq, b, h, d], lse fp32 [b, h, sq]. b is 1 in a pack.
-    ``leaf``: another number of keys is another contract, for measurements."""
+    """:func:`forward` by the Triton kernels alone. ``leaf``: another number of keys is another contract, for measurements."""
     sq, batch, heads, width = q.shape
-    out, lse = new(q, pack)(q.shape), q.new_empty(batch, heads, sq, dtype=torch.float32)
+    out, lse = empty_results(q, pack)
     rows, warps, stages = tile_sizes(width, q.dtype)
     options = {"ROWS": rows, "LEAF": leaf, "num_warps": warps, "num_stages": stages, **constants(q, causal)}
     longest = len(k) if pack is None else pack.longest_k

@@ -1,0 +1,181 @@
+"""Attention's forward on Hopper: the host side of csrc/sm90_attention.cu, which has the bytes of kernels/attention/forward.py.
+
+What a configuration may choose (slots of the copy pipeline, whether warpgroups take turns) moves work around and
+no bit. :func:`forward` is used only after :func:`verified` compared the very kernel that will run with the Triton kernel on this chip.
+"""
+
+import ctypes
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tpinv import contract
+from tpinv.reference.attention import LOG2E, Pack
+from tpinv.runtime import cuda
+from tpinv.runtime.device import ceil_div, current_stream, on_device_of_first
+from tpinv.runtime.state import device_state
+
+SOURCE = "sm90_attention.cu"
+PACKS = False
+FEWEST_ROWS = 65  # fewer, and half of every tile is empty
+ROWS, _BLOCK = 128, contract.ATTENTION_BLOCK  # queries of a tile, keys of a slot
+_THREADS, _CONSUMERS = 384, 256
+_SHARED_LIMIT = 232448  # bytes a block may have on sm_90
+_SECTION_BYTES = 24 << 20  # keys and values that tiles work on at a time: about half of the L2 cache
+NODE = contract.ATTENTION_LEAF * contract.ATTENTION_NODE
+
+
+@dataclass(frozen=True)
+class Config:
+    stages: int
+    pingpong: bool = True
+
+    def shared_bytes(self, width: int) -> int:
+        return 1024 + (self.stages + 2) * _BLOCK * width * 2 + 16 * _CONSUMERS + 128 + 16 * self.stages + 32
+
+
+CHOICES = {64: Config(22), 128: Config(11)}  # by padded width
+
+
+def padded_width(width: int) -> int:
+    return 64 if width <= 64 else 128
+
+
+def choice(width: int) -> Config:
+    return CHOICES[padded_width(width)]
+
+
+class _Params(ctypes.Structure):
+    """struct Params of the source, field by field."""
+
+    _fields_ = [
+        *((n, ctypes.c_void_p) for n in ("out", "lse", "scratch", "turn", "cu_q", "cu_k", "first_q", "first_k", "v")),
+        *((n, ctypes.c_longlong) for n in ("out_row", "out_batch", "out_head", "v_row", "v_head")),
+        *((n, ctypes.c_int) for n in ("q_rows", "k_rows", "per_group", "levels", "width")),
+        ("scale", ctypes.c_float),
+        *((n, ctypes.c_int) for n in ("heads", "sequences", "tiles", "section")),
+    ]
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and device_state(device.index).capability == (9, 0)
+
+
+def refuses(q: Tensor, k: Tensor, v: Tensor, pack: Pack | None = None) -> str | None:
+    """Why this kernel cannot compute these; None when it can. Decides speed only: the Triton kernel has the same bits."""
+    if not _is_hopper(q.device):
+        return "needs compute capability 9.0"
+    if cuda.missing(SOURCE):
+        return cuda.missing(SOURCE)
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bf16 or fp16, got {q.dtype}"
+    if q.shape[-1] > 128 or q.shape[-1] % 8:
+        return f"needs heads of width 8, 16, ..., 128, got {q.shape[-1]}"
+    for t in (q, k, v):
+        steps = [s for s, n in zip(t.stride()[:3], t.shape[:3], strict=True) if n > 1]
+        if t.data_ptr() % 16 or any(s % 8 or s <= 0 for s in steps):
+            return "copies need tensors that are aligned to 16 bytes, and rows that lie a multiple of 8 elements apart"
+    if pack is not None and not PACKS:
+        return "its packs have not been compared on a GPU"
+    if (len(q) if pack is None else pack.longest_q) < FEWEST_ROWS:
+        return f"is made for tiles of {ROWS} queries"
+    return None
+
+
+def macros(width: int, dtype: torch.dtype, causal: bool, packed: bool, tree: bool, config: Config) -> dict[str, int]:
+    return {
+        "WIDTH": padded_width(width), "IN_FP16": int(dtype == torch.float16), "CAUSAL": int(causal), "PACKED": int(packed),
+        "TREE": int(tree), "STAGES": config.stages, "PINGPONG": int(config.pingpong), "LEAF_BLOCKS": contract.ATTENTION_LEAF // _BLOCK,
+        "NODE_BLOCKS": NODE // _BLOCK,
+    }  # fmt: skip
+
+
+def _map(t: Tensor):
+    """A descriptor of [s, b, heads, d] that brings 64 rows of 64 columns."""
+    rows, batch, heads, width = t.shape
+    sizes, strides = (width, rows, heads, batch), (t.stride(0), t.stride(2), t.stride(1))
+    # A dimension of size one is never stepped over, but its stride must still be a legal one.
+    strides = tuple(8 if n == 1 else s for s, n in zip(strides, sizes[1:], strict=True))
+    return cuda.tensor_map(t.data_ptr(), t.dtype, sizes, strides, (64, _BLOCK, 1, 1))
+
+
+@on_device_of_first
+def run(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool, pack: Pack | None, config: Config | None = None
+) -> None:
+    """Fills ``out`` and ``lse``, on the current stream. The caller has asked :func:`refuses`. ``config``: default :func:`choice`."""
+    (q_rows, batch, heads, width), (k_rows, _, groups, _) = q.shape, k.shape
+    longest_q, longest_k, sequences = (q_rows, k_rows, batch) if pack is None else (pack.longest_q, pack.longest_k, len(pack.cu_q) - 1)
+    tiles, padded = ceil_div(longest_q, ROWS), padded_width(width)
+    config = config or choice(width)
+    if not tiles * heads * sequences:
+        return
+    state, per_group, levels = device_state(q.device.index), heads // groups, (ceil_div(longest_k, NODE) - 1).bit_length()
+    arguments = tuple(macros(width, q.dtype, causal, pack is not None, levels > 0, config).items())
+    shared = config.shared_bytes(padded)
+    function = cuda.load(SOURCE, "attention", arguments, "sm_90a", shared, q.device.index)
+    grid = min(state.multiprocessors, tiles * heads * sequences)
+    section = max(1, _SECTION_BYTES // max(1, 4 * width * longest_k)) * per_group
+    params = _Params(
+        out=out.data_ptr(), lse=lse.data_ptr(), turn=state.counters.take(2).data_ptr(), v=v.data_ptr(),
+        out_row=out.stride(0), out_batch=out.stride(1), out_head=out.stride(2), v_row=v.stride(0), v_head=v.stride(2),
+        q_rows=q_rows, k_rows=k_rows, per_group=per_group, levels=levels, width=width, scale=scale * LOG2E,
+        heads=heads, sequences=sequences, tiles=tiles, section=min(section, heads * sequences),
+    )  # fmt: skip
+    scratch = q.new_empty(grid * levels * (padded // 8 + 1) * _CONSUMERS * 4, dtype=torch.float32) if levels else None
+    if scratch is not None:
+        params.scratch = scratch.data_ptr()
+    if pack is not None:
+        params.cu_q, params.cu_k, params.first_q, params.first_k = (t.data_ptr() for t in pack[:4])
+    cuda.launch(function, grid, _THREADS, shared, current_stream(q.device.index), _map(q), _map(k), _map(v), params)
+
+
+# -- has it the bytes of the Triton kernel? -----------------------------------------------------------------------------------------
+
+
+def verified(q: Tensor, k: Tensor, causal: bool, pack: Pack | None, truth: Callable) -> bool:
+    """Whether the kernel that computes these gives the bytes of ``truth``, another forward, for hostile operands of a few hundred rows and, if
+    there is a tree, three nodes of keys. Asked once for each compiled kernel and width; while a CUDA graph is captured it cannot be asked,
+    and what is not known is not used."""
+    width, longest = q.shape[-1], len(k) if pack is None else pack.longest_k
+    key = (SOURCE, width, *macros(width, q.dtype, causal, pack is not None, longest > NODE, choice(width)).items())
+    known = device_state(q.device.index).verified
+    if key not in known:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        known[key] = _agrees(width, q.dtype, causal, pack is not None, longest > NODE, q.device, truth)
+    return known[key]
+
+
+def _agrees(width: int, dtype: torch.dtype, causal: bool, packed: bool, tree: bool, device: torch.device, truth: Callable) -> bool:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def make(rows: int, batch: int, heads: int) -> Tensor:
+        x = torch.randn(rows, batch, heads, width, device=device, generator=generator)
+        return (x * torch.exp2(torch.randint(-3, 3, x.shape, device=device, generator=generator).float())).to(dtype)
+
+    def same(queries: int, keys: int, batch: int, pack: Pack | None = None) -> bool:
+        q, k, v = make(queries, batch, 4), make(keys, batch, 2), make(keys, batch, 2)
+        if pack is not None:  # behind the last sequence there may be anything
+            k[-1], v[-1] = float("nan"), float("nan")
+        found = torch.full_like(q, float("nan")), q.new_full((batch, 4, queries), float("nan"), dtype=torch.float32)
+        run(q, k, v, *found, width**-0.5, causal, pack)
+        expected = truth(q, k, v, width**-0.5, causal, pack)
+        inside = slice(None) if pack is None else slice(0, int(pack.cu_q[-1]))
+        pairs = [(found[0][inside], expected[0][inside]), (found[1][..., inside], expected[1][..., inside])]
+        return all(torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) for a, b in pairs)
+
+    if not packed:
+        lengths = [(300, 2 * NODE + 100), (200, 3 * NODE)] if tree else [(700, 700), (300, 1100), (129, NODE)]
+        return all(same(queries, keys, 2) for queries, keys in lengths)
+
+    def starts(lengths: list[int]) -> Tensor:
+        return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+    queries, keys = [130, 0, 65, 1], [2 * NODE + 70, 0, NODE + 1, 600] if tree else [700, 0, 65, 600]
+    cu_q, cu_k = starts(queries), starts(keys)
+    pack = Pack(cu_q, cu_k, cu_q, cu_k, max(queries), max(keys))
+    return same(sum(queries) + 1, sum(keys) + 1, 1, pack)
