@@ -22,6 +22,7 @@ COMMANDS = {
     "probe": "recover and draw the order in which an operation adds",
     "diff": "name the first module and tensor in which two recorded runs differ",
     "bench": "time the kernels against the stock ones, after checking their bits",
+    "decode": "decode on a fast server and commit what an invariant one decides, the bytes that it gives alone",
     "doctor": "say which kernels this machine uses, and why",
 }
 
