@@ -4,7 +4,7 @@ from tpinv.collectives.agreement import agree, chip, refuse
 from tpinv.collectives.exact import all_gather, all_max, select_all_reduce, select_reduce_scatter
 from tpinv.collectives.group import Ranks, ranks_in, resolve
 from tpinv.collectives.transport import all_reduce as all_reduce_integers
-from tpinv.collectives.tree_reduce import all_reduce_add_norm, tree_all_reduce, tree_reduce_scatter
+from tpinv.collectives.tree_reduce import all_reduce_add_norm, sum_over_ranks, tree_all_reduce, tree_reduce_scatter
 
 __all__ = [
     "Ranks",
@@ -19,6 +19,7 @@ __all__ = [
     "resolve",
     "select_all_reduce",
     "select_reduce_scatter",
+    "sum_over_ranks",
     "tree_all_reduce",
     "tree_reduce_scatter",
 ]

@@ -1,4 +1,7 @@
-"""Collectives that move bits and never add floats: gather, select, maximum. Exact, hence invariant whatever the transport does."""
+"""Collectives that move bits and never add floats: gather, select, maximum. Exact, hence invariant whatever the transport does.
+
+``agreed``: the caller's ranks have agreed on a call that decides all arguments of this one, so that nothing is compared again.
+"""
 
 from collections.abc import Callable
 
@@ -10,25 +13,27 @@ from tpinv.collectives.group import Ranks
 from tpinv.collectives.transport import all_gather_single, all_reduce, reduce_scatter_single
 
 
-def all_gather(x: Tensor, ranks: Ranks, *, dim: int = 0) -> Tensor:
+def all_gather(x: Tensor, ranks: Ranks, *, dim: int = 0, agreed: bool = False) -> Tensor:
     """Concatenates every rank's ``x`` along ``dim``, in rank order. [.., n, ..] -> [.., p n, ..]; any dtype, one shape on all ranks.
 
     Raises:
         ValueError: on every rank, as :func:`~tpinv.collectives.agreement.agree` does; ``x`` has no dimension ``dim``, or requires a gradient
             (with gradients enabled), which this collective does not have.
     """
-    _agree("all_gather", x, ranks, ("dim", dim), check=lambda: _check_dim(x, dim))
+    if not agreed:
+        _agree("all_gather", x, ranks, ("dim", dim), check=lambda: _check_dim(x, dim))
     return x if ranks.size == 1 else _gather(x.movedim(dim, 0), ranks).movedim(0, dim)
 
 
-def all_max(x: Tensor, ranks: Ranks) -> Tensor:
+def all_max(x: Tensor, ranks: Ranks, *, agreed: bool = False) -> Tensor:
     """Elementwise maximum over the ranks; NaN on any rank gives NaN (a MAX all-reduce may lose it, depending on rank order).
     Errors as of :func:`all_gather`."""
-    _agree("all_max", x, ranks)
+    if not agreed:
+        _agree("all_max", x, ranks)
     return x if ranks.size == 1 else _gather(x.unsqueeze(0), ranks).amax(0)
 
 
-def select_all_reduce(x: Tensor, owned: Tensor, ranks: Ranks) -> Tensor:
+def select_all_reduce(x: Tensor, owned: Tensor, ranks: Ranks, *, agreed: bool = False) -> Tensor:
     """Every element of the result is the bit pattern held by the one rank that owns it.
 
     ``x`` is any float tensor, ``owned`` a bool tensor that broadcasts to it; at most one rank owns an element, and one that
@@ -38,14 +43,15 @@ def select_all_reduce(x: Tensor, owned: Tensor, ranks: Ranks) -> Tensor:
     Raises:
         ValueError: on every rank, as of :func:`all_gather`; or ``owned`` is not a bool tensor that broadcasts to ``x``.
     """
-    _agree("select_all_reduce", x, ranks, check=lambda: _check_owned(x, owned))
+    if not agreed:
+        _agree("select_all_reduce", x, ranks, check=lambda: _check_owned(x, owned))
     bits = _bits(x, owned)
     if ranks.size > 1:
         all_reduce(bits, ranks)
     return bits.view(x.dtype).view(x.shape)
 
 
-def select_reduce_scatter(x: Tensor, owned: Tensor, ranks: Ranks) -> Tensor:
+def select_reduce_scatter(x: Tensor, owned: Tensor, ranks: Ranks, *, agreed: bool = False) -> Tensor:
     """Like :func:`select_all_reduce`, but rank r gets rows [r M/p, (r+1) M/p) of dimension 0: [M, ...] -> [M/p, ...]; p divides M."""
 
     def check():
@@ -53,7 +59,8 @@ def select_reduce_scatter(x: Tensor, owned: Tensor, ranks: Ranks) -> Tensor:
         if x.dim() < 1 or x.shape[0] % ranks.size:
             raise ValueError(f"x of shape {tuple(x.shape)} cannot be scattered: {ranks.size} ranks must divide dimension 0")
 
-    _agree("select_reduce_scatter", x, ranks, check=check)
+    if not agreed:
+        _agree("select_reduce_scatter", x, ranks, check=check)
     bits = _bits(x, owned)
     if ranks.size > 1:
         bits, whole = bits.new_empty(bits.numel() // ranks.size), bits

@@ -2,7 +2,12 @@
 
 Where every rank can map every other rank's memory (the GPUs of one NVLink domain) it runs in one kernel (nvlink.py), elsewhere
 over the ProcessGroup (process_group.py). The order of additions comes from the tree alone; no path, message size or slice
-boundary changes a bit. Both are one torch operator, opaque to torch.compile and with a shape that it can trace.
+boundary changes a bit.
+
+    tree_all_reduce, tree_reduce_scatter    check, announce the call to the peers, and add
+    sum_over_ranks                          adds: for a function whose ranks have agreed on its call, which decides all of this one's arguments
+
+The first two are one torch operator, opaque to torch.compile and with a shape that it can trace; what runs uncompiled does without.
 """
 
 import torch
@@ -57,13 +62,10 @@ def tree_reduce_scatter(values: Tensor, *, tree: ReductionTree, group=None, out_
 
 
 def all_reduce_add_norm(
-    values: Tensor, residual: Tensor, weight: Tensor, eps: float, *, tree: ReductionTree, group=None
+    values: Tensor, residual: Tensor, weight: Tensor, eps: float, *, tree: ReductionTree, ranks: Ranks
 ) -> tuple[Tensor, Tensor] | None:
     """hidden = residual + tree_all_reduce(values) and its RMSNorm in one kernel, for reduce_add_rms_norm; None, on all ranks alike,
-    where there is no such kernel. values [S, ..., H], residual [..., H], weight [H]."""
-    ranks = resolve(group)
-    signature = *_signature(values, tree, residual.dtype), ("residual", residual.shape), ("eps", eps)
-    agree(ranks, "all_reduce_add_norm", signature, lambda: _check(values, tree, ranks, False))
+    where there is no such kernel. values [S, ..., H], residual [..., H], weight [H]; the ranks have agreed on the call."""
     if not values.is_cuda or ranks.size == 1 or nvlink.refuses(tree, ranks.size, residual.dtype):
         return None
     workspace = symmetric.workspace(ranks, values.device)
@@ -80,14 +82,32 @@ def _reduce(values: Tensor, tree: ReductionTree, group, out_dtype: torch.dtype |
     try:
         _check_arguments(values, tree, out_dtype)
         if ranks.size == 1:
-            _check(values, tree, ranks, scatter)
+            check_values(values, tree, ranks, scatter)
     except ValueError as error:
         refuse(ranks, _NAMES[scatter], error)
         raise
     out_dtype = out_dtype or values.dtype
     if ranks.size == 1:
         return reference.finish(values, tree, tree.subtrees(0, 1), out_dtype)
-    return torch.ops.tpinv.tree_reduce(values, tree.leaves, tree.node_dtype, ranks.group.group_name, out_dtype, scatter)
+    arguments = values, tree.leaves, tree.node_dtype, ranks.group.group_name, out_dtype, scatter
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(values) is not Tensor or values.is_neg():
+        return torch.ops.tpinv.tree_reduce(*arguments)
+    with torch.no_grad():
+        return _tree_reduce(*arguments)
+
+
+def sum_over_ranks(
+    values: Tensor, tree: ReductionTree, ranks: Ranks, out_dtype: torch.dtype | None = None, scatter: bool = False
+) -> Tensor:
+    """:func:`tree_all_reduce`, or :func:`tree_reduce_scatter` with ``scatter``, of arguments that are right and the same on every rank."""
+    out_dtype = out_dtype or values.dtype
+    if ranks.size == 1:
+        return reference.finish(values, tree, tree.subtrees(0, 1), out_dtype)
+    if values.is_cuda and not nvlink.refuses(tree, ranks.size, out_dtype):
+        if workspace := symmetric.workspace(ranks, values.device):
+            return _over_shared_memory(values, workspace, tree, out_dtype, scatter)
+    path = process_group.reduce_scatter if scatter else process_group.all_reduce
+    return path(values, tree, ranks, out_dtype)
 
 
 def _check_arguments(values: Tensor, tree: ReductionTree, out_dtype: torch.dtype | None) -> None:
@@ -107,7 +127,7 @@ def _check_arguments(values: Tensor, tree: ReductionTree, out_dtype: torch.dtype
         )
 
 
-def _check(values: Tensor, tree: ReductionTree, ranks: Ranks, scatter: bool) -> None:
+def check_values(values: Tensor, tree: ReductionTree, ranks: Ranks, scatter: bool = False) -> None:
     mine = tree.subtrees(ranks.rank, ranks.size)
     if values.dim() < 1 or values.shape[0] != len(mine):
         raise ValueError(
@@ -128,12 +148,8 @@ def _signature(values: Tensor, tree: ReductionTree, out_dtype: torch.dtype) -> t
 
 def _tree_reduce(values: Tensor, leaves: int, node_dtype: str, group: str, out_dtype: torch.dtype, scatter: bool) -> Tensor:
     tree, ranks = ReductionTree(leaves, node_dtype), resolve(_resolve_process_group(group))
-    agree(ranks, _NAMES[scatter], _signature(values, tree, out_dtype), lambda: _check(values, tree, ranks, scatter))
-    if values.is_cuda and not nvlink.refuses(tree, ranks.size, out_dtype):
-        if workspace := symmetric.workspace(ranks, values.device):
-            return _over_shared_memory(values, workspace, tree, out_dtype, scatter)
-    path = process_group.reduce_scatter if scatter else process_group.all_reduce
-    return path(values, tree, ranks, out_dtype)
+    agree(ranks, _NAMES[scatter], _signature(values, tree, out_dtype), lambda: check_values(values, tree, ranks, scatter))
+    return sum_over_ranks(values, tree, ranks, out_dtype, scatter)
 
 
 @on_device_of_first

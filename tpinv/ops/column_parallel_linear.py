@@ -3,12 +3,12 @@
 from torch import Tensor
 
 from tpinv import contract
-from tpinv.collectives import agree, all_gather, resolve
+from tpinv.collectives import all_gather, resolve
 from tpinv.ops import products
 from tpinv.ops.arguments import problem_of_tree, require, tree_of
 from tpinv.ops.gather_last_dim import gather_last_dim
 from tpinv.ops.linear import FusedGradient, check_linear, fake_gradients, weight_grad
-from tpinv.ops.registry import group_name, ranks_of, register
+from tpinv.ops.registry import agree_backward, group_name, ranks_of, register
 from tpinv.ops.shapes import output, rows
 from tpinv.tree import ReductionTree
 
@@ -72,21 +72,21 @@ def _check(x, weight, bias, leaves, node_dtype, group, sequence_parallel, stride
 
 def _forward(x, weight, bias, leaves, node_dtype, group, sequence_parallel, stride) -> Tensor:
     tree, ranks = tree_of(leaves, node_dtype), ranks_of(group)
-    whole = all_gather(x, ranks) if sequence_parallel else x
+    whole = all_gather(x, ranks, agreed=True) if sequence_parallel else x
     y_shard_n = products.local_product(rows(whole), weight.t(), tree, ranks, dim=1, dtype=x.dtype, stride=stride, bias=bias)
     return output(y_shard_n, (*whole.shape[:-1], weight.shape[0]))
 
 
 def _backward(dy, x, weight, needs, leaves, node_dtype, group, sequence_parallel, stride, add_to=None) -> tuple:
     tree, ranks = tree_of(leaves, node_dtype), ranks_of(group)
-    agree(ranks, f"{NAME} backward", (("dy", dy.shape), ("gradients of x, weight, bias", tuple(needs))))
+    agree_backward(ranks, NAME, needs, (leaves, node_dtype, sequence_parallel, stride), dy=dy, x=x, weight=weight)
     lead, dy_shard_n = dy.shape[:-1], rows(dy)
     dx = dw = db = None
     if needs[0]:
         nodes = contract.COLUMN_DX.tree(tree)
         dx = products.sum_product(dy_shard_n, weight, lead, nodes, ranks, sequence_parallel, x.dtype, stride)
     if needs[1]:
-        whole = all_gather(x, ranks) if sequence_parallel else x
+        whole = all_gather(x, ranks, agreed=True) if sequence_parallel else x
         dw = weight_grad(add_to, dy_shard_n, rows(whole), tree, ranks, dim=0, stride=stride)
     if needs[2]:
         db = products.bias_grad(dy_shard_n, tree)

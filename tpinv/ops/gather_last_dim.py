@@ -22,7 +22,7 @@ def _check(x, group) -> None:
 def _forward(x, group) -> Tensor:
     ranks = ranks_of(group)
     # A fresh tensor, not a view of x: callers such as stock cross-entropy modify logits in place.
-    return all_gather(x, ranks, dim=-1).contiguous() if ranks.size > 1 else x.clone()
+    return all_gather(x, ranks, dim=-1, agreed=True).contiguous() if ranks.size > 1 else x.clone()
 
 
 def _backward(dy, needs, group) -> tuple:

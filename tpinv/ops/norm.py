@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from tpinv import contract, reference
-from tpinv.collectives import Ranks, agree, resolve, tree_all_reduce
+from tpinv.collectives import Ranks, resolve, sum_over_ranks
 from tpinv.ops import products
 from tpinv.ops.arguments import check_eps, problem_of_eps, problem_of_tree, require, tree_of
-from tpinv.ops.registry import ALONE, group_name, ranks_of
+from tpinv.ops.registry import ALONE, agree_backward, group_name, ranks_of
 from tpinv.ops.shapes import output, rows
 from tpinv.tree import ReductionTree
 
@@ -68,7 +68,8 @@ def backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """dx, dweight and dbias, at least those that ``needs`` names."""
     tree, ranks = contract.NORM_DW.tree(tree_of(leaves)), sharing(group, sequence_parallel, heads_parallel)
-    agree(ranks, f"{name} backward", (("dy", dy.shape), ("gradients", tuple(needs))))
+    settings = eps, leaves, sequence_parallel, heads_parallel
+    agree_backward(ranks, name, needs, settings, dy=dy, x=x)
     bias = len(needs) > 2 and needs[2]
     dx, values = products.rows_backend("norm", x).norm_backward(
         rows(x).contiguous(), weight.contiguous(), rows(dy).contiguous(), eps, center, tree, ranks.rank, ranks.size,
@@ -77,7 +78,7 @@ def backward(
     dx = dx.view(x.shape)
     if values is None:
         return dx, None, None
-    total = tree_all_reduce(values, tree=tree, group=ranks)  # [H] or, with a bias, [2 H], full on every rank
+    total = sum_over_ranks(values, tree, ranks)  # [H] or, with a bias, [2 H], full on every rank
     dw = total[: weight.shape[0]].to(weight.dtype)
     return dx, dw, total[weight.shape[0] :].to(weight.dtype) if bias else None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tpinv import contract, kernels, reference
-from tpinv.collectives import Ranks, tree_all_reduce, tree_reduce_scatter
+from tpinv.collectives import Ranks, sum_over_ranks
 from tpinv.ops.registry import ALONE
 from tpinv.ops.shapes import output
 from tpinv.tree import ReductionTree
@@ -51,8 +51,7 @@ def sum_product(
         return output(kernels.tree_matmul(a, b, tree, stride=stride, out_dtype=dtype), (*lead, b.shape[1]))
     values = tree_product(a, b, tree, ranks, stride=stride)
     values = values.view(values.shape[0], *lead, values.shape[-1])
-    collective = tree_reduce_scatter if scatter else tree_all_reduce
-    result = collective(values, tree=tree, group=ranks, out_dtype=dtype)
+    result = sum_over_ranks(values, tree, ranks, dtype, scatter)
     return output(result, result.shape)
 
 

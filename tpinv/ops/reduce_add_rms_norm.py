@@ -8,7 +8,8 @@ those and a rollout engine this.
 from torch import Tensor
 
 from tpinv import reference
-from tpinv.collectives import Ranks, all_reduce_add_norm, resolve, tree_all_reduce
+from tpinv.collectives import Ranks, all_reduce_add_norm, chip, resolve, sum_over_ranks
+from tpinv.collectives.tree_reduce import check_values
 from tpinv.ops.arguments import check_eps, problem_of_eps, problem_of_tree, require, tree_of
 from tpinv.ops.registry import group_name, ranks_of, register
 from tpinv.ops.rms_norm import rms_norm
@@ -46,6 +47,8 @@ def _check(values, residual, weight, eps, leaves, node_dtype, group) -> None:
     reference.check_dtypes(residual=residual)
     reference.check_dtypes(weight=weight)
     check_eps(eps)
+    tree, ranks = tree_of(leaves, node_dtype), ranks_of(group)
+    check_values(values, tree, ranks)
 
 
 def _forward(values, residual, weight, eps, leaves, node_dtype, group) -> tuple[Tensor, Tensor]:
@@ -57,15 +60,15 @@ def _settings(values, residual, weight, eps, leaves, node_dtype, group) -> tuple
     """Not the number of values: that of a rank's subtrees is its own."""
     return (
         ("values", values.shape[1:]), ("residual", residual.shape), ("dtype", residual.dtype), ("weight", weight.shape),
-        ("dtype of weight", weight.dtype), ("eps", eps), ("leaves", leaves), ("node_dtype", node_dtype),
+        ("dtype of weight", weight.dtype), ("eps", eps), ("leaves", leaves), ("node_dtype", node_dtype), ("chip", chip(values.device)),
     )  # fmt: skip
 
 
 def add_norm(values: Tensor, residual: Tensor, weight: Tensor, eps: float, tree: ReductionTree, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Fused where the ranks share memory, else one by one."""
-    if fused := all_reduce_add_norm(values, residual, weight, eps, tree=tree, group=ranks):
+    if fused := all_reduce_add_norm(values, residual, weight, eps, tree=tree, ranks=ranks):
         return fused
-    hidden = residual + tree_all_reduce(values, tree=tree, group=ranks, out_dtype=residual.dtype)
+    hidden = residual + sum_over_ranks(values, tree, ranks, residual.dtype)
     return hidden, rms_norm(hidden, weight, eps, tree=tree)
 
 

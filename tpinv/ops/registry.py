@@ -9,7 +9,7 @@
     gradients   names of the arguments that get a gradient. Of the results only the first one has one
     check_values, ranks, settings    where the rule is another: errors that need the tensors' numbers; who communicates (default: the
                 argument ``group``); what must be equal on all of them (default: every tensor's shape, dtype and need of a gradient, and every
-                other argument)
+                other argument, and the chip)
 
 torch.ops.tpinv.<name> is opaque to torch.compile(fullgraph=True) and one entry in the save set of selective checkpointing; so is
 <name>_backward. Where nobody looks (no compiler, no dispatch mode, no profiler, no functional transform, plain tensors), a call of the
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from tpinv.collectives import Ranks, agree, ranks_in, refuse
+from tpinv.collectives import Ranks, agree, chip, ranks_in, refuse
 from tpinv.runtime.state import Memo
 
 ALONE = Ranks(None, 0, 1)
@@ -53,6 +53,14 @@ def ranks_of(name: str) -> Ranks:
         return ranks_in(_resolve_process_group(name))
     except RuntimeError:
         raise ValueError(f"process group {name!r} has been destroyed; build the layers again, or pass group= of today's group") from None
+
+
+def agree_backward(ranks: Ranks, name: str, needs: Sequence[bool], settings: tuple, **tensors: Tensor) -> None:
+    """The agreement of a backward pass that communicates: passes can run in another order than the forward calls did."""
+    if ranks.size > 1:
+        shapes = tuple((field, t.shape) for field, t in tensors.items())
+        key = f"{name} backward", tuple(needs), settings, shapes
+        agree(ranks, key[0], lambda: (("gradients", key[1]), ("settings", settings), *shapes), key=key)
 
 
 class Operator:
@@ -146,7 +154,7 @@ class Operator:
                 settings.append((name, None))
             else:
                 settings += (name, t.shape), (f"dtype of {name}", t.dtype), (f"gradient of {name}", t.requires_grad)
-        return settings
+        return [*settings, ("chip", chip(arguments[0].device))]
 
     def _fake(self, *arguments):
         if not any(isinstance(size, torch.SymInt) for t in arguments[: self._tensors] if t is not None for size in t.shape):

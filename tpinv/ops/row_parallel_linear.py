@@ -3,11 +3,11 @@
 from torch import Tensor
 
 from tpinv import contract
-from tpinv.collectives import agree, all_gather, resolve
+from tpinv.collectives import all_gather, resolve
 from tpinv.ops import products
 from tpinv.ops.arguments import problem_of_tree, require, tree_of
 from tpinv.ops.linear import FusedGradient, check_linear, fake_gradients, weight_grad
-from tpinv.ops.registry import group_name, ranks_of, register
+from tpinv.ops.registry import agree_backward, group_name, ranks_of, register
 from tpinv.ops.shapes import rows
 from tpinv.tree import ReductionTree
 
@@ -69,8 +69,8 @@ def _forward(x, weight, bias, leaves, node_dtype, group, sequence_parallel) -> T
 def _backward(dy, x, weight, needs, leaves, node_dtype, group, sequence_parallel, add_to=None) -> tuple:
     tree, ranks = tree_of(leaves, node_dtype), ranks_of(group)
     if sequence_parallel:
-        agree(ranks, f"{NAME} backward", (("dy", dy.shape), ("gradients of x, weight, bias", tuple(needs))))
-        dy = all_gather(dy, ranks)
+        agree_backward(ranks, NAME, needs, (leaves, node_dtype), dy=dy, x=x, weight=weight)
+        dy = all_gather(dy, ranks, agreed=True)
     dy, x_shard_k = rows(dy), rows(x)
     dx = dw = db = None
     if needs[0]:

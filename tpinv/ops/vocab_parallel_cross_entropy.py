@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tpinv import contract, reference
-from tpinv.collectives import Ranks, all_max, resolve, select_all_reduce, tree_all_reduce
+from tpinv.collectives import Ranks, all_max, resolve, select_all_reduce, sum_over_ranks
 from tpinv.ops import products
 from tpinv.ops.arguments import check_ids, check_integers, problem_of_tree, require, tree_of
 from tpinv.ops.registry import group_name, ranks_of, register
@@ -70,12 +70,12 @@ def _forward(logits, target, leaves, group, label_smoothing, ignore_index) -> tu
     x, smoothing, vocab = rows(logits), *_smoothing(logits, label_smoothing, ranks)
     local, owned, ignored = _local(target, x.shape[-1], ranks, ignore_index)
     backend, x = products.rows_backend("cross_entropy", x), unit_stride(x)
-    top = all_max(backend.row_max(x), ranks)
+    top = all_max(backend.row_max(x), ranks, agreed=True)
     picked = x.gather(-1, local.masked_fill(~owned, 0).unsqueeze(-1)).squeeze(-1).float() - top
     sums = backend.vocab_sums(x, top, tree, ranks.rank, ranks.size, bool(smoothing))
-    *shifted_sum, total = tree_all_reduce(torch.stack(sums, dim=1), tree=tree, group=ranks).unbind(0)
+    *shifted_sum, total = sum_over_ranks(torch.stack(sums, dim=1), tree, ranks).unbind(0)
     log_total = total.log()
-    loss = log_total - select_all_reduce(picked, owned, ranks)
+    loss = log_total - select_all_reduce(picked, owned, ranks, agreed=True)
     if smoothing:
         loss = (1.0 - smoothing) * loss + smoothing * (log_total - shifted_sum[0] / vocab)
     return output(loss.masked_fill(ignored, 0.0), target.shape), top, total.clone()

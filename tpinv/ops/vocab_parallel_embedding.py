@@ -8,10 +8,10 @@ Ids that a rank does not own are skipped, not aliased to row 0, so that no rank'
 from torch import Tensor
 
 from tpinv import reference
-from tpinv.collectives import agree, all_gather, resolve, select_all_reduce, select_reduce_scatter
+from tpinv.collectives import all_gather, resolve, select_all_reduce, select_reduce_scatter
 from tpinv.ops import products
 from tpinv.ops.arguments import check_ids, check_integers
-from tpinv.ops.registry import group_name, ranks_of, register
+from tpinv.ops.registry import agree_backward, group_name, ranks_of, register
 from tpinv.ops.shapes import output, rows
 
 NAME = "vocab_parallel_embedding"
@@ -61,15 +61,15 @@ def _forward(ids, weight, vocab, group, sequence_parallel) -> Tensor:
     local, owned = _local(ids, weight.shape[0], ranks)
     picked = weight[local.masked_fill(~owned, 0)]
     select = select_reduce_scatter if sequence_parallel else select_all_reduce
-    y = select(picked, owned.unsqueeze(-1), ranks)
+    y = select(picked, owned.unsqueeze(-1), ranks, agreed=True)
     return output(y, y.shape)
 
 
 def _backward(dy, ids, needs, vocab, group, sequence_parallel) -> tuple:
     ranks = ranks_of(group)
     if sequence_parallel:
-        agree(ranks, f"{NAME} backward", (("dy", dy.shape),))
-        dy = all_gather(dy, ranks)
+        agree_backward(ranks, NAME, needs, (vocab,), dy=dy, ids=ids)
+        dy = all_gather(dy, ranks, agreed=True)
     rows_here = vocab // ranks.size
     local, _ = _local(ids, rows_here, ranks)
     return (products.rows_backend("embedding", dy).sum_by_id(local.flatten(), rows(dy), rows_here, dy.dtype),)
