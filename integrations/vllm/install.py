@@ -18,7 +18,7 @@ def install() -> None:
     import vllm
     from vllm.model_executor.custom_op import op_registry_oot
 
-    from tpinv.integrations.vllm import attention, layers, models, sampling
+    from tpinv.integrations.vllm import attention, layers, models, sampling, speculation
 
     if op_registry_oot.get("RowParallelLinear") is layers.RowParallelLinear:
         return
@@ -34,3 +34,4 @@ def install() -> None:
     models.register()
     attention.register()
     sampling.install(tree)
+    speculation.install()

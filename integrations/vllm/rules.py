@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from tpinv.integrations.vllm import options
+from tpinv.integrations.vllm import options, speculation
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
 _ROPE = ("default", "llama3", "linear", "yarn")
@@ -37,7 +37,6 @@ def _rules(config, tree):
         (config, "quant_config", None, "scales are taken from a rank's shard"),
         (model, "quantization", None, "scales are taken from a rank's shard"),
         (config, "lora_config", None, "LoRA's products are not covered"),
-        (config, "speculative_config", None, "a drafter's layers and the rejection sampler are not covered"),
         (config, "kv_transfer_config", None, "keys and values of another engine are not known to be ours"),
         (config, "ec_transfer_config", None, "encoders are not covered"),
         (parallel, "pipeline_parallel_size", 1, "pipelines are not covered"),
@@ -58,6 +57,7 @@ def _rules(config, tree):
     for owner, name, wanted, why in off:
         value = get(owner, name, wanted)
         yield value == wanted or (not value and not wanted), f"{name}={value!r}: {why}", f"set it to {wanted!r}, or leave it out"
+    yield from speculation.rules(config)
     yield (
         get(model, "runner_type", "generate") == "generate",
         f"runner_type={get(model, 'runner_type')!r}: only generation is covered",
@@ -106,4 +106,6 @@ def check_current_config() -> None:
     """For layers, which are replaced in every model: one that is not covered is refused by the first of them."""
     from vllm.config import get_current_vllm_config
 
+    if speculation.is_drafting():  # whose bits no answer depends on
+        return
     check_config(get_current_vllm_config())

@@ -28,6 +28,7 @@ class RequestKeys(LogitsProcessor):
     """
 
     current: "RequestKeys | None" = None
+    drafted: list[int] | None = None  # of every row's request in the step that is being sampled, while vLLM speculates
 
     def __init__(self, vllm_config, device: torch.device, is_pin_memory: bool):
         self.rows: dict[int, tuple[int, list[int] | None, list[int]]] = {}
@@ -60,9 +61,16 @@ class RequestKeys(LogitsProcessor):
         return logits
 
     def keys(self, count: int) -> tuple[list[int], list[int]]:
-        """Seeds and positions of rows 0 to count - 1."""
+        """Seeds and positions of rows 0 to count - 1, whose tokens follow the drafts of their requests."""
         rows = [self.rows[index] for index in range(count)]
-        return [seed for seed, _, _ in rows], [prompt + len(produced) - 1 for _, prompt, produced in rows]
+        drafted = RequestKeys.drafted or [0] * count
+        positions = [prompt + len(produced) - 1 + drafts for (_, prompt, produced), drafts in zip(rows, drafted, strict=True)]
+        return [seed for seed, _, _ in rows], positions
+
+    def draft_keys(self, drafted: list[int]) -> tuple[list[int], list[int]]:
+        """Of the rows at which drafts are checked: request by request, one for each draft."""
+        rows = [(*self.rows[index], draft) for index, drafts in enumerate(drafted) for draft in range(drafts)]
+        return [row[0] for row in rows], [prompt + len(produced) - 1 + draft for _, prompt, produced, draft in rows]
 
 
 def install(tree: ReductionTree) -> None:

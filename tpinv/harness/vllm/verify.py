@@ -192,7 +192,13 @@ def run_job(job: dict, path: str, timeout: float) -> dict:
     """One engine in a process group of its own. RuntimeError with the end of its output if it fails or takes too long."""
     with open(f"{path}.json", "w", encoding="utf-8") as file:
         json.dump(job, file)
-    command = [job.get("python", sys.executable), "-m", "tpinv.harness.vllm.serve_plan", f"{path}.json", f"{path}.out"]
+    command = [
+        job.get("python", sys.executable),
+        "-m",
+        f"tpinv.harness.vllm.{job.get('module', 'serve_plan')}",
+        f"{path}.json",
+        f"{path}.out",
+    ]
     environment = os.environ | {"PYTHONWARNINGS": "ignore"}
     with open(f"{path}.log", "w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment)

@@ -1,0 +1,203 @@
+"""Speculation in the real engine on a CPU: tokens, log-probabilities and bytes of keys and values of decoding without it (make test-vllm)."""
+
+import concurrent.futures
+import copy
+import random
+import types
+
+import pytest
+import torch
+
+from tpinv import inference
+from tpinv.harness.vllm import drafts, model
+from tpinv.harness.vllm.verify import run_job
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+VOCABULARY = 512
+SHARES = (0.0, 0.1, 0.5, 1.0)  # of drafts that are wrong
+SAMPLING = [
+    {"temperature": 0},
+    {"temperature": 1.0, "seed": 11},
+    {"temperature": 0.8, "seed": 12, "top_k": 20},
+    {"temperature": 1.2, "seed": 13, "top_p": 0.8, "top_k": 40},
+    {"temperature": 0, "repetition_penalty": 1.3, "presence_penalty": 0.5},
+    {"temperature": 1.0, "seed": 5, "frequency_penalty": 0.7, "min_tokens": 10, "stop_token_ids": [*range(3, 120)]},
+    {"temperature": 0, "allowed_token_ids": [*range(100, 200)]},
+    {"temperature": 0, "stop_token_ids": [*range(3, 60)]},
+]
+
+
+def asked(apart: int) -> list[dict]:
+    """Requests that arrive ``apart`` steps from each other; every third begins with a common prefix."""
+    draw = random.Random(3)
+    tokens = lambda n: [draw.randrange(3, VOCABULARY) for _ in range(n)]  # noqa: E731
+    prefix, found = tokens(70), []
+    for i, sampling in enumerate(SAMPLING * 2):
+        prompt = (prefix if i % 3 == 0 else []) + tokens(draw.randint(1, 90))
+        sampling = {"max_tokens": draw.randint(20, 40), "ignore_eos": True} | sampling
+        found.append({"name": f"r{i}", "prompt": prompt, "sampling": sampling, "step": i * apart})
+    return found
+
+
+def job(checkpoint: str, tp: int, core: int, speculative: dict | None, environment: dict | None = None) -> dict:
+    """Without speculation every request alone; with it all of them in few blocks, in chunks, with cached prefixes."""
+    arguments = {"speculative_config": speculative, "async_scheduling": False} if speculative else {}
+    plan = {"name": str(speculative and speculative["method"]), "waves": []}
+    plan |= {"budget": 90, "sequences": 8, "prefix_cache": True, "blocks": 24} if speculative else {
+        "budget": 4096, "sequences": 1, "prefix_cache": False, "blocks": 0}  # fmt: skip
+    return {
+        "module": "speculate", "layers": "tpinv", "leaves": 8, "device": "cpu", "model": checkpoint, "dtype": "bfloat16", "eager": True,
+        "block": 32, "longest": 256, "tp": tp, "first_core": core, "plan": plan, "kv": True, "asked": asked(1 if speculative else 10**6),
+        "arguments": arguments, "environment": environment or {},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return model.write(str(tmp_path_factory.mktemp("models") / "llama"), model.Spec(), torch.bfloat16)
+
+
+@pytest.mark.timeout(1500)
+def test_the_bytes_of_decoding_without_speculation(checkpoint, tmp_path):
+    """Drafts by an n-gram, by the same model with vLLM's own layers, and by what knows the answers and is wrong 0, 10, 50 or 100 % of the
+    time; greedy, seeded, top-k, top-p, penalties, stops; chunked prefill, preemption; TP = 1 and 2."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        plain = pool.submit(run_job, job(checkpoint, 1, 0, None), str(tmp_path / "plain"), 600)
+        own = {"method": "draft_model", "model": checkpoint, "num_speculative_tokens": 3}
+        drafted = pool.submit(run_job, job(checkpoint, 1, 1, own), str(tmp_path / "model"), 600)
+        plain, found = plain.result(), {"draft_model": drafted.result()}
+        answers = [(r["prompt"], plain["answers"][r["name"]]["tokens"], SHARES[i % 4]) for i, r in enumerate(asked(1))]
+        environment = drafts.write(str(tmp_path / "drafts.json"), answers, VOCABULARY)
+        ngram = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+        known = {"method": "custom_class", "model": "tpinv.harness.vllm.drafts.KnownAnswers", "num_speculative_tokens": 8}
+        found["ngram"] = run_job(job(checkpoint, 1, 0, ngram), str(tmp_path / "ngram"), 600)
+        found["known answers"] = run_job(job(checkpoint, 2, 0, known, environment), str(tmp_path / "known"), 600)
+    assert len(plain["answers"]) == 16 and {len(answer["tokens"]) > 1 for answer in plain["answers"].values()} == {True}
+    for name, result in found.items():
+        for request, expected in plain["answers"].items():
+            for what, value in expected.items():
+                assert result["answers"][request][what] == value, f"{name}: {what} of {request}"
+    produced = sum(len(answer["tokens"]) for answer in plain["answers"].values())
+    assert plain["counts"]["steps"] >= produced > 350
+    # Eight at a time: without drafts, a request takes a step for each of its tokens.
+    print({name: result["counts"] for name, result in found.items()})
+    assert found["known answers"]["counts"]["kept"] > 100 and found["draft_model"]["counts"]["kept"] > 50
+    assert sum(result["counts"]["preemptions"] for result in found.values())
+
+
+# -- the acceptance, without an engine -----------------------------------------------------------------------------------------------
+
+
+def step(temperature, counts=(3, 0, 2, 1)):
+    """Processed logits of a step of requests with so many drafts, drafts that are mostly right, and what plain steps would draw."""
+    from tpinv.integrations.vllm.sampling import RequestKeys
+
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(sum(counts) + len(counts), 50, generator=generator) * 3
+    keys = RequestKeys(types.SimpleNamespace(model_config=types.SimpleNamespace(seed=0)), torch.device("cpu"), False)
+    keys.rows = {i: (20 + i, 7 + i, [0] * (5 + i)) for i in range(len(counts))}
+    starts, plain = [sum(counts[:i]) + i for i in range(len(counts))], []
+    for i, count in enumerate(counts):
+        for row in range(count + 1):
+            logits = rows[starts[i] + row : starts[i] + row + 1]
+            random_one = inference.sample(logits, [20 + i], [7 + i + 5 + i - 1 + row])
+            plain.append(int(random_one if temperature[i] else inference.greedy(logits)))
+    last = [start + count for start, count in zip(starts, counts, strict=True)]
+    drafted = [i for i in range(len(rows)) if i not in last]
+    metadata = types.SimpleNamespace(
+        all_greedy=not any(temperature),
+        temperature=torch.tensor(temperature),
+        logitsprocs=types.SimpleNamespace(argmax_invariant=[keys], all=[keys]),
+    )
+    return rows[drafted], [plain[i] for i in drafted], torch.tensor([[plain[i]] for i in last]), metadata, list(counts)
+
+
+def accept(rows, wanted, bonus, metadata, counts, wrong=()):
+    from tpinv.integrations.vllm.speculation import accept_equal
+
+    tokens = torch.tensor([(t + 1) % 50 if i in wrong else t for i, t in enumerate(wanted)], dtype=torch.int32)
+    return accept_equal(tokens, counts, max(counts), torch.tensor(counts).cumsum(0), None, rows, bonus, metadata).tolist()
+
+
+@pytest.mark.parametrize("temperature", [[0.0] * 4, [1.0] * 4, [0.0, 1.0, 1.0, 0.0]], ids=["greedy", "random", "mixed"])
+def test_rows_get_the_token_of_a_plain_step(temperature):
+    rows, wanted, bonus, metadata, counts = step(temperature)
+    last = bonus.view(-1).tolist()
+    all_right = [[*wanted[:3], last[0]], [last[1], -1, -1, -1], [*wanted[3:5], last[2], -1], [wanted[5], last[3], -1, -1]]
+    assert accept(rows, wanted, bonus, metadata, counts) == all_right
+    # A wrong draft is replaced by the target's own token, and ends the step.
+    assert accept(rows, wanted, bonus, metadata, counts, wrong={1, 3, 5}) == [
+        [wanted[0], wanted[1], -1, -1], [last[1], -1, -1, -1], [wanted[3], -1, -1, -1], [wanted[5], -1, -1, -1]]  # fmt: skip
+
+
+def test_the_rule_of_rejection_sampling_is_another_one():
+    """The twin: what keeps the distribution (Leviathan et al.) keeps drafts that plain decoding would not have drawn."""
+    rows, wanted, bonus, metadata, counts = step([1.0] * 40, counts=(3,) * 40)
+    probabilities, uniform = rows.softmax(-1), torch.rand(len(rows), generator=torch.Generator().manual_seed(1))
+    likely = probabilities.argmax(-1)
+    kept = uniform < probabilities.gather(1, likely.unsqueeze(1)).squeeze(1)
+    assert (kept & (likely != torch.tensor(wanted))).any()
+
+
+def test_random_requests_whose_seeds_nobody_knows():
+    rows, wanted, bonus, metadata, counts = step([1.0] * 4)
+    metadata.logitsprocs.argmax_invariant = []
+    with pytest.raises(RuntimeError, match="before tpinv's plugin"):
+        accept(rows, wanted, bonus, metadata, counts)
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(checkpoint, monkeypatch):
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("TPINV_VLLM", "")
+    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    arguments = {"max_model_len": 256, "enforce_eager": True, "skip_tokenizer_init": True, "dtype": "bfloat16"}
+    found = EngineArgs(checkpoint, speculative_config=speculative, **arguments).create_engine_config()
+    monkeypatch.setenv("TPINV_VLLM", '{"leaves": 8}')
+    return found
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"method": "medusa"}, "method='medusa' is not covered"),
+        ({"method": "ngram_gpu"}, "method='ngram_gpu' is not covered"),
+        ({"rejection_sample_method": "synthetic"}, "rejection_sample_method='synthetic'"),
+        ({"rejection_sample_method": "block"}, "rejection_sample_method='block'"),
+        ({"use_local_argmax_reduction": True}, "use_local_argmax_reduction=True"),
+        ({"use_heterogeneous_vocab": True}, "use_heterogeneous_vocab=True"),
+        ({"parallel_drafting": True}, "parallel_drafting=True"),
+        ({"synthetic_acceptance_length": 2.0}, "synthetic_acceptance_length=2.0"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8'"),
+        ({"async_scheduling": True}, "async_scheduling=True in the V1"),
+    ],
+)
+def test_what_is_not_covered_is_refused(config, changes, match):
+    from tpinv.integrations.vllm.rules import check_config
+
+    check_config(config)
+    config.speculative_config = copy.copy(config.speculative_config)
+    for name, value in changes.items():
+        owner = config.scheduler_config if name == "async_scheduling" else config.speculative_config
+        setattr(owner, name, value)
+    with pytest.raises(ValueError, match=match):
+        check_config(config)
+
+
+def test_stocks_sums_are_for_drafters_only(monkeypatch):
+    from tpinv.integrations.vllm import guard, speculation
+
+    communicator = types.SimpleNamespace(all_reduce=lambda x: x + 1)
+    monkeypatch.setattr(guard, "get_tp_group", lambda: types.SimpleNamespace(device_communicator=communicator))
+    guard.disarm_stock_collectives()
+    with speculation.drafting():
+        assert communicator.all_reduce(1) == 2
+    with pytest.raises(RuntimeError, match="all_reduce"):
+        communicator.all_reduce(1)
