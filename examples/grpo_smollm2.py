@@ -12,6 +12,7 @@ with small numbers, which are the short and frequent ones.
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import sys
@@ -40,6 +41,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--memory", type=float, default=0.3, help="the engine's share of a GPU, or of a CPU's memory")
+    parser.add_argument("--fsdp", action="store_true", help="FSDP2 on CPUs too")
     parser.add_argument("--json", help="where to write the curves")
     return parser.parse_args(argv)
 
@@ -69,11 +71,32 @@ def prepare_environment() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        if (
+            os.environ.get("LOCAL_RANK", "0") == "0"
+        ):  # vLLM gives its shared memory one name for all runs, and a run that ends early leaves it
+            for path in Path("/dev/shm").glob("-tp:*cpushm*"):
+                path.unlink(missing_ok=True)
+
+
+def keep_weights_of_cpu_engine() -> None:
+    """Stock vLLM on a CPU packs weights anew and drops them, so that a trainer cannot send it others: its own fallback keeps them."""
+    from vllm.model_executor.layers import utils
+
+    def keep(layer, remove_weight):
+        layer.cpu_linear = torch.nn.functional.linear
+
+    utils.dispatch_cpu_unquantized_gemm = keep
+    for name in ("vllm.model_executor.layers.linear", "vllm.model_executor.layers.vocab_parallel_embedding"):
+        module = importlib.import_module(name)
+        if hasattr(module, "dispatch_cpu_unquantized_gemm"):
+            module.dispatch_cpu_unquantized_gemm = keep
 
 
 def make_trainer(arguments: argparse.Namespace):
     """A GRPOTrainer, stock or tpinv's, that trains with FSDP2 where there is more than one GPU."""
     prepare_environment()
+    if arguments.layers == "stock" and not torch.cuda.is_available():
+        keep_weights_of_cpu_engine()
     if arguments.layers == "tpinv":
         from tpinv.integrations.trl import GRPOTrainer  # before vLLM
     else:
@@ -85,6 +108,7 @@ def make_trainer(arguments: argparse.Namespace):
     from trl import GRPOConfig
 
     path, gpu, processes = find_model(arguments.model), torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
+    shard = processes > 1 and (gpu or arguments.fsdp)
     config = GRPOConfig(
         output_dir=os.path.join(path, "out"),
         max_steps=arguments.steps,
@@ -98,9 +122,9 @@ def make_trainer(arguments: argparse.Namespace):
         vllm_tensor_parallel_size=arguments.tp,
         vllm_gpu_memory_utilization=arguments.memory,
         vllm_max_model_length=arguments.completion + 64,
-        bf16=gpu and processes > 1,
+        bf16=shard,  # FSDP2: float32 parameters, bfloat16 computation
         use_cpu=not gpu,
-        fsdp=True if gpu and processes > 1 else None,
+        fsdp=shard or None,
         gradient_checkpointing=False,
         logging_steps=1,
         disable_tqdm=True,
