@@ -43,8 +43,8 @@ class DeviceState:
         self.turns = Turns()  # of launches that wait for other ranks
         self.functions: dict[tuple, Any] = {}  # csrc, specialization -> the loaded function
         self.launches: dict[Any, Memo] = {}  # Triton kernel -> kind of arguments -> what Triton compiled
-        self.plans = Memo(4096)  # launches of csrc/sm90_tree_gemm.cu, but for addresses
-        self.calls = Memo(8192)  # products by shapes, strides and alignments -> their launches
+        self.plans = Memo(4096)  # launches of csrc's GEMM and attention, but for addresses
+        self.calls = Memo(8192)  # products by shapes, strides and alignments -> their launches; attention -> whether csrc computes it
         self.choices = Memo(1 << 14)  # shape class -> the tuner's configuration
         self.verified = Memo(1 << 16)  # compiled kernel -> has it the canonical bytes?
         self._tables: dict[tuple, Tensor] = {}

@@ -317,7 +317,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, pack: P
     """q [sq, b, h, d], k and v [sk, b, g, d], unit stride in d, any others -> out [sq, b, h, d], lse fp32 [b, h, sq]. b is 1 in a pack.
 
     By csrc/sm90_attention.cu where it can, and was seen to have the bytes of the Triton kernel."""
-    if sm90.refuses(q, k, v, pack) is None and sm90.verified(q, k, causal, pack, triton_forward):
+    if sm90.admits(q, k, v, causal, pack, triton_forward):
         _check_keys(len(k) if pack is None else pack.longest_k)
         out, lse = empty_results(q, pack)
         sm90.run(q, k, v, out, lse, scale, causal, pack)

@@ -93,13 +93,51 @@ def macros(width: int, dtype: torch.dtype, causal: bool, packed: bool, tree: boo
     }  # fmt: skip
 
 
-def _map(t: Tensor):
-    """A descriptor of [s, b, heads, d] that brings 64 rows of 64 columns."""
+def _box(t: Tensor) -> tuple:
+    """What cuda.tensor_map takes after the address, for [s, b, heads, d]: copies bring 64 rows of 64 columns."""
     rows, batch, heads, width = t.shape
     sizes, strides = (width, rows, heads, batch), (t.stride(0), t.stride(2), t.stride(1))
     # A dimension of size one is never stepped over, but its stride must still be a legal one.
     strides = tuple(8 if n == 1 else s for s, n in zip(strides, sizes[1:], strict=True))
-    return cuda.tensor_map(t.data_ptr(), t.dtype, sizes, strides, (64, _BLOCK, 1, 1))
+    return t.dtype, sizes, strides, (64, _BLOCK, 1, 1)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a launch needs and no pointer decides."""
+
+    function: ctypes.c_void_p
+    grid: int
+    shared: int
+    scratch: int  # floats
+    params: bytes
+    boxes: tuple[tuple, tuple, tuple]
+
+
+def _plan(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, pack: Pack | None, config: Config) -> _Plan | None:
+    """None when there is nothing to compute."""
+    (q_rows, batch, heads, width), (k_rows, _, groups, _) = q.shape, k.shape
+    longest_q, longest_k, sequences = (q_rows, k_rows, batch) if pack is None else (pack.longest_q, pack.longest_k, len(pack.cu_q) - 1)
+    tiles, padded = ceil_div(longest_q, ROWS), padded_width(width)
+    if not tiles * heads * sequences:
+        return None
+    per_group, levels = heads // groups, max(0, ceil_div(longest_k, NODE) - 1).bit_length()
+    arguments = tuple(macros(width, q.dtype, causal, pack is not None, levels > 0, config).items())
+    shared = config.shared_bytes(padded)
+    grid = min(device_state(q.device.index).multiprocessors, tiles * heads * sequences)
+    section = max(1, _SECTION_BYTES // max(1, 4 * width * longest_k)) * per_group
+    params = _Params(
+        v_row=v.stride(0), v_head=v.stride(2), q_rows=q_rows, k_rows=k_rows, per_group=per_group, levels=levels, width=width,
+        scale=scale * LOG2E, heads=heads, sequences=sequences, tiles=tiles, section=min(section, heads * sequences),
+    )  # fmt: skip
+    return _Plan(
+        function=cuda.load(SOURCE, "attention", arguments, "sm_90a", shared, q.device.index),
+        grid=grid,
+        shared=shared,
+        scratch=grid * levels * (padded // 8 + 1) * _CONSUMERS * 4,
+        params=bytes(params),
+        boxes=(_box(q), _box(k), _box(v)),
+    )
 
 
 @on_device_of_first
@@ -107,30 +145,44 @@ def run(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool, pack: Pack | None, config: Config | None = None
 ) -> None:
     """Fills ``out`` and ``lse``, on the current stream. The caller has asked :func:`refuses`. ``config``: default :func:`choice`."""
-    (q_rows, batch, heads, width), (k_rows, _, groups, _) = q.shape, k.shape
-    longest_q, longest_k, sequences = (q_rows, k_rows, batch) if pack is None else (pack.longest_q, pack.longest_k, len(pack.cu_q) - 1)
-    tiles, padded = ceil_div(longest_q, ROWS), padded_width(width)
-    config = config or choice(width)
-    if not tiles * heads * sequences:
+    state, config = device_state(q.device.index), config or choice(q.shape[-1])
+    key = (*_kind(q, k, v, causal, pack), scale, config)
+    if key not in state.plans:
+        state.plans[key] = _plan(q, k, v, scale, causal, pack, config)
+    plan = state.plans[key]
+    if plan is None:
         return
-    state, per_group, levels = device_state(q.device.index), heads // groups, (ceil_div(longest_k, NODE) - 1).bit_length()
-    arguments = tuple(macros(width, q.dtype, causal, pack is not None, levels > 0, config).items())
-    shared = config.shared_bytes(padded)
-    function = cuda.load(SOURCE, "attention", arguments, "sm_90a", shared, q.device.index)
-    grid = min(state.multiprocessors, tiles * heads * sequences)
-    section = max(1, _SECTION_BYTES // max(1, 4 * width * longest_k)) * per_group
-    params = _Params(
-        out=out.data_ptr(), lse=lse.data_ptr(), turn=state.counters.take(2).data_ptr(), v=v.data_ptr(),
-        out_row=out.stride(0), out_batch=out.stride(1), out_head=out.stride(2), v_row=v.stride(0), v_head=v.stride(2),
-        q_rows=q_rows, k_rows=k_rows, per_group=per_group, levels=levels, width=width, scale=scale * LOG2E,
-        heads=heads, sequences=sequences, tiles=tiles, section=min(section, heads * sequences),
-    )  # fmt: skip
-    scratch = q.new_empty(grid * levels * (padded // 8 + 1) * _CONSUMERS * 4, dtype=torch.float32) if levels else None
-    if scratch is not None:
+    params = _Params.from_buffer_copy(plan.params)
+    params.out, params.lse, params.turn, params.v = out.data_ptr(), lse.data_ptr(), state.counters.take(2).data_ptr(), v.data_ptr()
+    params.out_row, params.out_batch, params.out_head, _ = out.stride()
+    if plan.scratch:
+        scratch = q.new_empty(plan.scratch, dtype=torch.float32)  # freed after the launch: what takes it on this stream comes later
         params.scratch = scratch.data_ptr()
     if pack is not None:
         params.cu_q, params.cu_k, params.first_q, params.first_k = (t.data_ptr() for t in pack[:4])
-    cuda.launch(function, grid, _THREADS, shared, current_stream(q.device.index), _map(q), _map(k), _map(v), params)
+    maps = [cuda.tensor_map(t.data_ptr(), *box) for t, box in zip((q, k, v), plan.boxes, strict=True)]
+    cuda.launch(plan.function, plan.grid, _THREADS, plan.shared, current_stream(q.device.index), *maps, params)
+
+
+def _kind(q: Tensor, k: Tensor, v: Tensor, causal: bool, pack: Pack | None) -> tuple:
+    """All that decides, but for addresses and the scale, what is launched."""
+    lengths = None if pack is None else (len(pack.cu_q), pack.longest_q, pack.longest_k)
+    return SOURCE, q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride(), causal, lengths
+
+
+def admits(q: Tensor, k: Tensor, v: Tensor, causal: bool, pack: Pack | None, truth: Callable) -> bool:
+    """Whether :func:`run` may compute these: it can, and was seen to give the bytes of ``truth``, another forward."""
+    device = q.device
+    if device.type != "cuda":
+        return False
+    calls = device_state(device.index).calls
+    key = (*_kind(q, k, v, causal, pack), (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16)
+    known = calls.get(key)
+    if known is None:
+        known = refuses(q, k, v, pack) is None and verified(q, k, causal, pack, truth)
+        if not torch.cuda.is_current_stream_capturing():  # then nothing could be asked
+            calls[key] = known
+    return known
 
 
 # -- has it the bytes of the Triton kernel? -----------------------------------------------------------------------------------------
