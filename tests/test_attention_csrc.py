@@ -60,7 +60,7 @@ def test_choices_fit_into_shared_memory(width):
     assert config.shared_bytes(sm90.padded_width(width)) <= sm90._SHARED_LIMIT
 
 
-def test_what_it_refuses(hopper):
+def test_what_it_refuses(hopper, monkeypatch):
     assert sm90.refuses(*tensors()) is None
     assert "bf16 or fp16" in sm90.refuses(*tensors(dtype=torch.float32))
     assert "width" in sm90.refuses(*tensors(width=256)) and "width" in sm90.refuses(*tensors(width=12))
@@ -69,6 +69,8 @@ def test_what_it_refuses(hopper):
     assert "aligned" in sm90.refuses(q, k, torch.zeros(v.numel() + 1, dtype=v.dtype)[1:].view(v.shape))
     assert "apart" in sm90.refuses(q, torch.zeros(300, 1, 2, 132, dtype=k.dtype)[..., :128], v)
     assert "apart" in sm90.refuses(q, k[:1].expand_as(k), v)
+    monkeypatch.setattr(sm90, "MOST_TILES", 8)  # two of each head
+    assert "counts" in sm90.refuses(q, k, v) and sm90.refuses(q[:, :, :2], k, v) is None
     starts = torch.tensor([0, 50, 200], dtype=torch.int32)
     assert "tiles" in sm90.refuses(q, k, v, Pack(starts, starts, starts, starts, sm90.FEWEST_ROWS - 1, 300))
 

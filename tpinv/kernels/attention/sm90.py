@@ -19,6 +19,7 @@ from tpinv.runtime.device import ceil_div, current_stream, on_device_of_first
 from tpinv.runtime.state import device_state
 
 SOURCE = "sm90_attention.cu"
+MOST_TILES = 1 << 30
 PACKS = False
 FEWEST_ROWS = 65  # fewer, and half of every tile is empty
 ROWS, _BLOCK = 128, contract.ATTENTION_BLOCK  # queries of a tile, keys of a slot
@@ -80,8 +81,11 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, pack: Pack | None = None) -> str | 
             return "copies need tensors that are aligned to 16 bytes, and rows that lie a multiple of 8 elements apart"
     if pack is not None and not PACKS:
         return "its packs have not been compared on a GPU"
-    if (len(q) if pack is None else pack.longest_q) < FEWEST_ROWS:
+    longest, sequences = (len(q), q.shape[1]) if pack is None else (pack.longest_q, len(pack.cu_q) - 1)
+    if longest < FEWEST_ROWS:
         return f"is made for tiles of {ROWS} queries"
+    if ceil_div(longest, ROWS) * q.shape[2] * sequences >= MOST_TILES:
+        return f"counts up to {MOST_TILES} tiles"
     return None
 
 
