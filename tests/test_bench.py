@@ -178,3 +178,41 @@ def test_without_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["bench", "all"]) == 2
     assert capsys.readouterr().err == "tpinv bench: bench needs a GPU; there is none here\n"
+
+
+def test_attention_writes_rows_as_they_come(monkeypatch, tmp_path, capsys):
+    """A case that does not fit the memory is told and left out; twins, rows and ratios are in the file."""
+    pytest.importorskip("triton")
+    from tpinv.cli import bench_attention
+
+    class Case:
+        def __init__(self, batch, keys, heads, key_heads, *_):
+            self.shape = "decode", batch, 1, keys, heads, key_heads, 128, 16
+
+        def __str__(self):
+            return f"decode of {self.shape[3]}"
+
+        def measure(self, milliseconds, rounds):
+            if self.shape[3] > 8192:
+                raise torch.cuda.OutOfMemoryError
+            return [
+                bench_attention.line(self.shape, name, us, 20.0, hbm=0.5) for name, us in (("tpinv", 20.0), ("FA3", 19.0), ("cuDNN", 30.0))
+            ]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(bench_attention, "twins", lambda: {"FA3, alone and in a batch": (3, 16)})
+    monkeypatch.setattr(bench_attention, "Decode", Case)
+    rows, found = tmp_path / "rows.csv", tmp_path / "found.json"
+    options = ["--decode", "1,8192,32,8", "1,9000,32,8", "--prefill", "--backward", "--csv", str(rows), "--json", str(found)]
+    assert main(["bench", "attention", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "decode of 9000: does not fit into this GPU's memory" in printed and "3 of 16 rows differ" in printed
+    assert "FA3 is not installed" in printed and "FlashInfer is not installed" in printed
+    with open(rows) as file:
+        assert [(row["keys"], row["implementation"], row["ratio"]) for row in csv.DictReader(file)] == [
+            ("8192", "tpinv", "1.0"), ("8192", "FA3", "0.95"), ("8192", "cuDNN", "1.5"),
+        ]  # fmt: skip
+    written = json.loads(found.read_text())
+    assert written["twins"] == {"FA3, alone and in a batch": [3, 16]} and len(written["rows"]) == 3 and "a GPU" in written["machine"]

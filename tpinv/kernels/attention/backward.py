@@ -182,15 +182,22 @@ def dkv_kernel(
 
 
 @entry
-@triton.jit
-def sum_heads_kernel(part_ptr, out_ptr, width, per_group, BLOCK: tl.constexpr):
-    """part [rows, per_group, width] fp32 -> out [rows, width]: a chain over the heads of a group, rounded once."""
-    row = tl.program_id(0).to(tl.int64)
+@triton.jit(do_not_specialize=["rows", "per_group"])
+def sum_heads_kernel(part_ptr, dk_ptr, dv_ptr, rows, per_group, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """part [2, rows, per_group, width] fp32 -> dk, dv [rows, width]: a chain over the heads of a group, rounded once. Grid: rows, 2."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, BLOCK)
-    acc = tl.load(part_ptr + row * per_group * width + at, mask=at < width, other=0.0)
+    inside = (row < rows)[:, None] & (at < width)[None, :]
+    which = tl.program_id(1).to(tl.int64)
+    from_ptr = part_ptr + (which * rows + row)[:, None] * per_group * width + at[None, :]
+    acc = tl.load(from_ptr, mask=inside, other=0.0)
     for head in range(1, per_group):
-        acc += tl.load(part_ptr + (row * per_group + head) * width + at, mask=at < width, other=0.0)
-    tl.store(out_ptr + row * width + at, acc.to(out_ptr.dtype.element_ty), mask=at < width)
+        acc += tl.load(from_ptr + head * width, mask=inside, other=0.0)
+    out = row.to(tl.int64)[:, None] * width + at[None, :]
+    if which == 0:
+        tl.store(dk_ptr + out, acc.to(dk_ptr.dtype.element_ty), mask=inside)
+    else:
+        tl.store(dv_ptr + out, acc.to(dv_ptr.dtype.element_ty), mask=inside)
 
 
 @on_device_of_first
@@ -228,15 +235,16 @@ def fill_dkv(q, k, v, dout, lse, delta, dk, dv, scale: float, causal: bool, pack
     sk, _, groups, _ = k.shape
     per_group, common = heads // groups, constants(q, causal)
     keys, rows, warps, stages = blocks(width, q.dtype)[1]
-    part_dk, part_dv = (dk, dv) if per_group == 1 else new(q, pack)(2, sk, batch, heads, width, dtype=torch.float32)
+    parts = (dk, dv) if per_group == 1 else new(q, pack)(2, sk, batch, heads, width, dtype=torch.float32)
     for grid, place_args in launches(q, k, pack, keys, by_keys=True):
         dkv_kernel[grid](
-            q, k, v, dout, lse, delta, part_dk, part_dv, *strides(q, k, v, dout, part_dk), *place_args, _abreast(grid), scale * LOG2E, scale,
+            q, k, v, dout, lse, delta, *parts, *strides(q, k, v, dout, parts[0]), *place_args, _abreast(grid), scale * LOG2E, scale,
             ROWS=rows, KEYS=keys, num_warps=warps, num_stages=stages, **common,
         )  # fmt: skip
     if per_group > 1:
-        for part, whole in ((part_dk, dk), (part_dv, dv)):
-            sum_heads_kernel[(sk * batch * groups,)](part, whole, width, per_group, BLOCK=common["WIDTH"], num_warps=1)
+        of_program = max(1, _ELEMENTS // 2 // common["WIDTH"])
+        grid = triton.cdiv(sk * batch * groups, of_program), 2
+        sum_heads_kernel[grid](parts, dk, dv, sk * batch * groups, per_group, width, ROWS=of_program, BLOCK=common["WIDTH"], num_warps=4)
 
 
 def fill_dq(q, k, v, dout, lse, delta, dq, scale: float, causal: bool, pack: Pack | None) -> None:
