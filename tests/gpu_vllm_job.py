@@ -1,114 +1,184 @@
-"""vLLM on GPUs, outside pytest: engines take a minute to start, so that one run on a machine with two GPUs answers all questions.
+"""vLLM on two GPUs, outside pytest: an engine takes a minute to start, so that each answers every question in one process.
 
-    python -m tests.gpu_vllm_job [--out DIRECTORY] [--only PHASE ...]
+    python -m tests.gpu_vllm_job [--out DIRECTORY] [--smollm2 DIRECTORY --padded DIRECTORY] [--seconds 470] [--only ENGINE ...]
 
-A random Llama of 4 layers with Llama-3-8B's widths, 64 greedy requests of 17 to 513 tokens, 96 tokens each, in batches of 1, 8 and 64;
-requests that arrive at random with chunked prefill, cached prefixes and preemption; throughput and latency. Engines of one GPU run two
-at a time. Every line is printed, and OUT/results.json written, as soon as it is known: a run may be cut off.
+    widths     a random Llama of 4 layers with Llama-3-8B's widths        batches    64 greedy requests of 17 to 513 tokens, 64 tokens each,
+    smollm2    SmolLM2-135M, real weights; padded: with 12 heads                      in batches of 1 (the first 8), 8 and 64
+                                                                          schedule   random arrivals, chunks, cached prefixes, seeds
+                                                                          completions    1000 of one prompt at temperature 0 among strangers
+
+Compared: tokens, bytes of log-probabilities, bytes of keys and values. Two lanes of engines with one GPU each, and beside them one of
+engines with two: cards are shared, which costs time and no byte. Every line is printed, and OUT/results.json written, when it is known:
+a run may be cut off.
 """
 
 import argparse
-import concurrent.futures
 import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from dataclasses import asdict
 
-from tpinv.harness.vllm import model, schedule
+from tpinv.harness.vllm import schedule
 from tpinv.harness.vllm.verify import run_job
 
-# phase -> engines of it: (layers, tp, eager). The engines of a phase run at once, on GPUs of their own.
-PHASES = {
-    "tpinv": [("tpinv", 1, False), ("tpinv", 1, True)],
-    "tpinv 2": [("tpinv", 2, False)],
-    "stock": [("stock", 1, False), ("batch-invariant", 1, False)],
-    "stock 2": [("stock", 2, False)],
-    "batch-invariant 2": [("batch-invariant", 2, False)],
-    "tpinv 2 eager": [("tpinv", 2, True)],
+# GPUs -> engines one after the other: model, layers, tp, mode, tokens of a step, blocks of the cache (0: as many as fit), completions
+LANES = {
+    "0": [
+        ("widths", "tpinv", 1, "graphs", 2048, 0, 1000),
+        ("padded", "tpinv", 1, "graphs", 512, 0, 1000),
+        ("widths", "stock", 1, "graphs", 2048, 0, 1000),
+    ],
+    "1": [
+        ("widths", "tpinv", 1, "eager", 96, 400, 0),
+        ("widths", "batch-invariant", 1, "graphs", 2048, 0, 1000),
+        ("padded", "stock", 1, "graphs", 2048, 0, 1000),
+        ("smollm2", "tpinv", 1, "graphs", 2048, 0, 0),
+    ],
+    "0,1": [
+        ("widths", "tpinv", 2, "graphs", 320, 0, 1000),
+        ("padded", "tpinv", 2, "graphs", 512, 0, 1000),
+        ("widths", "batch-invariant", 2, "graphs", 2048, 0, 0),
+        ("widths", "tpinv", 2, "eager", 96, 400, 0),
+    ],
 }
-BATCHES = {"sizes": [1, 8, 64], "vocabulary": model.LARGE.vocabulary, "lengths": [17, 64, 200, 513], "count": 64, "tokens": 96}
-SPEED = {"vocabulary": model.LARGE.vocabulary, "prompt": 1024, "answer": 256, "requests": 64}
+SIZES, TOKENS, LONGEST = [1, 8, 64], 64, 1344
+
+
+class Run:
+    """What all lanes share."""
+
+    def __init__(self, arguments):
+        self.arguments, self.started, self.lock, self.results = arguments, time.monotonic(), threading.Lock(), {}
+
+    def left(self) -> float:
+        return self.arguments.seconds - (time.monotonic() - self.started)
+
+    def say(self, text: str) -> None:
+        with self.lock:
+            print(f"[{time.monotonic() - self.started:5.0f} s] {text}", flush=True)
+
+    def save(self) -> None:
+        with self.lock, open(os.path.join(self.arguments.out, "results.json"), "w", encoding="utf-8") as file:
+            json.dump(
+                {name: {k: v for k, v in found.items() if k not in ("answers", "batches")} for name, found in self.results.items()}, file
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
-    parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES))
-    parser.add_argument("--leaves", type=int, default=8)
-    parser.add_argument("--deadline", type=float, default=530.0, help="seconds after which no phase starts")
-    parser.add_argument("--model", default="/tmp/tpinv-vllm-model", help="made if it is not there")
-    arguments = parser.parse_args()
-    started = time.monotonic()
-    if not os.path.exists(os.path.join(arguments.model, "config.json")):
+    parser.add_argument("--only", nargs="+")
+    parser.add_argument("--seconds", type=float, default=470.0, help="after which every engine is ended")
+    parser.add_argument("--widths", default="/tmp/tpinv-vllm-model", help="made if it is not there")
+    parser.add_argument("--smollm2", default="")
+    parser.add_argument("--padded", default="")
+    run = Run(parser.parse_args())
+    if not os.path.exists(os.path.join(run.arguments.widths, "config.json")):
         code = "import sys, torch; from tpinv.harness.vllm import model; model.write(sys.argv[1], model.LARGE, torch.bfloat16, 'cuda')"
-        subprocess.run([sys.executable, "-c", code, arguments.model], check=True)  # whose memory on the GPU is free afterwards
-    say(started, f"model in {arguments.model}")
-    results: dict[str, dict] = {}
+        subprocess.run([sys.executable, "-c", code, run.arguments.widths], check=True)  # whose memory on the GPU is free afterwards
+    run.say(f"model in {run.arguments.widths}")
     with tempfile.TemporaryDirectory(prefix="tpinv-vllm-") as directory:
-        for phase in arguments.only:
-            if time.monotonic() - started > arguments.deadline - 60:
-                say(started, f"{phase}: no time left")
-                continue
-            engines, first = [], 0
-            for layers, tp, eager in PHASES[phase]:
-                engines.append((layers, tp, eager, range(first, first + tp)))
-                first += tp
-            left = arguments.deadline - (time.monotonic() - started)
-            with concurrent.futures.ThreadPoolExecutor(len(engines)) as pool:
-                runs = {pool.submit(engine, *e, arguments, directory, left): e[:3] for e in engines}
-                for done in concurrent.futures.as_completed(runs):
-                    name = "{} TP={} {}".format(runs[done][0], runs[done][1], "eager" if runs[done][2] else "graphs")
-                    if done.exception() is not None:
-                        say(started, f"{name}: FAILED\n{str(done.exception())[-3500:]}")
-                        continue
-                    results[name] = done.result()
-                    report(started, name, results)
-                    with open(os.path.join(arguments.out, "results.json"), "w", encoding="utf-8") as file:
-                        json.dump(results, file)
-    say(started, "done")
+        lanes = [threading.Thread(target=lane, args=(run, gpus, directory)) for gpus in LANES]
+        for thread in lanes:
+            thread.start()
+            time.sleep(2)  # the engines of all lanes look for free ports
+        for thread in lanes:
+            thread.join()
+    run.say("done")
 
 
-def engine(layers: str, tp: int, eager: bool, gpus: range, arguments, directory: str, timeout: float) -> dict:
-    requests = schedule.make_requests(1, 16, model.LARGE.vocabulary, 600)
-    plan = schedule.crowded(1 + tp + eager, requests, 32)
-    longest = SPEED["prompt"] + SPEED["answer"] + 32
-    blocks = max(plan.blocks, 64 * (longest // 32 + 1))  # the batches and the timing need room; preemption is provoked on CPUs
+def lane(run: Run, gpus: str, directory: str) -> None:
+    for engine in LANES[gpus]:
+        name = "{} {} TP={} {}".format(*engine)
+        path = os.path.join(directory, name.replace(" ", "-"))
+        if not getattr(run.arguments, engine[0]) or run.arguments.only and name not in run.arguments.only:
+            continue
+        if run.left() < 100:
+            run.say(f"{name}: no time left")
+            continue
+        try:
+            run.say(f"{name}: begins")
+            report(run, name, run_job(make_job(run, gpus, *engine), path, run.left()))
+        except Exception as error:  # whatever it is, the other engines have answers to give
+            run.say(f"{name}: FAILED\n{''.join(traceback.format_exception_only(error))[-3000:]}")
+            if os.path.exists(f"{path}.out.part"):
+                with open(f"{path}.out.part", encoding="utf-8") as file:
+                    report(run, f"{name} (cut off)", json.load(file))
+        if os.path.exists(f"{path}.log"):
+            with open(f"{path}.log", encoding="utf-8", errors="replace") as log:
+                text = log.read()[-200000:]
+            with open(os.path.join(run.arguments.out, f"{os.path.basename(path)}.log"), "w", encoding="utf-8") as log:
+                log.write(text)
+
+
+def make_job(run: Run, gpus: str, which: str, layers: str, tp: int, mode: str, budget: int, blocks: int, completions: int) -> dict:
+    path = getattr(run.arguments, which)
+    with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
+        config = json.load(file)
+    vocabulary = config["vocab_size"]
+    prompt = [(37 * i) % 20000 + 3 for i in range(41)]
+    if os.path.exists(os.path.join(path, "prompt.json")):
+        with open(os.path.join(path, "prompt.json"), encoding="utf-8") as file:
+            prompt = json.load(file)
+    requests = schedule.make_requests(1, 16, vocabulary, 600)
+    plan = schedule.crowded(budget + tp, requests, 32).as_dict() | {"budget": budget, "sequences": 64, "blocks": blocks}
+    more = {} if mode == "eager" else {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}}
     job = {
-        "layers": layers, "tp": tp, "leaves": arguments.leaves, "device": "cuda", "model": arguments.model, "dtype": "bfloat16", "eager": eager,
-        "block": 32, "longest": longest, "memory": 0.6, "plan": plan.as_dict() | {"budget": 2048, "sequences": 64, "blocks": blocks},
-        "requests": [asdict(request) for request in requests], "batches": BATCHES, "speed": SPEED, "arguments": {} if eager else {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}}, "environment": {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))},
+        "layers": layers, "tp": tp, "leaves": 24 if which == "smollm2" else 8, "device": "cuda", "model": path, "dtype": "bfloat16",
+        "eager": mode == "eager", "block": 32, "longest": LONGEST, "memory": 0.2, "kv_heads": config["num_key_value_heads"], "plan": plan,
+        "requests": [asdict(request) for request in requests], "arguments": {"kv_cache_memory_bytes": 6 << 30} | more,
+        "batches": {"sizes": SIZES, "vocabulary": vocabulary, "lengths": [17, 64, 200, 513], "count": 64, "tokens": TOKENS},
+        "environment": {"CUDA_VISIBLE_DEVICES": gpus},
     }  # fmt: skip
-    return run_job(job, os.path.join(directory, f"{layers}-{tp}-{eager}"), timeout)
+    if completions:
+        tokens = 48 if which == "widths" else 100
+        wanted = {"seed": 1, "prompt": prompt, "tokens": tokens, "count": completions, "vocabulary": vocabulary, "longest": 300}
+        job["completions"] = wanted
+    return job
 
 
-def report(started: float, name: str, results: dict[str, dict]) -> None:
-    mine = results[name]
-    speed = ", ".join(f"{key} {value:.4g}" for key, value in mine["speed"].items())
-    say(started, f"{name}: {mine['start']:.0f} s to start, {speed}; reports {mine['reports'][:1]}")
-    for a, b in itertools.combinations(BATCHES["sizes"], 2):
-        say(started, f"  batch {a} against {b}: {differing(mine['batches'][str(a)], mine['batches'][str(b)])}")
-    for other, theirs in results.items():
-        if other != name and other.split()[0] == name.split()[0]:
-            for size in BATCHES["sizes"]:
-                say(started, f"  batch {size} against {other}: {differing(mine['batches'][str(size)], theirs['batches'][str(size)])}")
-            say(started, f"  requests at random against {other}: {differing_answers(mine['answers'], theirs['answers'])}")
+def report(run: Run, name: str, mine: dict) -> None:
+    with run.lock:
+        others = [*run.results.items()]
+        run.results[name] = mine
+    run.say(
+        f"{name}: {mine['start']:.0f} s to start, {mine['seconds']:.0f} s; {mine.get('counts')}; {mine['reports'][:1]} {mine.get('collectives')}"
+    )
+    if found := mine.get("completions"):
+        run.say(f"  completions: {found['unique']} unique of {found['count']}, with log-probabilities {found['unique_bytes']}")
+    texts = mine.get("batches", {})
+    for a, b in itertools.combinations(texts, 2):
+        run.say(f"  batch {a} against {b}: {differing(texts[a], texts[b])}")
+    kind = name.split(" TP=")[0]
+    for other, theirs in others:
+        if other.split(" TP=")[0] == kind:
+            for size in texts.keys() & theirs.get("batches", {}).keys():
+                run.say(f"  batch {size} against {other}: {differing(texts[size], theirs['batches'][size])}")
+            if "answers" in mine and "answers" in theirs:
+                run.say(f"  random schedule against {other}: {differing(mine['answers'], theirs['answers'])}")
+            if "completions" in mine and "completions" in theirs:
+                same = mine["completions"]["completions"][0]["tokens"] == theirs["completions"]["completions"][0]["tokens"]
+                run.say(f"  most frequent completion of {other}: {'the same' if same else 'ANOTHER'}")
+    run.save()
 
 
-def differing(a: list[str], b: list[str]) -> str:
-    count = min(len(a), len(b))
-    return f"{sum(x != y for x, y in zip(a, b, strict=False))} of {count} requests differ"
-
-
-def differing_answers(a: dict, b: dict) -> str:
-    return f"{sum(a[name] != b[name] for name in a)} of {len(a)} differ"
-
-
-def say(started: float, text: str) -> None:
-    print(f"[{time.monotonic() - started:5.0f} s] {text}", flush=True)
+def differing(a: dict[str, dict], b: dict[str, dict]) -> str:
+    """Of the requests that both answered."""
+    names = [name for name in a if name in b]
+    pairs = {
+        part: [pair for name in names for pair in zip(a[name][part], b[name][part], strict=False)] for part in ("tokens", "log_probs", "kv")
+    }
+    pairs |= {"candidates": [(a[name]["candidates"], b[name]["candidates"]) for name in names]}
+    pairs |= {"prompts": [(a[name]["prompt_log_probs"], b[name]["prompt_log_probs"]) for name in names]}
+    wrong = sum(a[name] != b[name] for name in names)
+    parts = ", ".join(f"{part} {sum(x != y for x, y in given)}/{len(given)}" for part, given in pairs.items())
+    return f"{wrong} of {len(names)} requests differ ({parts})"
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def register() -> None:
 
 
 def enable(*, leaves: int = 8, node_dtype: str = "float32") -> None:
-    """Sets TPINV_VLLM for this process and those it starts. Before an ``LLM`` is made.
+    """Sets TPINV_VLLM for this process and those it starts. Before an ``LLM`` is made; best before vLLM is imported.
 
     Args:
         leaves: of the tree, a multiple of every tensor-parallel size to compare.
@@ -39,6 +39,7 @@ def enable(*, leaves: int = 8, node_dtype: str = "float32") -> None:
 
     ReductionTree(leaves, node_dtype)
     os.environ[options.VARIABLE] = json.dumps({"leaves": leaves, "node_dtype": node_dtype})
+    os.environ.setdefault(options.BREAKABLE, "1")  # before vLLM's modules are imported, see install.py
 
 
 def assert_active(llm) -> list[dict]:

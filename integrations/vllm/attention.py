@@ -25,6 +25,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from tpinv import functional
+from tpinv.integrations.vllm import defaults
 from tpinv.ops.paged_attention import SMALLEST_PAGE, require_paged
 
 
@@ -219,8 +220,9 @@ def check_layers(model: torch.nn.Module) -> None:
                 'attention_config={"backend": "CUSTOM"}, or leave the choice to vLLM'
             )
     device = next(model.parameters()).device
-    for width in {module.head_size for module in model.modules() if is_layer(module)}:
-        require_paged(device, next(model.parameters()).dtype, width)
+    with defaults.torchs_own():
+        for width in {module.head_size for module in model.modules() if is_layer(module)}:
+            require_paged(device, next(model.parameters()).dtype, width)
 
 
 def backend_name(model: torch.nn.Module) -> str:

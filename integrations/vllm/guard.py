@@ -44,6 +44,7 @@ def check_model(model: torch.nn.Module, config) -> None:
             "fingerprint": fingerprint(options.tree()),
             "modules": sum(isinstance(module, ours) for module in model.modules()),
             "attention": attention.backend_name(model),
+            "rope": layers.rope_names(model),
         },
     )
 

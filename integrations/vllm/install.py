@@ -14,7 +14,7 @@ def install() -> None:
     reports.directory()
     # Read when vLLM imports its attention module, hence before anything else. With it the model runs eagerly and is recorded into CUDA
     # graphs that break at attention; torch.compile, which would round differently between our operators, is off.
-    os.environ.setdefault("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    os.environ.setdefault(options.BREAKABLE, "1")
     import vllm
     from vllm.model_executor.custom_op import op_registry_oot
 

@@ -27,7 +27,7 @@ from vllm.model_executor.layers.rotary_embedding.yarn_scaling_rope import YaRNSc
 
 from tpinv import functional
 from tpinv.collectives import Ranks, all_gather, resolve, select_all_reduce
-from tpinv.integrations.vllm import options, rules
+from tpinv.integrations.vllm import defaults, options, rules
 from tpinv.ops import products
 from tpinv.ops.shapes import rows
 
@@ -195,7 +195,8 @@ class _Rotary:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.kernel_agrees = self.cos_sin_cache.is_cuda and self._probe()
+        with defaults.torchs_own():
+            self.kernel_agrees = self.cos_sin_cache.is_cuda and self._probe()
 
     def forward(self, positions: Tensor, query: Tensor, key: Tensor | None = None):
         if self.kernel_agrees:
@@ -227,6 +228,11 @@ class LinearScalingRotaryEmbedding(_Rotary, StockLinearScaling):
 
 class YaRNScalingRotaryEmbedding(_Rotary, StockYaRN):
     pass
+
+
+def rope_names(model: torch.nn.Module) -> list[str]:
+    """Who computes the model's rotary embeddings."""
+    return sorted({"vLLM's kernel" if module.kernel_agrees else "torch" for module in model.modules() if isinstance(module, _Rotary)})
 
 
 def column_product(x: Tensor, weight: Tensor, bias: Tensor | None, blocks, tree, dtype: torch.dtype | None = None) -> Tensor:

@@ -8,6 +8,7 @@ import json
 import os
 
 VARIABLE = "TPINV_VLLM"
+BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"  # vLLM's own: CUDA graphs without torch.compile, broken at attention
 REPORTS = "TPINV_VLLM_REPORTS"  # a directory in which every worker leaves what it has checked, made by the first process
 DEFAULTS = {"leaves": 8, "node_dtype": "float32"}
 

@@ -86,6 +86,12 @@ def _rules(config, tree):
         "set VLLM_USE_BREAKABLE_CUDAGRAPH=1 (CUDA graphs without torch.compile) or enforce_eager=True",
     )
     yield (
+        not get(compilation, "cudagraph_mode") or not compilation.cudagraph_mode.has_piecewise_cudagraphs() or _breaks_at_attention(),
+        f"cudagraph_mode={get(compilation, 'cudagraph_mode')}, but vLLM's attention was imported while {options.BREAKABLE} was not set, so that "
+        "a graph would not break there and keep the lengths it was captured with",
+        f"set {options.BREAKABLE}=1, or call tpinv.integrations.vllm.enable(), before vLLM is imported",
+    )
+    yield (
         os.environ.get("VLLM_BATCH_INVARIANT", "0") != "1",
         "VLLM_BATCH_INVARIANT=1 replaces operations underneath tpinv's own and slows the collectives down",
         "unset it; tpinv is invariant to the batch as well",
@@ -93,6 +99,14 @@ def _rules(config, tree):
     rope = get(text, "rope_parameters") or get(text, "rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "default"
     yield kind in _ROPE, f"rope_type={kind!r} is not covered", f"use a model with one of {', '.join(_ROPE)}"
+
+
+def _breaks_at_attention() -> bool:
+    """Whether vLLM's attention is what breaks a capture: it decides that when its module is imported."""
+    from vllm.compilation import breakable_cudagraph
+    from vllm.model_executor.layers.attention import attention
+
+    return attention.unified_attention_with_output.__code__.co_filename == breakable_cudagraph.__file__
 
 
 def check_config(config) -> None:

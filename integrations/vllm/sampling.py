@@ -1,6 +1,7 @@
 """What stands between logits and a token, in both of vLLM's model runners: functions of tpinv.inference in place of theirs.
 
     log-probabilities    the tree over the vocabulary: the trainer's bytes (raw and processed, of samples and of prompts)
+    candidates           the likeliest by (larger, smaller index): torch.topk takes any of equals, by the number of rows
     greedy               the smallest index among equals
     top-k, top-p         one order of ties and of the sum of probabilities, whatever the number of requests (vLLM changes algorithms at 8)
     noise, V1 runner     a function of (seed, position); of vLLM's it has the requests' seeds, but no generator, whose state counts calls
@@ -12,7 +13,7 @@ order of arrival draws differently. These functions are attributes of vLLM's mod
 
 import torch
 from torch import Tensor
-from vllm.v1.sample import logits_processor
+from vllm.v1.sample import logits_processor, sampler
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, LogitsProcessor, MoveDirectionality
 from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.sample.sampler import Sampler
@@ -93,7 +94,21 @@ def install(tree: ReductionTree) -> None:
     for name in ("forward_native", "forward_cuda", "forward_cpu"):
         setattr(topk_topp_sampler.TopKTopPSampler, name, draw)
     topk_topp_sampler.apply_top_k_top_p = inference.keep_top
+    sampler.torch = Torch()
     _install_second_runner(tree)
+
+
+class Torch:
+    """torch for a module of vLLM, but for ``topk``: of equal entries, which 16-bit logits make often, the smaller indices."""
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+    @staticmethod
+    def topk(x: Tensor, k: int, dim: int = -1) -> inference.sampling.TopK:
+        if dim not in (-1, x.dim() - 1):
+            raise ValueError(f"topk along dimension {dim} of {tuple(x.shape)} is not what vLLM was known to ask for; report its version")
+        return inference.topk(x, k)
 
 
 def _install_second_runner(tree: ReductionTree) -> None:
@@ -102,7 +117,8 @@ def _install_second_runner(tree: ReductionTree) -> None:
 
     if not HAS_TRITON:
         return
-    from vllm.v1.worker.gpu.sample import logprob, prompt_logprob, sampler, states
+    from vllm.v1.worker.gpu.sample import logprob, prompt_logprob, states
+    from vllm.v1.worker.gpu.sample import sampler as second_sampler
 
     def compute_token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
         return inference.token_log_probs(logits, token_ids, tree)
@@ -115,5 +131,6 @@ def _install_second_runner(tree: ReductionTree) -> None:
     for module in (logprob, prompt_logprob):
         if hasattr(module, "compute_token_logprobs"):
             module.compute_token_logprobs = compute_token_logprobs
-    for module in (sampler, states):
+    logprob.torch = Torch()
+    for module in (second_sampler, states):
         module.apply_top_k_top_p = inference.keep_top

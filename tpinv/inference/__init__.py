@@ -2,7 +2,7 @@
 
 from tpinv.inference.invariant import invariant_mode
 from tpinv.inference.log_probs import log_softmax, token_log_probs
-from tpinv.inference.sampling import apply_temperature, greedy, gumbel_noise, keep_top, sample
+from tpinv.inference.sampling import apply_temperature, greedy, gumbel_noise, keep_top, sample, topk
 from tpinv.inference.verified import count_equal
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "log_softmax",
     "sample",
     "token_log_probs",
+    "topk",
 ]

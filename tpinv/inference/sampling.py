@@ -9,6 +9,8 @@ prefix, sampled in another batch or on another number of ranks draws the same to
 B requests, V vocabulary.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -82,6 +84,24 @@ def keep_top(logits: Tensor, k: Tensor | None, p: Tensor | None) -> Tensor:
             drop[1:] |= before[1:] >= p[b].double()
         kept.append(row.masked_fill(torch.empty_like(drop).scatter_(0, order, drop), float("-inf")))
     return torch.stack(kept) if kept else logits
+
+
+class TopK(NamedTuple):
+    values: Tensor
+    indices: Tensor
+
+
+def topk(x: Tensor, k: int) -> TopK:
+    """The k largest of every row in the order of (larger, smaller index): [..., V] -> values and int64 indices, [..., k].
+
+    torch.topk leaves open which of equal entries it takes, and the algorithm that decides it is chosen by the number of rows. ``x`` is
+    float32 or narrower.
+    """
+    bits = (x.float() + 0.0).view(torch.int32)  # one zero
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
+    keys = ordered | torch.arange(x.shape[-1] - 1, -1, -1, device=x.device)
+    indices = x.shape[-1] - 1 - (torch.topk(keys, k, dim=-1).values & _LOW)
+    return TopK(x.gather(-1, indices), indices)
 
 
 def _philox(counter: Tensor, position: int | Tensor, seed: int | Tensor) -> list[Tensor]:

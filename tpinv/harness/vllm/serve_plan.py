@@ -10,6 +10,7 @@ import struct
 import sys
 import time
 
+from tpinv.harness.vllm import cache, completions
 from tpinv.harness.vllm.schedule import Plan, Request
 
 
@@ -27,16 +28,43 @@ def main(job_path: str, result_path: str) -> None:
         reports = assert_active(llm)
     else:
         reports = []
-    started = time.monotonic()
-    answers, counts = serve(llm, requests, Plan(**job["plan"])) if requests else ({}, {})
+    result = {"reports": reports, "start": seconds}
+    for name, stage in _stages(llm, job, requests).items():
+        started = time.monotonic()
+        result |= stage(result)
+        result["seconds"] = result.get("seconds", 0.0) + time.monotonic() - started
+        _write(f"{result_path}.part", result)
+        print(f"{name}: done after {result['seconds']:.0f} s", flush=True)
+    if job["layers"] == "tpinv" and job.get("kv_heads"):
+        result["collectives"] = llm.collective_rpc("describe_collectives")
+    _write(result_path, result)
+
+
+def _stages(llm, job: dict, requests: list[Request]) -> dict:
+    """What a job asks for, by name: functions of what was found so far that return more of it."""
+    finished = cache.Finished(llm, job["kv_heads"]) if job.get("kv_heads") else None
+    stages = {}
+    if requests:
+        stages["plan"] = lambda found: dict(zip(("answers", "counts"), serve(llm, requests, Plan(**job["plan"]), finished), strict=True))
     if job.get("again"):
-        answers |= score(llm, requests, answers)
-        answers |= reload(llm, requests) if job["layers"] == "tpinv" else {}
-    result = {"answers": answers, "counts": counts, "reports": reports, "start": seconds, "seconds": time.monotonic() - started}
-    result |= {"batches": batches(llm, **job["batches"])} if "batches" in job else {}
-    result |= {"speed": speed(llm, **job["speed"])} if "speed" in job else {}
-    with open(result_path, "w", encoding="utf-8") as file:
+        stages["scored"] = lambda found: {"answers": found["answers"] | score(llm, requests, found["answers"], finished)}
+        if job["layers"] == "tpinv":
+            stages["reloaded"] = lambda found: {"answers": found["answers"] | reload(llm, requests, finished)}
+    for size in job.get("batches", {}).get("sizes", ()):
+        stages[f"batches of {size}"] = lambda found, size=size: {
+            "batches": found.get("batches", {}) | {str(size): batches(llm, job["batches"], size, finished)}
+        }
+    if "completions" in job:
+        stages["completions"] = lambda found: {"completions": complete(llm, job["completions"])}
+    if "speed" in job:
+        stages["speed"] = lambda found: {"speed": speed(llm, **job["speed"])}
+    return stages
+
+
+def _write(path: str, result: dict) -> None:
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
         json.dump(result, file)
+    os.replace(f"{path}.new", path)
 
 
 def _environment(job: dict) -> dict[str, str]:
@@ -61,7 +89,9 @@ def _environment(job: dict) -> dict[str, str]:
 def _engine(job: dict, plan: Plan):
     from vllm import LLM
 
-    blocks = {"num_gpu_blocks_override": plan.blocks} if plan.blocks else {}
+    more = {"num_gpu_blocks_override": plan.blocks} if plan.blocks else {}
+    if job.get("kv_heads"):
+        more["worker_extension_cls"] = cache.EXTENSION
     return LLM(
         job["model"],
         tensor_parallel_size=job["tp"],
@@ -79,21 +109,22 @@ def _engine(job: dict, plan: Plan):
         disable_log_stats=True,
         max_logprobs=5,
         seed=0,
-        **blocks,
+        **more,
         **job.get("arguments", {}),
     )
 
 
-def serve(llm, requests: list[Request], plan: Plan) -> tuple[dict, dict]:
+def serve(llm, requests: list[Request], plan: Plan, finished: cache.Finished | None = None) -> tuple[dict, dict]:
     """The answers by request name, those of later waves with the wave's number behind it, and what happened."""
     answers, counts = {}, {"steps": 0, "preemptions": 0, "cached": 0}
     for number, wave in enumerate(plan.waves or [()]):
-        for name, answer in _serve_wave(llm, requests, wave, counts).items():
+        for name, answer in _serve_wave(llm, requests, wave, counts, finished).items():
             answers[f"{name} wave {number}" if number else name] = answer
     return answers, counts
 
 
-def _serve_wave(llm, requests: list[Request], wave: tuple, counts: dict) -> dict:
+def _serve_wave(llm, requests: list[Request], wave: tuple, counts: dict, finished=None, lengths: dict[str, int] | None = None) -> dict:
+    """``wave`` empty: one request after the other. ``lengths``: positions whose keys and values are read, if not all that there are."""
     engine, answers, preempted, step = llm.llm_engine, {}, {}, 0
     by_name = {request.name: request for request in requests}
     waiting = [*wave] or [(request.name, -1) for request in requests]
@@ -104,8 +135,12 @@ def _serve_wave(llm, requests: list[Request], wave: tuple, counts: dict) -> dict
             engine.add_request(request.name, {"prompt_token_ids": list(request.prompt)}, _sampling(request))
         for output in engine.step():
             if output.finished:
-                answers[output.request_id] = _answer(output)
+                name = output.request_id
+                answers[name] = _answer(output)
                 counts["cached"] += output.num_cached_tokens or 0
+                if finished is not None:  # the last token is not computed any more
+                    length = len(by_name[name].prompt) + len(answers[name]["tokens"]) - 1
+                    answers[name]["kv"] = finished.take(name, (lengths or {}).get(name, length))
         for name, state in getattr(scheduler, "requests", {}).items():
             preempted[name] = state.num_preemptions
         step += 1
@@ -114,46 +149,58 @@ def _serve_wave(llm, requests: list[Request], wave: tuple, counts: dict) -> dict
     return answers
 
 
-def score(llm, requests: list[Request], answers: dict) -> dict:
-    """Prompt and answer as one prompt: the log-probabilities of the answer's tokens as a prefill gives them, name + " scored"."""
-    from vllm import SamplingParams
-
-    greedy = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+def score(llm, requests: list[Request], answers: dict, finished: cache.Finished | None = None) -> dict:
+    """Prompt and answer as one prompt: the log-probabilities of the answer's tokens as a prefill gives them, and the keys and values that
+    decoding had, name + " scored"."""
+    prompts = [replace_prompt(request, answers[request.name]["tokens"]) for request in requests]
+    lengths = {request.name: len(request.prompt) - 1 for request in prompts}
     found = {}
-    for request in requests:
-        tokens = [*request.prompt, *answers[request.name]["tokens"]]
-        (output,) = llm.generate([{"prompt_token_ids": tokens}], greedy, use_tqdm=False)
-        rows = output.prompt_logprobs[len(request.prompt) :]
-        found[f"{request.name} scored"] = {
-            "log_probs": [_bytes(row[token].logprob) for row, token in zip(rows, tokens[len(request.prompt) :], strict=True)]
-        }
+    for request, (name, answer) in zip(requests, _serve_wave(llm, prompts, (), _nothing(), finished, lengths).items(), strict=True):
+        kv = {"kv": answer["kv"]} if finished is not None else {}
+        found[f"{name} scored"] = {"log_probs": answer["prompt_log_probs"][len(request.prompt) - 1 :]} | kv
     return found
 
 
-def reload(llm, requests: list[Request]) -> dict:
+def replace_prompt(request: Request, answer: list[int]) -> Request:
+    """``request`` and its answer as a prompt, for one greedy token and the log-probabilities of the prompt."""
+    return Request(request.name, (*request.prompt, *answer), 1, prompt_log_probs=True)
+
+
+def _nothing() -> dict[str, int]:
+    return {"steps": 0, "preemptions": 0, "cached": 0}
+
+
+def reload(llm, requests: list[Request], finished: cache.Finished | None = None) -> dict:
     """The first requests' answers after the weights were loaded once more, name + " reloaded"."""
     llm.collective_rpc("reload_weights")
-    answers, _ = serve(llm, requests[:3], Plan("reloaded", (), 0, 0, False, 0))
+    answers, _ = serve(llm, requests[:3], Plan("reloaded", (), 0, 0, False, 0), finished)
     return {f"{name} reloaded": answer for name, answer in answers.items()}
 
 
-def batches(llm, sizes: list[int], vocabulary: int, lengths: list[int], count: int, tokens: int) -> dict[str, list[str]]:
-    """Greedy answers to ``count`` random prompts, so many at a time: batch size -> for each prompt its tokens and log-probability bytes
-    as one text. Batches of one answer the first eight alone, which take longest."""
-    from vllm import SamplingParams
-
+def batches(llm, settings: dict, size: int, finished: cache.Finished | None = None) -> dict[str, dict]:
+    """Greedy answers to ``count`` random prompts, ``size`` at a time: name -> answer. Batches of one answer the first eight alone."""
     draw = random.Random(1)
-    prompts = [{"prompt_token_ids": [draw.randrange(3, vocabulary) for _ in range(draw.choice(lengths))]} for _ in range(count)]
-    greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=1, detokenize=False)
+    requests = [
+        Request(
+            f"b{i}", tuple(draw.randrange(3, settings["vocabulary"]) for _ in range(draw.choice(settings["lengths"]))), settings["tokens"]
+        )
+        for i in range(settings["count"])
+    ]
+    asked = requests[:8] if size == 1 else requests
+    llm.reset_prefix_cache()
     found = {}
-    for size in sizes:
-        llm.reset_prefix_cache()
-        asked = prompts[:8] if size == 1 else prompts
-        outputs = [output for i in range(0, len(asked), size) for output in llm.generate(asked[i : i + size], greedy, use_tqdm=False)]
-        answers = [_answer(output) for output in outputs]
-        found[str(size)] = [" ".join(f"{t}:{p}" for t, p in zip(a["tokens"], a["log_probs"], strict=True)) for a in answers]
-        print(f"batch {size}: done", flush=True)
+    for i in range(0, len(asked), size):
+        found |= _serve_wave(llm, asked[i : i + size], tuple((r.name, -1) for r in asked[i : i + size]), _nothing(), finished)
     return found
+
+
+def complete(llm, settings: dict) -> dict:
+    """completions.py's, of this engine."""
+    rounds = completions.make_rounds(**settings)
+    answers = {}
+    for batch in rounds:
+        answers |= _serve_wave(llm, batch, tuple((request.name, -1) for request in batch), _nothing())
+    return completions.summary(rounds, answers)
 
 
 def speed(llm, vocabulary: int, prompt: int, answer: int, requests: int) -> dict[str, float]:
