@@ -7,8 +7,8 @@
                                                                           schedule   random arrivals, chunks, cached prefixes, seeds
                                                                           completions    1000 of one prompt at temperature 0 among strangers
 
-Compared: tokens, bytes of log-probabilities, bytes of keys and values. Two lanes of engines with one GPU each, and beside them one of
-engines with two: cards are shared, which costs time and no byte. Every line is printed, and OUT/results.json written, when it is known:
+Compared: tokens, bytes of log-probabilities, bytes of keys and values. Several lanes of
+engines at once share the cards, which costs time and no byte. Every line is printed, and OUT/results.json written, when it is known:
 a run may be cut off.
 """
 
@@ -27,26 +27,14 @@ from dataclasses import asdict
 from tpinv.harness.vllm import schedule
 from tpinv.harness.vllm.verify import run_job
 
-# GPUs -> engines one after the other: model, layers, tp, mode, tokens of a step, blocks of the cache (0: as many as fit), completions
-LANES = {
-    "0": [
-        ("widths", "tpinv", 1, "graphs", 2048, 0, 1000),
-        ("padded", "tpinv", 1, "graphs", 512, 0, 1000),
-        ("widths", "stock", 1, "graphs", 2048, 0, 1000),
-    ],
-    "1": [
-        ("widths", "tpinv", 1, "eager", 96, 400, 0),
-        ("widths", "batch-invariant", 1, "graphs", 2048, 0, 1000),
-        ("padded", "stock", 1, "graphs", 2048, 0, 1000),
-        ("smollm2", "tpinv", 1, "graphs", 2048, 0, 0),
-    ],
-    "0,1": [
-        ("widths", "tpinv", 2, "graphs", 320, 0, 1000),
-        ("padded", "tpinv", 2, "graphs", 512, 0, 1000),
-        ("widths", "batch-invariant", 2, "graphs", 2048, 0, 0),
-        ("widths", "tpinv", 2, "eager", 96, 400, 0),
-    ],
-}
+# Lanes: GPUs and engines one after the other: model, layers, tp, mode, tokens of a step, blocks of the cache (0: as many as fit), completions
+LANES = [
+    ("0", [("widths", "tpinv", 1, "graphs", 2048, 0, 1000), ("widths", "stock", 1, "graphs", 2048, 0, 1000)]),
+    ("0,1", [("widths", "tpinv", 2, "graphs", 320, 0, 1000), ("padded", "tpinv", 2, "graphs", 512, 0, 1000), ("widths", "batch-invariant", 2, "graphs", 2048, 0, 0)]),
+    ("1", [("widths", "tpinv", 1, "eager", 96, 400, 0), ("padded", "stock", 1, "graphs", 2048, 0, 1000)]),
+    ("1", [("widths", "batch-invariant", 1, "graphs", 2048, 0, 1000), ("smollm2", "tpinv", 1, "graphs", 2048, 0, 0)]),
+    ("0", [("padded", "tpinv", 1, "graphs", 512, 0, 1000)]),
+]  # fmt: skip
 SIZES, TOKENS, LONGEST = [1, 8, 64], 64, 1344
 
 
@@ -84,22 +72,22 @@ def main() -> None:
         subprocess.run([sys.executable, "-c", code, run.arguments.widths], check=True)  # whose memory on the GPU is free afterwards
     run.say(f"model in {run.arguments.widths}")
     with tempfile.TemporaryDirectory(prefix="tpinv-vllm-") as directory:
-        lanes = [threading.Thread(target=lane, args=(run, gpus, directory)) for gpus in LANES]
+        lanes = [threading.Thread(target=lane, args=(run, gpus, engines, directory)) for gpus, engines in LANES]
         for thread in lanes:
             thread.start()
-            time.sleep(2)  # the engines of all lanes look for free ports
+            time.sleep(3)  # the engines of all lanes look for free ports
         for thread in lanes:
             thread.join()
     run.say("done")
 
 
-def lane(run: Run, gpus: str, directory: str) -> None:
-    for engine in LANES[gpus]:
+def lane(run: Run, gpus: str, engines: list[tuple], directory: str) -> None:
+    for engine in engines:
         name = "{} {} TP={} {}".format(*engine)
         path = os.path.join(directory, name.replace(" ", "-"))
         if not getattr(run.arguments, engine[0]) or run.arguments.only and name not in run.arguments.only:
             continue
-        if run.left() < 100:
+        if run.left() < 90:
             run.say(f"{name}: no time left")
             continue
         try:

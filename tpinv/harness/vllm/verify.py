@@ -2,8 +2,9 @@
 
 For each kind of layers (stock, on a GPU vLLM's own batch-invariant mode, tpinv) the reference is every request alone at the smallest size.
 Against it: requests that arrive at random, with chunked prefill, prefixes from the cache and preemption (schedule.py), at every size.
-Compared are tokens, the log-probability of every token, those of the three likeliest, and those of prompts. With tpinv also what decoding
-gave against a prefill of prompt and answer, and the answers after the weights were loaded again.
+Compared are tokens, the log-probability of every token, those of the three likeliest, those of prompts, and the keys and values that a
+request leaves in the cache (cache.py). With tpinv also what decoding gave against a prefill of prompt and answer, and the answers after
+the weights were loaded again.
 
 Every engine is a process of its own. Stock vLLM cannot rewind a seeded request on a CPU, so that its requests are all greedy.
 """
@@ -25,7 +26,18 @@ from rich.table import Table
 from tpinv.harness.vllm import schedule
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-COLUMNS = ("layers", "TP", "plan", "log-probs that differ", "requests", "steps", "preempted", "from cache", "seconds")
+COLUMNS = (
+    "layers",
+    "TP",
+    "plan",
+    "log-probs that differ",
+    "KV heads that differ",
+    "requests",
+    "steps",
+    "preempted",
+    "from cache",
+    "seconds",
+)
 
 
 @dataclass(frozen=True)
@@ -50,13 +62,16 @@ class Settings:
 
 @dataclass
 class Row:
-    """One engine's answers against the reference's. ``tokens``: log-probabilities compared, of prompts and answers."""
+    """One engine's answers against the reference's. ``tokens``: log-probabilities compared, of prompts and answers. ``kv``: keys and values
+    of a request in one layer and head."""
 
     layers: str
     tp: int
     plan: str
     tokens: int
     differing: int
+    kv: int
+    kv_differing: int
     requests: int
     differing_requests: int
     first: str | None
@@ -93,11 +108,16 @@ def compare(settings: Settings, console: Console) -> list[Row]:
 
 
 def table(rows: list[Row]) -> Table:
-    found = Table(*COLUMNS, title="log-probabilities whose bytes differ from each request alone at the smallest size", title_justify="left")
+    found = Table(
+        *COLUMNS,
+        title="log-probabilities, keys and values whose bytes differ from each request alone at the smallest size",
+        title_justify="left",
+    )
     for row in rows:
-        color = "red" if row.differing else "green"
+        color, kv_color = ("red" if wrong else "green" for wrong in (row.differing, row.kv_differing))
         found.add_row(
-            row.layers, str(row.tp), row.plan, f"[{color}]{row.differing} of {row.tokens}[/]", f"{row.differing_requests} of {row.requests}",
+            row.layers, str(row.tp), row.plan, f"[{color}]{row.differing} of {row.tokens}[/]",
+            f"[{kv_color}]{row.kv_differing} of {row.kv}[/]", f"{row.differing_requests} of {row.requests}",
             str(row.steps), str(row.preemptions), str(row.cached), f"{row.seconds:.0f}",
         )  # fmt: skip
     return found
@@ -107,18 +127,19 @@ def verdict(rows: list[Row], console: Console) -> bool:
     """Whether tpinv differs nowhere. ValueError where the comparison could not have failed: stock vLLM does not differ between sizes, or
     the schedules had no preemption or nothing in the cache."""
     ours = [row for row in rows if row.layers == "tpinv"]
-    wrong = sum(row.differing for row in ours)
+    wrong = sum(row.differing + row.kv_differing for row in ours)
     stock = sum(row.differing for row in rows if row.layers == "stock")
     if wrong:
         console.print("[red]tpinv differs: this is a bug, or a part of the engine that tpinv does not cover[/]")
         return False
     if not stock:
         raise ValueError("stock vLLM does not differ either, so this run proves nothing; compare more or larger sizes")
-    for name in ("preemptions", "cached"):
+    for name in ("preemptions", "cached", "kv"):
         if not sum(getattr(row, name) for row in ours):
             raise ValueError(f"the schedules met no {name}, so this run proves less than it should; use another model, or report this")
     console.print(
-        f"[green]tpinv: the same bytes in all {sum(row.tokens for row in ours)} log-probabilities[/]; stock: {stock} of its own differ"
+        f"[green]tpinv: the same bytes in all {sum(row.tokens for row in ours)} log-probabilities and "
+        f"{sum(row.kv for row in ours)} KV heads[/]; stock: {stock} of its own log-probabilities differ"
     )
     return True
 
@@ -138,12 +159,21 @@ def random_model(settings: Settings, directory: str) -> str:
 
 def model_limits(model: str) -> tuple[int, int]:
     """Vocabulary and longest sequence of a checkpoint."""
+    config = model_config(model)
+    return config["vocab_size"], config.get("max_position_embeddings", 2048)
+
+
+def model_config(model: str) -> dict:
+    """config.json of a checkpoint. ValueError where there is none, or none of a decoder with KV heads."""
     path = os.path.join(model, "config.json")
     if not os.path.exists(path):
         raise ValueError(f"--model {model} is no checkpoint directory: it holds no config.json")
     with open(path, encoding="utf-8") as file:
         config = json.load(file)
-    return config["vocab_size"], config.get("max_position_embeddings", 2048)
+    missing = {"vocab_size", "num_attention_heads"} - config.keys()
+    if missing:
+        raise ValueError(f"{path} has no {sorted(missing)}, as a dense decoder has; see docs/vllm.md for the models that are covered")
+    return {"num_key_value_heads": config["num_attention_heads"]} | config
 
 
 def _jobs(settings: Settings, layers: str, model: str, requests: list[schedule.Request]) -> list[dict]:
@@ -160,6 +190,7 @@ def _jobs(settings: Settings, layers: str, model: str, requests: list[schedule.R
         "dtype": DTYPES[settings.dtype],
         "eager": settings.eager,
         "block": block,
+        "kv_heads": model_config(model)["num_key_value_heads"],
         "longest": max(len(request.prompt) + request.tokens for request in requests) + 8,
         "requests": [asdict(request) for request in requests],
     }
@@ -233,12 +264,20 @@ def _log_probs(answer: dict) -> list[str]:
     return [*answer["prompt_log_probs"], *(f"{token} {log_prob} {candidates}" for token, log_prob, candidates in answered)]
 
 
-def _row(job: dict, result: dict, pairs: dict[str, tuple[list[str], list[str]]]) -> Row:
-    differing = {name: sum(x != y for x, y in zip(a, b, strict=True)) for name, (a, b) in pairs.items()}
-    wrong = [name for name, count in differing.items() if count]
+Pairs = dict[str, tuple[list[str], list[str]]]  # request -> what the reference has, and what it is compared with
+
+
+def _count(a: list[str], b: list[str]) -> int:
+    return sum(x != y for x, y in zip(a, b, strict=True))
+
+
+def _row(job: dict, result: dict, pairs: Pairs, kv: Pairs) -> Row:
+    differing, kv_differing = ({name: _count(*pair) for name, pair in given.items()} for given in (pairs, kv))
+    wrong = [name for name in differing if differing[name] or kv_differing.get(name)]
     counts = result["counts"]
     return Row(
-        job["layers"], job["tp"], job["plan"]["name"], sum(len(a) for a, _ in pairs.values()), sum(differing.values()), len(pairs),
+        job["layers"], job["tp"], job["plan"]["name"], sum(len(a) for a, _ in pairs.values()), sum(differing.values()),
+        sum(len(a) for a, _ in kv.values()), sum(kv_differing.values()), len(pairs),
         len(wrong), wrong[0] if wrong else None, counts["steps"], counts["preemptions"], counts["cached"], result["seconds"],
     )  # fmt: skip
 
@@ -246,17 +285,25 @@ def _row(job: dict, result: dict, pairs: dict[str, tuple[list[str], list[str]]])
 def against(job: dict, result: dict, reference: dict) -> Row:
     """The answers of all waves against the reference's."""
     answers = result["answers"]
-    return _row(job, result, {name: (_log_probs(reference[name.split(" wave")[0]]), _log_probs(answers[name])) for name in answers})
+    both = {name: (reference[name.split(" wave")[0]], answers[name]) for name in answers}
+    return _row(job, result, {name: (_log_probs(a), _log_probs(b)) for name, (a, b) in both.items()}, _kv(both))
 
 
 def _again(job: dict, result: dict) -> Row:
     """Decode against prefill, and before against after a reload. A stock engine may differ here as well."""
-    answers, pairs = result["answers"], {}
+    answers, pairs, both = result["answers"], {}, {}
     for name in (request["name"] for request in job["requests"]):
+        both[f"{name} scored"] = answers[name], answers[f"{name} scored"]
         pairs[f"{name} scored"] = (answers[name]["log_probs"], answers[f"{name} scored"]["log_probs"])
     for name in (key.removesuffix(" reloaded") for key in answers if key.endswith(" reloaded")):
+        both[f"{name} reloaded"] = answers[name], answers[f"{name} reloaded"]
         pairs[f"{name} reloaded"] = (_log_probs(answers[name]), _log_probs(answers[f"{name} reloaded"]))
-    return _row(job, result, pairs)
+    return _row(job, result, pairs, _kv(both))
+
+
+def _kv(both: dict[str, tuple[dict, dict]]) -> Pairs:
+    """Digests of keys and values, of answers that have them."""
+    return {name: (a["kv"], b["kv"]) for name, (a, b) in both.items() if "kv" in a}
 
 
 def run(arguments) -> int:
