@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from tpinv.harness.vllm import schedule
-from tpinv.harness.vllm.verify import Row, against, model_limits, verdict
+from tpinv.harness.vllm import cache, completions, schedule
+from tpinv.harness.vllm.verify import Row, against, model_config, model_limits, verdict
 
 
 def test_requests_are_a_function_of_the_seed():
@@ -31,14 +31,17 @@ def test_plans_serve_every_request_in_every_wave_and_leave_too_few_blocks():
     assert schedule.alone(requests).budget >= max(len(r.prompt) for r in requests)
 
 
-def row(layers="tpinv", differing=0, preemptions=1, cached=1, plan="crowded 1") -> Row:
-    return Row(layers, 2, plan, 10, differing, 2, 0, None, 5, preemptions, cached, 1.0)
+def row(layers="tpinv", differing=0, preemptions=1, cached=1, plan="crowded 1", kv=4, kv_differing=0) -> Row:
+    return Row(layers, 2, plan, 10, differing, kv, kv_differing, 2, 0, None, 5, preemptions, cached, 1.0)
 
 
 def test_verdicts():
     console = Console(quiet=True)
     assert verdict([row("stock", 3), row()], console)
     assert not verdict([row("stock", 3), row(differing=1)], console)
+    assert not verdict([row("stock", 3), row(kv_differing=1)], console)
+    with pytest.raises(ValueError, match="no kv"):
+        verdict([row("stock", 3), row(kv=0)], console)
     with pytest.raises(ValueError, match="proves nothing"):
         verdict([row("stock"), row()], console)
     with pytest.raises(ValueError, match="no preemptions"):
@@ -48,23 +51,52 @@ def test_verdicts():
 
 
 @pytest.mark.parametrize("planted", [None, "r1", "r0 wave 1"])
-def test_every_wave_is_compared(planted):
-    answer = {"tokens": [5, 6], "log_probs": ["aa", "bb"], "candidates": [[], []], "prompt_log_probs": ["cc"]}
+@pytest.mark.parametrize("part", ["log_probs", "kv"])
+def test_every_wave_is_compared(planted, part):
+    answer = {"tokens": [5, 6], "log_probs": ["aa", "bb"], "candidates": [[], []], "prompt_log_probs": ["cc"], "kv": ["dd", "ee"]}
     reference = {name: answer for name in ("r0", "r1")}
     answers = reference | {f"{name} wave 1": answer for name in reference}
     if planted:
-        answers |= {planted: answer | {"log_probs": ["aa", "b0"]}}
+        answers |= {planted: answer | {part: [answer[part][0], "b0"]}}
     counts = {"steps": 9, "preemptions": 1, "cached": 1}
     job = {"layers": "tpinv", "tp": 2, "plan": {"name": "crowded 1"}, "requests": [{"name": "r0"}, {"name": "r1"}]}
     found = against(job, {"answers": answers, "counts": counts, "seconds": 1.0}, reference)
-    assert (found.tokens, found.requests, found.differing, found.first) == (12, 4, int(planted is not None), planted)
+    assert (found.tokens, found.kv, found.requests, found.first) == (12, 8, 4, planted)
+    wrong = {"log_probs": found.differing, "kv": found.kv_differing}
+    assert wrong == {"log_probs": 0, "kv": 0} | {part: int(planted is not None)}
+
+
+def test_heads_of_all_ranks():
+    assert cache.whole_heads((["a", "b"], ["c", "d"]), 4) == ["a", "b", "c", "d"]
+    assert cache.whole_heads((["a"], ["a"], ["b"], ["b"]), 2) == ["a", "b"]
+    with pytest.raises(RuntimeError, match="ranks 2 to 3 hold copies"):
+        cache.whole_heads((["a"], ["a"], ["b"], ["c"]), 2)
+    with pytest.raises(ValueError, match="no copies of 3"):
+        cache.whole_heads((["a"], ["b"]), 3)
+
+
+def test_completions_come_in_every_batch_size_and_are_told_apart():
+    rounds = completions.make_rounds(1, (5, 6, 7), 4, 100, 500, 30)
+    assert rounds == completions.make_rounds(1, (5, 6, 7), 4, 100, 500, 30)
+    mine = [request for batch in rounds for request in batch if request.name.startswith("c")]
+    assert [*sorted(r.name for r in mine)] == sorted(f"c{i}" for i in range(100)) and {r.prompt for r in mine} == {(5, 6, 7)}
+    assert {len(batch) for batch in rounds} == set(completions.BATCHES) and any(r.name.startswith("s") for r in rounds[3])
+    answers = {r.name: {"tokens": [1, 2], "log_probs": ["a", "b"]} for r in mine}
+    found = completions.summary(rounds, answers)
+    assert (found["count"], found["unique"], found["unique_bytes"]) == (100, 1, 1)
+    answers |= {"c7": {"tokens": [1, 2], "log_probs": ["a", "c"]}, "c9": {"tokens": [1, 3], "log_probs": ["a", "b"]}}
+    found = completions.summary(rounds, answers)
+    assert (found["unique"], found["unique_bytes"], found["completions"][0]["count"]) == (2, 3, 99)
 
 
 def test_a_model_must_be_a_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint directory"):
         model_limits(str(tmp_path))
     (tmp_path / "config.json").write_text('{"vocab_size": 7}')
-    assert model_limits(str(tmp_path)) == (7, 2048)
+    with pytest.raises(ValueError, match="has no .'num_attention_heads'"):
+        model_limits(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"vocab_size": 7, "num_attention_heads": 4}')
+    assert model_limits(str(tmp_path)) == (7, 2048) and model_config(str(tmp_path))["num_key_value_heads"] == 4
 
 
 def test_options_of_training_are_refused():

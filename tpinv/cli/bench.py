@@ -1,4 +1,4 @@
-"""``tpinv bench gemm`` (``bench collectives``, ``step`` and ``attention`` are in files of their own): our products against cuBLAS, alternating in one run, after
+"""``tpinv bench gemm`` (``bench collectives``, ``step``, ``attention``, ``layer`` and ``serve`` are in files of their own): our products against cuBLAS, alternating in one run, after
 the bits were checked; and against the same order of additions at L = 1 in Triton alone, and batch_invariant_ops where it is installed.
 
 Every time is the median over rounds in which both kernels run one after the other for the same few milliseconds, captured in
@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tpinv.cli import bench_attention, bench_serve, bench_step
+from tpinv.cli import bench_attention, bench_layer, bench_serve, bench_step
 from tpinv.cli.outputs import check_outputs
 from tpinv.tree import NODE_DTYPES, ReductionTree
 
@@ -37,7 +37,7 @@ OTHERS = ("Triton", "batch_invariant_ops")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["gemm", "collectives", "step", "attention", "serve", "all", "host"])
+    parser.add_argument("what", choices=["gemm", "collectives", "step", "attention", "layer", "serve", "all", "host"])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["llama3-8b"])
     parser.add_argument("--linear", nargs="+", choices=["qkv", "o", "fc1", "fc2"], default=["qkv", "o", "fc1", "fc2"])
     parser.add_argument("--product", nargs="+", choices=["forward", "dgrad", "wgrad"], default=["forward", "dgrad", "wgrad"])
@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIRECTORY", help="all, host: where a directory for this run is made (default docs/benchmarks)")
     bench_step.add_arguments(parser)
     bench_attention.add_arguments(parser)
+    bench_layer.add_arguments(parser)
     bench_serve.add_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -78,6 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
         return bench_collectives.run(arguments)
     if arguments.what == "step":
         return bench_step.run(arguments)
+    if arguments.what == "layer":
+        return bench_layer.run(arguments)
     if arguments.what == "attention":
         return bench_attention.run(arguments)
     import triton
@@ -114,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
     """ValueError naming the option whose number no measurement could have, or that names one twice."""
-    for name in ("tokens", "leaves", "milliseconds", "rounds", "ranks", "sizes", "tp", "num_layers"):
+    for name in ("tokens", "leaves", "batch", "keys", "shard_of", "milliseconds", "rounds", "ranks", "sizes", "tp", "num_layers"):
         values = getattr(arguments, name)
         values = values if isinstance(values, list) else [values]
         option = f"--{name.replace('_', '-')}"
