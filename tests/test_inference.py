@@ -120,3 +120,14 @@ def test_errors():
         inference.token_log_probs(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), TREE)
     with pytest.raises(ValueError, match="float64"):
         inference.log_softmax(torch.zeros(2, 3, dtype=torch.float64), TREE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_topk_takes_the_smaller_of_equal_indices(dtype):
+    x = torch.randn(6, 700, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, ::3], x[1], x[2, 5], x[2, 9] = 1.0, float("-inf"), -0.0, 0.0
+    x[1, 7] = 2.0
+    values, indices = inference.topk(x, 300)
+    expected = torch.sort(x + 0.0, dim=-1, descending=True, stable=True).indices[:, :300]
+    assert torch.equal(indices, expected)
+    assert_bitwise_equal(values, x.gather(-1, expected))

@@ -2,6 +2,8 @@
 
 import copy
 import os
+import subprocess
+import sys
 import types
 
 import pytest
@@ -148,6 +150,18 @@ def test_vllms_own_mode_is_refused(config, asked, monkeypatch):
         check(found)
 
 
+def test_graphs_need_an_attention_that_breaks_them(config, asked, monkeypatch):
+    from tpinv.integrations.vllm import rules
+
+    found = config()
+    found.compilation_config.cudagraph_mode = type(found.compilation_config.cudagraph_mode).FULL_AND_PIECEWISE
+    monkeypatch.setattr(rules, "_breaks_at_attention", lambda: True)
+    check(found)
+    monkeypatch.setattr(rules, "_breaks_at_attention", lambda: False)
+    with pytest.raises(ValueError, match="keep the lengths"):
+        check(found)
+
+
 def test_foreign_modules_are_refused():
     from tpinv.integrations.vllm import guard
 
@@ -165,6 +179,36 @@ def test_stocks_sums_are_disarmed(monkeypatch):
     with pytest.raises(RuntimeError, match="all_reduce"):
         communicator.all_reduce(1)
     assert communicator.all_gather(1) == 1 and guard.calls == {"all_gather": 1}
+
+
+def test_whether_attention_breaks_graphs(config, asked):
+    """In another process where it does not: vLLM decides it when its attention is imported."""
+    from tpinv.integrations.vllm import rules
+
+    config()
+    assert os.environ["VLLM_USE_BREAKABLE_CUDAGRAPH"] == "1" and rules._breaks_at_attention()
+    code = "from tpinv.integrations.vllm import rules; print(rules._breaks_at_attention())"
+    environment = os.environ | {"VLLM_USE_BREAKABLE_CUDAGRAPH": "0", "TPINV_VLLM": ASKED, "VLLM_LOGGING_LEVEL": "ERROR"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split()[-1:] == ["False"], done.stderr[-2000:]
+
+
+def test_probes_do_not_take_the_defaults_that_vllm_sets():
+    """vLLM builds models with its GPU and the model's dtype as torch's defaults; "meta" stands for the GPU here."""
+    from tpinv.integrations.vllm import defaults
+    from tpinv.ops.paged_attention import require_paged
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            with defaults.torchs_own():
+                assert (torch.zeros(1).device.type, torch.zeros(1).dtype) == ("cpu", torch.float32)
+                require_paged.__wrapped__(torch.device("cpu"), torch.bfloat16, 16)
+            assert (torch.zeros(1).device.type, torch.zeros(1).dtype) == ("meta", torch.bfloat16)
+            with pytest.raises(Exception, match="generator|meta|Generator"):  # the probe is not one that would not notice
+                require_paged.__wrapped__(torch.device("cpu"), torch.bfloat16, 16)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # -- how it is found out that nothing happened --------------------------------------------------------------------------------------
