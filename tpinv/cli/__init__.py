@@ -3,7 +3,7 @@
 Exit status, of every command:
 
     0    what was asked for was done, and what was compared is the same bytes
-    1    bytes differ (verify, diff, doctor), or an order is not the promised one (probe); nothing else
+    1    bytes differ (verify, diff, audit, doctor), or an order is not the promised one (probe); nothing else
     2    anything else: bad input, a file that cannot be read or written, a package that is missing, a rank that failed, a comparison
          that proves nothing. One line on stderr says what; ``--traceback`` shows where
     130  Ctrl-C
@@ -23,6 +23,7 @@ COMMANDS = {
     "diff": "name the first module and tensor in which two recorded runs differ",
     "bench": "time the kernels against the stock ones, after checking their bits",
     "decode": "decode on a fast server and commit what an invariant one decides, the bytes that it gives alone",
+    "audit": "compute a transcript's log-probabilities again, at another tensor-parallel size or in another framework",
     "doctor": "say which kernels this machine uses, and why",
 }
 

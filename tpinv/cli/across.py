@@ -19,7 +19,7 @@ PACKAGES = {"transformers": "transformers", "megatron": "megatron.core", "torcht
 def run(arguments: argparse.Namespace, sizes: Sequence[int]) -> int:
     """0 if every framework agrees with transformers with tpinv's layers, and stock layers disagree somewhere; 1 if not."""
     frameworks = _frameworks(arguments)
-    check_outputs(arguments.json)
+    check_outputs(arguments)
     console, rows = Console(), []
     with tempfile.TemporaryDirectory(prefix="tpinv-") as directory:
         paths = {"checkpoint": arguments.model} if arguments.model else {kind: os.path.join(directory, kind) for kind in across.KINDS}

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tpinv.functional import vocab_parallel_log_probs
+from tpinv.inference import apply_temperature
 from tpinv.testing import RankPool, compare
 from tpinv.testing.text import real_text
+from tpinv.tree import ReductionTree
 
 FRAMEWORKS = ("transformers", "megatron", "torchtitan", "vllm")
 KINDS = ("llama", "qwen3")
@@ -30,10 +33,30 @@ class Task:
     leaves: int = 8
     batch: int = 2
     length: int = 48
+    node_dtype: str = "float32"
+    device: str = "cpu"
 
     @property
     def tokens(self) -> Tensor:
         return real_text()[: self.batch * self.length].view(self.batch, self.length).long()
+
+
+def score_rows(framework: str, task: Task, rows: Sequence[Sequence[int]], temperature: float, together: int = 8) -> list[Tensor] | None:
+    """On every rank of a framework: the log-probability of each next token of ``rows``, of logits / temperature, float32 [length - 1] each
+    on rank 0. ``task.length`` is the longest row's. Rows are filled up on the right, which their bytes do not depend on."""
+    from importlib import import_module
+
+    import torch.distributed as dist
+
+    found = []
+    with import_module(f"tpinv.harness.across.{framework}").opened(task, "") as (local_logits, group), torch.no_grad():
+        for at in range(0, len(rows), together):
+            part = rows[at : at + together]
+            tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in part], batch_first=True).to(task.device)
+            logits = apply_temperature(local_logits(tokens)[:, :-1], temperature)
+            scored = vocab_parallel_log_probs(logits, tokens[:, 1:], tree=ReductionTree(task.leaves, task.node_dtype), group=group)
+            found += [log_probs[: len(row) - 1].cpu() for row, log_probs in zip(part, scored, strict=True)]
+    return found if dist.get_rank() == 0 else None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """Megatron-Core: a GPTModel of the local spec with the checkpoint's sizes."""
 
+import contextlib
 import logging
 import warnings
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -11,7 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from tpinv.collectives import all_gather, resolve
+from tpinv.collectives import Ranks, all_gather, resolve
 from tpinv.functional import vocab_parallel_log_probs
 from tpinv.harness.across import DTYPES, Task
 from tpinv.harness.megatron.verify import StockProvider
@@ -49,10 +51,12 @@ def build_config(config: PreTrainedConfig, tp: int, sequence_parallel: bool, dty
     )
 
 
-def compute(task: Task, variant: str) -> dict[str, Tensor] | None:
+@contextlib.contextmanager
+def opened(task: Task, variant: str) -> Iterator[tuple[Callable[[Tensor], Tensor], Ranks]]:
+    """The checkpoint, loaded: a function from tokens [b, s] to this rank's logits [b, s, V/p], and the ranks that share them."""
     warnings.simplefilter("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    tp, tree, tokens, ours = dist.get_world_size(), ReductionTree(task.leaves), task.tokens, task.layers == "tpinv"
+    tp, tree, ours = dist.get_world_size(), ReductionTree(task.leaves, task.node_dtype), task.layers == "tpinv"
     checkpoint = AutoConfig.from_pretrained(task.path)
     weights = AutoModelForCausalLM.from_pretrained(task.path, dtype=DTYPES[task.dtype]).state_dict()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
@@ -71,14 +75,24 @@ def compute(task: Task, variant: str) -> dict[str, Tensor] | None:
             if ours:
                 convert(model, tree=tree, tokenizer_vocab_size=checkpoint.vocab_size, make_vocab_size_divisible_by=1)
             load_hf_weights(model.eval(), weights)
-            causal = torch.ones(1, 1, task.length, task.length).triu(1).bool()
-            logits = model(tokens, torch.arange(task.length).expand(task.batch, -1), causal)
-            ranks = resolve(model.pg_collection.tp)
-            whole = all_gather(logits.contiguous(), ranks, dim=-1)
-            if ours:
-                log_probs = vocab_parallel_log_probs(logits[:, :-1], tokens[:, 1:], tree=tree, group=ranks)
-            else:
-                log_probs = whole[:, :-1].float().log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+
+            def local_logits(tokens: Tensor) -> Tensor:
+                batch, length = tokens.shape
+                causal = torch.ones(1, 1, length, length).triu(1).bool()
+                return model(tokens, torch.arange(length).expand(batch, -1), causal)
+
+            yield local_logits, resolve(model.pg_collection.tp)
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def compute(task: Task, variant: str) -> dict[str, Tensor] | None:
+    tokens = task.tokens
+    with opened(task, variant) as (local_logits, ranks):
+        logits = local_logits(tokens)
+        whole = all_gather(logits.contiguous(), ranks, dim=-1)
+        if task.layers == "tpinv":
+            log_probs = vocab_parallel_log_probs(logits[:, :-1], tokens[:, 1:], tree=ReductionTree(task.leaves), group=ranks)
+        else:
+            log_probs = whole[:, :-1].float().log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
     return {"logits": whole, "log_probs": log_probs} if dist.get_rank() == 0 else None

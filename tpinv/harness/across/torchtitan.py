@@ -1,6 +1,8 @@
 """TorchTitan: a decoder config with the checkpoint's sizes, parallelized by its own code under the override, without a Trainer."""
 
+import contextlib
 import dataclasses
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from tpinv.harness.torchtitan.verify import shard_dim  # isort: skip  # before torchtitan
@@ -88,8 +90,10 @@ def build_config(config: PreTrainedConfig, length: int):
     )
 
 
-def compute(task: Task, variant: str) -> dict[str, Tensor] | None:
-    tp, rank, tree, tokens = dist.get_world_size(), dist.get_rank(), ReductionTree(task.leaves), task.tokens
+@contextlib.contextmanager
+def opened(task: Task, variant: str) -> Iterator[tuple[Callable[[Tensor], Tensor], Ranks]]:
+    """The checkpoint, loaded: a function from tokens [b, s] to this rank's logits [b, s, V/p], and the ranks that share them."""
+    tp, rank = dist.get_world_size(), dist.get_rank()
     checkpoint = AutoConfig.from_pretrained(task.path)
     hf = AutoModelForCausalLM.from_pretrained(task.path, dtype=DTYPES[task.dtype])
     weights = {in_titan(name): value for name, value in hf.state_dict().items()}
@@ -109,14 +113,24 @@ def compute(task: Task, variant: str) -> dict[str, Tensor] | None:
                 raise ValueError(f"{name} has no counterpart in the checkpoint, which has {sorted(weights)[:5]} ...")
             dim = shard_dim(model, name)
             parameter.copy_(weights[name] if dim is None else shard(weights[name], dim, rank, tp))
-        logits = model(tokens)
-    whole = torch.cat(_gather(logits), -1) if tp > 1 and logits.shape[-1] < checkpoint.vocab_size else logits
-    if task.layers == "tpinv":
-        local = whole.chunk(tp, -1)[rank].contiguous()
-        log_probs = vocab_parallel_log_probs(local[:, :-1], tokens[:, 1:], tree=tree, group=resolve() if tp > 1 else Ranks(None, 0, 1))
-    else:
-        log_probs = whole[:, :-1].float().log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
-    return {"logits": whole, "log_probs": log_probs} if rank == 0 else None
+
+        def local_logits(tokens: Tensor) -> Tensor:
+            logits = model(tokens)
+            return logits if tp == 1 or logits.shape[-1] < checkpoint.vocab_size else logits.chunk(tp, -1)[rank].contiguous()
+
+        yield local_logits, resolve() if tp > 1 else Ranks(None, 0, 1)
+
+
+def compute(task: Task, variant: str) -> dict[str, Tensor] | None:
+    tokens = task.tokens
+    with opened(task, variant) as (local_logits, group):
+        local = local_logits(tokens)
+        whole = torch.cat(_gather(local), -1) if group.size > 1 else local
+        if task.layers == "tpinv":
+            log_probs = vocab_parallel_log_probs(local[:, :-1], tokens[:, 1:], tree=ReductionTree(task.leaves), group=group)
+        else:
+            log_probs = whole[:, :-1].float().log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    return {"logits": whole, "log_probs": log_probs} if dist.get_rank() == 0 else None
 
 
 def _gather(tensor: Tensor) -> list[Tensor]:
