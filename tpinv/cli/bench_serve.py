@@ -2,9 +2,16 @@
 
 import argparse
 
+KINDS = ("stock", "batch-invariant", "tpinv")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", metavar="DIRECTORY", help="serve: the model (default: a random one of 2 layers)")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIRECTORY",
+        help="serve: the model (default: a random one of 2 layers; llama3-8b: all of that model's layers, with dummy weights)",
+    )
+    parser.add_argument("--engines", nargs="+", choices=KINDS, help="serve: which to time (default: all that run here), stock first")
     parser.add_argument("--prompt", type=int, default=1024, help="serve: tokens of a prompt (default 1024)")
     parser.add_argument("--answer", type=int, default=256, help="serve: tokens of an answer (default 256)")
     parser.add_argument("--requests", type=int, default=64, help="serve: requests at once (default 64)")

@@ -12,6 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tpinv.cli.bench_serve import KINDS
+from tpinv.harness.vllm.model import LLAMA3_8B, has_weights, write_config
 from tpinv.harness.vllm.verify import DTYPES, Settings, model_limits, random_model, run_job
 
 COLUMNS = ("layers", "TP", "tokens_per_second", "of_stock", "milliseconds_per_token", "of_stock_latency")
@@ -24,14 +26,18 @@ def measure(
     """A row for each kind of layers and size. RuntimeError if an engine fails."""
     rows = []
     vocabulary, _ = model_limits(model)
+    given = {} if has_weights(model) else {"load_format": "dummy"}
+    if device == "cuda":  # what a wave of decodes and one request alone need, so that starting does not take minutes
+        given["compilation_config"] = {"cudagraph_capture_sizes": sorted({1, 2, 4, 8, 16, 32, 64} | {requests})}
     with tempfile.TemporaryDirectory(prefix="tpinv-vllm-") as directory:
         for size in sizes:
             stock = None
             for kind in layers:
                 job = {
                     "layers": kind, "tp": size, "leaves": leaves, "device": device, "model": model, "dtype": DTYPES[dtype], "eager": eager,
-                    "block": 32, "longest": prompt + answer + 16, "requests": [], "memory": 0.3 if device == "cpu" else 0.6,
+                    "block": 32, "longest": prompt + answer + 16, "requests": [], "memory": 0.3 if device == "cpu" else 0.85,
                     "plan": {"name": "speed", "waves": [], "budget": max(8192, prompt), "sequences": requests, "prefix_cache": False, "blocks": 0},
+                    "environment": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, "arguments": given,
                     "speed": {"vocabulary": vocabulary, "prompt": prompt, "answer": answer, "requests": requests},
                 }  # fmt: skip
                 speed = run_job(job, os.path.join(directory, f"{kind}-{size}"), timeout)["speed"]
@@ -53,9 +59,11 @@ def run(arguments) -> int:
     device = "cuda" if torch.cuda.device_count() else "cpu"
     if device == "cpu":
         console.print("no GPU: these are the times of tpinv's reference, which nobody serves with")
-    kinds = ("stock", "batch-invariant", "tpinv") if device == "cuda" else ("stock", "tpinv")
+    kinds = tuple(arguments.engines or (KINDS if device == "cuda" else ("stock", "tpinv")))
     with tempfile.TemporaryDirectory(prefix="tpinv-vllm-") as directory:
         model = arguments.checkpoint or random_model(Settings(sizes=(1,)), os.path.join(directory, "model"))
+        if model == "llama3-8b":
+            model = write_config(os.path.join(directory, "model"), LLAMA3_8B)
         rows = measure(
             model, sizes=tuple(arguments.tp), layers=kinds, leaves=arguments.leaves[-1], dtype="bf16", device=device, eager=device == "cpu",
             prompt=arguments.prompt, answer=arguments.answer, requests=arguments.requests, timeout=1800.0, console=console,
