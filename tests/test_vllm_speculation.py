@@ -3,6 +3,7 @@
 import concurrent.futures
 import copy
 import random
+import sys
 import types
 
 import pytest
@@ -54,6 +55,31 @@ def job(checkpoint: str, tp: int, core: int, speculative: dict | None, environme
     }  # fmt: skip
 
 
+def eagle_head(directory) -> str:
+    """A random one, which is nearly always wrong: a layer, and the product that halves its input of embedding and hidden state."""
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    spec, generator = model.Spec(), torch.Generator().manual_seed(1)
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"], hidden_size=spec.hidden, intermediate_size=spec.intermediate, num_hidden_layers=1,
+        num_attention_heads=spec.heads, num_key_value_heads=spec.kv_heads, head_dim=spec.width, vocab_size=spec.vocabulary,
+        max_position_embeddings=spec.longest, tie_word_embeddings=False, dtype="bfloat16",
+    )  # fmt: skip
+    config.save_pretrained(directory)
+    attention, cached = spec.heads * spec.width, spec.kv_heads * spec.width
+    shapes = {
+        "fc": (spec.hidden, 2 * spec.hidden), "layers.0.post_attention_layernorm": (spec.hidden,),
+        "layers.0.self_attn.q_proj": (attention, spec.hidden), "layers.0.self_attn.k_proj": (cached, spec.hidden),
+        "layers.0.self_attn.v_proj": (cached, spec.hidden), "layers.0.self_attn.o_proj": (spec.hidden, attention),
+        "layers.0.mlp.gate_proj": (spec.intermediate, spec.hidden), "layers.0.mlp.up_proj": (spec.intermediate, spec.hidden),
+        "layers.0.mlp.down_proj": (spec.hidden, spec.intermediate),
+    }  # fmt: skip
+    weights = {f"{name}.weight": (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).bfloat16() for name, shape in shapes.items()}
+    save_file(weights, str(directory / "model.safetensors"))
+    return str(directory)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return model.write(str(tmp_path_factory.mktemp("models") / "llama"), model.Spec(), torch.bfloat16)
@@ -61,7 +87,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.timeout(1500)
 def test_the_bytes_of_decoding_without_speculation(checkpoint, tmp_path):
-    """Drafts by an n-gram, by the same model with vLLM's own layers, and by what knows the answers and is wrong 0, 10, 50 or 100 % of the
+    """Drafts by an n-gram, by an EAGLE head, by the same model with vLLM's own layers, and by what knows the answers and is wrong 0, 10, 50 or 100 % of the
     time; greedy, seeded, top-k, top-p, penalties, stops; chunked prefill, preemption; TP = 1 and 2."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         plain = pool.submit(run_job, job(checkpoint, 1, 0, None), str(tmp_path / "plain"), 600)
@@ -72,7 +98,10 @@ def test_the_bytes_of_decoding_without_speculation(checkpoint, tmp_path):
         environment = drafts.write(str(tmp_path / "drafts.json"), answers, VOCABULARY)
         ngram = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
         known = {"method": "custom_class", "model": "tpinv.harness.vllm.drafts.KnownAnswers", "num_speculative_tokens": 8}
-        found["ngram"] = run_job(job(checkpoint, 1, 0, ngram), str(tmp_path / "ngram"), 600)
+        head = {"method": "eagle", "model": eagle_head(tmp_path / "head"), "num_speculative_tokens": 2}
+        found |= {"ngram": pool.submit(run_job, job(checkpoint, 1, 0, ngram), str(tmp_path / "ngram"), 600)}
+        found["eagle"] = run_job(job(checkpoint, 1, 1, head), str(tmp_path / "eagle"), 600)
+        found["ngram"] = found["ngram"].result()
         found["known answers"] = run_job(job(checkpoint, 2, 0, known, environment), str(tmp_path / "known"), 600)
     assert len(plain["answers"]) == 16 and {len(answer["tokens"]) > 1 for answer in plain["answers"].values()} == {True}
     for name, result in found.items():
@@ -130,6 +159,46 @@ def test_rows_get_the_token_of_a_plain_step(temperature):
     # A wrong draft is replaced by the target's own token, and ends the step.
     assert accept(rows, wanted, bonus, metadata, counts, wrong={1, 3, 5}) == [
         [wanted[0], wanted[1], -1, -1], [last[1], -1, -1, -1], [wanted[3], -1, -1, -1], [wanted[5], -1, -1, -1]]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [(), (1, 3, 5)])
+def test_the_second_runners_rows(monkeypatch, wrong):
+    """accept_equal_rows on its layout: a request's rows one behind another, a draft behind each but the last. Noise is the runner's own."""
+    from tpinv.integrations.vllm.speculation import accept_equal_rows
+
+    own = torch.tensor([7, 8, 9, 4, 5, 6, 7, 8, 3, 2], dtype=torch.int64)  # of 3, 0, 2 and 1 drafts
+    starts, drafts = torch.tensor([0, 4, 5, 8, 10], dtype=torch.int32), torch.zeros(10, dtype=torch.int64)
+    places = [0, 1, 2, 5, 6, 8]  # rows that a draft follows
+    for i, row in enumerate(places):
+        drafts[row + 1] = own[row] + (i in wrong)
+    fake = types.SimpleNamespace(gumbel_sample=lambda logits, *_, apply_temperature, use_fp64: logits.argmax(-1))
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu.sample.gumbel", fake)
+    logits = torch.nn.functional.one_hot(own, 10).float()
+    nothing = torch.zeros(10, dtype=torch.int32)
+    tokens, counts = accept_equal_rows(logits, None, drafts, starts, nothing, nothing[:4], nothing, nothing, nothing.float(), nothing, 3)
+    found = [row[:count].tolist() for row, count in zip(tokens, counts, strict=True)]
+    assert found == ([[7, 8], [5], [6], [3]] if wrong else [[7, 8, 9, 4], [5], [6, 7, 8], [3, 2]])
+    assert counts.dtype == torch.int32 and tokens.shape == (4, 4)
+    with pytest.raises(ValueError, match="use_block_verification=True"):
+        accept_equal_rows(
+            logits, None, drafts, starts, nothing, nothing[:4], nothing, nothing, nothing.float(), nothing, 3, None, False, True
+        )
+    with pytest.raises(ValueError, match="watermark_key=5"):
+        accept_equal_rows(
+            logits,
+            None,
+            drafts,
+            starts,
+            nothing,
+            nothing[:4],
+            nothing,
+            nothing,
+            nothing.float(),
+            nothing,
+            3,
+            contexts=None,
+            watermark_key=5,
+        )
 
 
 def test_the_rule_of_rejection_sampling_is_another_one():

@@ -143,7 +143,7 @@ def read_cache(worker, blocks: list[int], length: int) -> dict[str, list[bytes]]
     found = {}
     for name, layer in context.items():
         cache = getattr(layer, "kv_cache", None)
-        if "draft" in name or cache is None or name not in _target_layers(runner):
+        if cache is None or name not in _target_layers(runner):
             continue
         cache = cache[0] if isinstance(cache, (list, tuple)) else cache
         rows = cache[torch.tensor(blocks, device=cache.device)].transpose(1, 2).flatten(0, 1)[:length]  # [positions, heads, 2 d]
