@@ -16,6 +16,7 @@
 // Compiled at run time (NVRTC, which is given include/) for sm_90a with these macros:
 //   DIM      width of a head, a multiple of 16 up to 256        NT       tiles of 8 rows
 //   STAGES   depth of the copy pipeline                          FP16     0 bf16, 1 fp16
+//   SHARED_BYTES, PARAMS_BYTES                                   of a launch, of its structure on the host
 //   BLOCK_KEYS, LEAF_KEYS, NODE_LEAVES                           of the contract, the sum over a block's keys included
 
 #include "include/barriers.cuh"
@@ -57,6 +58,9 @@ struct Shared {
     int ends[2][kMost];                                    // units of a key head up to a request and in it: of leaves, of nodes
     int units, whole, last;
 };
+
+static_assert(sizeof(Params) == PARAMS_BYTES, "the host's structure is another");
+static_assert(STAGES * kStageBytes + sizeof(Shared) <= SHARED_BYTES, "the host reserves too little");
 
 __device__ __forceinline__ float exp2_of(float x) {
     float y;
@@ -115,7 +119,7 @@ struct Turn {
 
 struct Unit {
     int request, index, head;              // index among all units of a key head
-    int tile, tiles, start, stop, last;    // keys; the last one of a leaf that any row sees
+    int tile, tiles, start, stop;          // keys, those that any row sees
     int q_at, queries, keys, parts;        // parts of a row in all
 };
 

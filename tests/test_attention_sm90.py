@@ -1,5 +1,7 @@
 """Attention's kernels as compiled for Hopper: products run on tensor cores one after another without waiting for each. No GPU needed."""
 
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -7,11 +9,13 @@ import pytest
 
 pytest.importorskip("triton")
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tpinv.kernels.attention import forward
+from tpinv.kernels.attention import forward, sm90_decode
+from tpinv.runtime import cuda
 
 POINTERS = {name: "*bf16" for name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr")} | {
     "lse_ptr": "*fp32",
@@ -43,3 +47,18 @@ def test_no_accumulator_is_read_while_it_is_written(kernel, tmp_path):
             said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     assert "registers" in said
     assert "wgmma.mma_async" in compiled.asm["ptx"] and "C75" not in said, said
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("width, rows", [(128, 8), (128, 16), (80, 8), (256, 8)])
+def test_the_decode_agrees_with_its_host_and_keeps_its_registers(width, rows, tmp_path):
+    """The source asserts the structure of a launch, its shared memory and the contract's sizes as the host gives them."""
+    spec = sm90_decode.Spec(width, rows, torch.bfloat16)
+    assert spec.shared_bytes <= 232448 and spec.stages >= 5
+    macros = [f"-D{name}={value}" for name, value in spec.macros]
+    target = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-cubin", "-Xptxas", "-v", "-o", str(tmp_path / "kernel.cubin")]
+    done = subprocess.run(
+        ["nvcc", *target, *macros, str(cuda.source_path(sm90_decode.SOURCE))], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(re.search(r"(\d+) bytes spill stores", done.stderr).group(1)) <= 64, done.stderr

@@ -215,12 +215,15 @@ def decode(
 
 
 def _verified(spec: sm90_decode.Spec, device: torch.device) -> bool:
-    """Whether csrc/sm90_decode.cu has the bytes of the kernels here, on this device: compared once. A capture, which forbids it, is told no."""
+    """Whether csrc/sm90_decode.cu has the bytes of the kernels here, on this device: compared once, for all tiles, because a capture, which
+    forbids it and is told no, may ask for another one than the calls before it."""
     known, key = device_state(device.index).verified, (sm90_decode.SOURCE, spec)
     if key not in known:
         if torch.cuda.is_current_stream_capturing():
             return False
-        known[key] = _same_bytes(spec, device)
+        for rows in sm90_decode.ROWS:
+            of_rows = spec._replace(rows=rows)
+            known[sm90_decode.SOURCE, of_rows] = _same_bytes(of_rows, device)
     return known[key]
 
 

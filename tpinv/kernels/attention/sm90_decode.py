@@ -55,6 +55,7 @@ class Spec(NamedTuple):
     def macros(self) -> tuple[tuple[str, int], ...]:
         return (
             ("DIM", self.width), ("NT", self.rows // 8), ("STAGES", self.stages), ("FP16", int(self.dtype == torch.float16)),
+            ("SHARED_BYTES", self.shared_bytes), ("PARAMS_BYTES", ctypes.sizeof(_Params)),
             ("BLOCK_KEYS", contract.ATTENTION_BLOCK), ("LEAF_KEYS", contract.ATTENTION_LEAF), ("NODE_LEAVES", contract.ATTENTION_NODE),
         )  # fmt: skip
 
