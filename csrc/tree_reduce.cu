@@ -54,7 +54,7 @@ struct Params {
     OutPack* out;
     u64* epochs;               // [kMaxBlocks], one copy a block, equal between launches
     u64* claim;                // 0 until a block reports; behind it 1 while a call runs
-    volatile u64* report;      // host memory: done, sender, 0 chunk, 1 word or 2 busy, block, seen, expected
+    volatile u64* report;      // host memory: done, sender, 0 chunk, 1 word, 2 busy or 3 called off, block, seen, expected; from it: call it off
     u64 timeout_ns;
     long long packs;           // of a value
     long long slice;           // packs from one rank's slice to the next; 0: every rank finishes everything
@@ -130,9 +130,13 @@ __device__ __noinline__ void give_up(const Params& p, int sender, int what, u64 
     while (true) __nanosleep(1000000);  // another block reports, and its trap ends this one too
 }
 
-/* Called again and again by a wait that has not ended. */
+constexpr u64 kPatience = 10000000;  // nanoseconds after which a wait asks the host's memory, which is far away
+
+/* Called again and again by a wait that has not ended. The host ends it where it knows that the peer will not come. */
 __device__ __noinline__ void waited(const Params& p, u64 began, int sender, int what, u64 seen, u64 expected) {
-    if (now() - began >= p.timeout_ns) give_up(p, sender, what, seen, expected);
+    const u64 waited = now() - began;
+    if (waited >= p.timeout_ns) give_up(p, sender, what, seen, expected);
+    if (waited >= kPatience && p.report[6]) give_up(p, sender, 3, seen, expected);
 }
 
 __device__ __forceinline__ void store_word2(u64 address, u64 first, u64 second) {

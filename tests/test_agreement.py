@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tpinv import ReductionTree, contract, tree_all_reduce, tree_reduce_scatter
-from tpinv.collectives import agree, agreement, all_gather, all_max, refuse, resolve, select_all_reduce, select_reduce_scatter
+from tpinv.collectives import agree, agreement, all_gather, all_max, comparison, refuse, resolve, select_all_reduce, select_reduce_scatter
 from tpinv.collectives.board import Board
 from tpinv.collectives.group import state_of
 from tpinv.testing import RankError, run_ranks
@@ -117,7 +117,7 @@ REFUSED = {  # what the odd rank says; the others that it refused, and the same
 
 def board_only(on: bool = True):
     """As where ranks are on several machines, or communicate on GPUs: no line, and calls that are known are not compared."""
-    return mock.patch.object(agreement, "Line", side_effect=OSError("no such sockets")) if on else contextlib.nullcontext()
+    return mock.patch.object(comparison, "Line", side_effect=OSError("no such sockets")) if on else contextlib.nullcontext()
 
 
 def in_turn(with_line: bool):
@@ -279,13 +279,13 @@ def test_a_rank_that_dies(tmp_path, with_line, where):
 RANK = """
 import sys, torch, torch.distributed as dist
 from tpinv import ReductionTree, tree_all_reduce
-from tpinv.collectives import agreement
+from tpinv.collectives import comparison
 
 rank, path, with_line = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "line"
 if not with_line:
     def no_line(*_):
         raise OSError
-    agreement.Line = no_line
+    comparison.Line = no_line
 dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_size=2)
 tree_all_reduce(torch.ones(1, 4), tree=ReductionTree(2))
 if rank == 1:
@@ -347,18 +347,18 @@ def test_a_group_that_is_made_again_reads_nothing_old(tmp_path, kind):
 def introductions():
     ranks = resolve()
     odd = ranks.rank == 1
-    agreement._introduction.cache_clear()
+    comparison._introduction.cache_clear()
     try:
-        with mock.patch.object(agreement, "chip", lambda device: "H100" if odd else "A100"):
+        with mock.patch.object(comparison, "chip", lambda device: "H100" if odd else "A100"):
             chips = said(agree, ranks, "f", {"a": 1})
-        agreement._introduction.cache_clear()
+        comparison._introduction.cache_clear()
         with mock.patch.object(contract, "table_digest", lambda: "0" * 8 if odd else "1" * 8):
             tables = said(agree, ranks, "f", {"a": 1})
-        agreement._introduction.cache_clear()
+        comparison._introduction.cache_clear()
         with mock.patch.object(torch, "__version__", "2.99" if odd else "2.98"):
             versions = said(agree, ranks, "f", {"a": 1})
     finally:
-        agreement._introduction.cache_clear()
+        comparison._introduction.cache_clear()
     return chips, tables, versions, said(agree, ranks, "f", {"a": 1})
 
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tpinv
 from tpinv import ReductionTree
-from tpinv.ops import gather_last_dim
+from tpinv.ops import gather_first_dim, gather_last_dim
 from tpinv.testing import assert_bitwise_equal
 
 TREE, NO_GROUP = ReductionTree(4), ""
@@ -35,6 +35,7 @@ CASES = {
     "row_parallel_linear": (lambda x, w, b: tpinv.row_parallel_linear(x, w, b, tree=TREE), (4, 8), (6, 8), (6,)),
     "gathered": (lambda x, w: tpinv.column_parallel_linear(x, w, tree=TREE, gather_output=True), (4, 8), (12, 8)),
     "gather_last_dim": (gather_last_dim, (4, 8)),
+    "gather_first_dim": (gather_first_dim, (4, 8)),
     "fused column": (fused(tpinv.column_parallel_linear), (4, 8), (12, 8)),
     "fused row": (fused(tpinv.row_parallel_linear), (4, 8), (6, 8)),
     "rms_norm": (lambda x, w: tpinv.rms_norm(x, w, tree=TREE), (4, 8), (8,)),

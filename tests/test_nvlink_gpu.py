@@ -14,7 +14,8 @@ from hostile import hostile, sum_of
 from one_gpu import OneGpu, same_bytes, subtree_values
 
 from tpinv import reference, rms_norm, row_parallel_add_rms_norm, row_parallel_linear, tree_all_reduce, tree_reduce_scatter
-from tpinv.collectives import nvlink, resolve, schedule, symmetric
+from tpinv.collectives import nvlink, refuse, resolve, schedule, symmetric
+from tpinv.collectives.group import state_of
 from tpinv.runtime import cuda
 from tpinv.testing import RankPool, assert_bitwise_equal, compare, order_probe, tree_shape
 from tpinv.tree import ReductionTree
@@ -223,6 +224,38 @@ def test_processes_over_shared_memory(pool, p):
     assert_bitwise_equal(torch.cat([r["scattered"] for r in results]), results[0]["expected"])
     if p >= 4:
         assert compare(results[0]["gloo"], results[0]["float32"])  # the stock sum over the same ranks
+
+
+def refused() -> tuple[str, float]:
+    """Rank 1 refuses a call that rank 0 knows, and is in: past the agreement, which over gloo would find it first."""
+    group = resolve()
+    torch.cuda.set_device(group.rank % torch.cuda.device_count())
+    tree = ReductionTree(2)
+    values = torch.ones(1, 64, device="cuda")
+    tree_all_reduce(values, tree=tree)
+    torch.cuda.synchronize()
+    workspace, state = symmetric.workspace(group, values.device), state_of(group)
+    if group.rank == 1:
+        refuse(group, "tree_all_reduce", ValueError("of its own"))
+        time.sleep(8)
+        return "", 0.0
+    state.calls += 1
+    started = time.monotonic()
+    try:
+        nvlink.tree_reduce(workspace, values, tree, values.dtype, False)
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return workspace.failure() or "no report", time.monotonic() - started
+    return "no error", 0.0
+
+
+def test_a_peer_that_refuses_the_call():
+    """It does not take the timeout of 600 s."""
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    with RankPool() as pool:
+        message, seconds = pool.run(refused, 2, timeout=60)[0]
+    assert "rank 1 of 2 refused tree_all_reduce" in message and "of its own" in message, message
+    assert seconds < 8
 
 
 def lonely() -> str:

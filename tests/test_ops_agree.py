@@ -19,7 +19,7 @@ ODD = ReductionTree(16)
 
 def column(rank, **options):
     x = options.pop("x", torch.ones(4, 16))
-    w = torch.ones(8, 16, dtype=x.dtype).requires_grad_(options.pop("gradient", True))
+    w = torch.ones(8, 16, dtype=getattr(x, "dtype", None)).requires_grad_(options.pop("gradient", True))
     return tpinv.column_parallel_linear(x, w, **{"tree": TREE, **options})
 
 
@@ -29,7 +29,8 @@ def row(rank, **options):
 
 
 def norm(rank, function=tpinv.rms_norm, rows=4, **options):
-    return function(torch.ones(rows, 8), torch.ones(8), **{"tree": TREE, "sequence_parallel": True, **options})
+    x = options.pop("x", torch.ones(rows, 8))
+    return function(x, torch.ones(8), **{"tree": TREE, "sequence_parallel": True, **options})
 
 
 def loss(rank, function=tpinv.vocab_parallel_cross_entropy, label=1, rows=4, **options):
@@ -61,6 +62,13 @@ CASES: dict[str, tuple[Callable, dict, dict, str]] = {
     "uneven rows, layer_norm": (norm, {"rows": 3, "function": tpinv.layer_norm}, {"rows": 2, "function": tpinv.layer_norm}, "x"),
     "another eps": (norm, {}, {"eps": 1e-6}, "eps"),
     "tokens or heads": (norm, {}, {"sequence_parallel": False, "heads_parallel": True}, "heads_parallel"),
+    "sequence parallel on one, rms_norm": (norm, {}, {"sequence_parallel": False}, "sequence_parallel: True on rank 0, False on rank 1"),
+    "heads on one, layer_norm": (
+        norm,
+        {"function": tpinv.layer_norm, "sequence_parallel": False, "heads_parallel": True},
+        {"function": tpinv.layer_norm, "sequence_parallel": False},
+        "heads_parallel: True on rank 0, False on rank 1",
+    ),
     "another smoothing": (loss, {}, {"label_smoothing": 0.1}, "label_smoothing"),
     "another ignore_index": (loss, {}, {"ignore_index": -1}, "ignore_index"),
     "other rows, loss": (loss, {}, {"rows": 5}, "logits"),
@@ -85,6 +93,10 @@ CASES: dict[str, tuple[Callable, dict, dict, str]] = {
     "a negative eps, add_norm": (add_norm, {}, {"eps": -1.0}, "eps"),
     "no main_grad": (column, {}, {"gradient_accumulation_fusion": True}, "main_grad"),
     "float64": (row, {}, {"x": torch.ones(4, 8).double()}, "float64"),
+    "a list": (column, {}, {"x": [1.0, 2.0]}, "x of column_parallel_linear is list; pass a dense torch.Tensor"),
+    "nothing": (norm, {}, {"x": None}, "x of rms_norm is NoneType"),
+    "a sparse tensor": (column, {}, {"x": torch.ones(4, 16).to_sparse()}, "x of column_parallel_linear is torch.sparse_coo"),
+    "a meta tensor": (column, {}, {"x": torch.ones(4, 16, device="meta")}, "several devices"),
     "a weight that does not fit": (column, {}, {"x": torch.ones(4, 15)}, "do not fit"),
     "blocks that a gather would interleave": (column, {}, {"stride": 2, "gather_output": True}, "gather_output"),
 }

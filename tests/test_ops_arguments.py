@@ -137,6 +137,42 @@ def test_meta_tensors_that_do_not_fit_are_refused():
         kernels.matmul(*tensors((4, 8), (8, 4), device="meta"))
 
 
+# -- what is no dense tensor of one device ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "odd", [lambda t: t.tolist(), lambda t: None, torch.Tensor.to_sparse, lambda t: torch.nested.nested_tensor([t, t])]
+)
+def test_operands_that_are_no_dense_tensors(odd):
+    x, w = tensors((4, 8), (16, 8))
+    tpinv.column_parallel_linear(x, w, tree=TREE)  # shapes that have passed
+    for arguments in ((odd(x), w), (x, odd(w))):
+        with pytest.raises(ValueError, match="pass a dense torch.Tensor"):
+            tpinv.column_parallel_linear(*arguments, tree=TREE)
+    with pytest.raises(ValueError, match="weight of vocab_parallel_embedding is .*pass a dense"):
+        tpinv.vocab_parallel_embedding(torch.tensor([1]), odd(w))
+
+
+def test_a_weight_that_was_left_on_meta():
+    """It gave memory that nobody had written to."""
+    x, w, b = tensors((4, 8), (16, 8), (16,))
+    for weight, bias in ((w.to("meta"), b), (w, b.to("meta"))):
+        with pytest.raises(ValueError, match="several devices, {'x': 'cpu'.*to_empty"):
+            tpinv.column_parallel_linear(x, weight, bias, tree=TREE)
+
+
+@pytest.mark.parametrize("name", ["silu", "column_parallel_linear", "rms_norm"])
+def test_negated_views_have_their_sign(name):
+    """Their numbers do not lie where they say: a kernel would read the others."""
+    make = {"silu": tpinv.silu, "column_parallel_linear": lambda x: tpinv.column_parallel_linear(x, torch.ones(16, 8), tree=TREE)}
+    function = make.get(name) or (lambda x: tpinv.rms_norm(x, torch.ones(8), tree=TREE))
+    x = tensors((4, 8))[0].requires_grad_()
+    twin = torch._neg_view(-x.detach()).requires_grad_()
+    y, other = function(x), function(twin)
+    (dx,), (dtwin,) = torch.autograd.grad(y, x, torch.ones_like(y)), torch.autograd.grad(other, twin, torch._neg_view(-torch.ones_like(y)))
+    assert torch.equal(y, other) and torch.equal(dx, dtwin)
+
+
 # -- autocast -----------------------------------------------------------------------------------------------------------------------
 
 

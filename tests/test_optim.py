@@ -10,6 +10,7 @@ from hostile import DTYPES, RANKS, hostile, poison, same_nan, sum_of
 
 from tpinv import clip_grad_norm_, grad_norm, optim
 from tpinv.collectives import Ranks, resolve
+from tpinv.reference import squares
 from tpinv.sharding import shard
 from tpinv.state_dict import ShardedModule
 from tpinv.testing import assert_bitwise_equal, compare, run_ranks
@@ -22,15 +23,16 @@ def exact_square_sum(*tensors: torch.Tensor) -> Fraction:
 
 
 def limbs_of(*tensors: torch.Tensor) -> torch.Tensor:
-    limbs = torch.zeros(optim.LIMBS + 2, dtype=torch.int64)
+    limbs = squares.counters(torch.device("cpu"))
     for t in tensors:
-        optim._add_squares(limbs, t.flatten())
+        squares.add_squares(limbs, t)
     return limbs
 
 
 def value(limbs: torch.Tensor) -> Fraction:
     return sum(
-        (n * Fraction(2) ** (optim.LOWEST_EXPONENT + optim.LIMB_BITS * i) for i, n in enumerate(limbs[: optim.LIMBS].tolist())), Fraction(0)
+        (n * Fraction(2) ** (squares.LOWEST_EXPONENT + squares.LIMB_BITS * i) for i, n in enumerate(limbs[: squares.LIMBS].tolist())),
+        Fraction(0),
     )
 
 
@@ -68,7 +70,7 @@ def test_order_and_cuts_do_not_matter(monkeypatch):
     assert_bitwise_equal(limbs_of(*x.split(7)), expected)
     assert_bitwise_equal(limbs_of(x.view(50, 100).t()), expected)
     norm = optim.norm_of([x])
-    monkeypatch.setattr(optim, "PIECE", 13)
+    monkeypatch.setattr(squares, "PIECE", 13)
     assert_bitwise_equal(optim.norm_of([x]), norm)
     stock = torch.stack([piece.norm() for piece in x.split(7)]).norm()
     assert compare(stock, x.norm()), "torch's norm notices, so the input can tell"

@@ -197,6 +197,33 @@ def test_full_state_dicts(ranks, layout):
         assert_same(result, results[0])
 
 
+def broadcast_states(layout: str) -> list[str]:
+    """An optimizer's state from rank 0 alone: refused on all ranks where a weight has two blocks, of which torch knows one; right without."""
+    said = []
+    for blocks in (True, False):
+        net = model(layout, whole_weights())
+        kept = net if blocks else nn.ModuleDict({"down": net.down, "norm": net.norm})
+        optimizer = torch.optim.AdamW(kept.parameters(), lr=0.01)
+        stepped(net, optimizer)
+        states = copy.deepcopy(get_optimizer_state_dict(kept, optimizer, options=FULL))
+        expected = {p: {name: value.clone() for name, value in optimizer.state[p].items()} for p in kept.parameters()}
+        for state in optimizer.state.values():
+            state["exp_avg"].zero_()
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        given = states if dist.get_rank() == 0 else {}
+        said.append(refusal(lambda: set_optimizer_state_dict(kept, optimizer, given, options=options)))  # noqa: B023
+        if not blocks:
+            for p, state in expected.items():
+                assert_bitwise_equal(optimizer.state[p]["exp_avg"], state["exp_avg"])
+    return said
+
+
+@pytest.mark.parametrize("ranks, layout", [(2, "plain"), (4, "plain"), (4, "mesh")])
+def test_states_that_rank_0_broadcasts(ranks, layout):
+    for blocks, one_box in run_ranks(broadcast_states, ranks, layout):
+        assert "several boxes of the whole" in blocks and one_box == "nothing was refused"
+
+
 def what_load_state_dict_takes():
     """This rank's parts, whole tensors, DTensors; assigned too; keep_vars; names and shapes."""
     source = load(Net(), whole_weights())

@@ -1,10 +1,7 @@
 """Gradient norm and clipping that do not depend on how parameters are sharded.
 
-The sum of squares is exact. The square of a float32 has at most 48 significant bits, so every term is an integer times a power
-of two; the terms are added as integers into 39 limbs of 16 bits that span the whole range of float32 squares. Integer
-addition commutes and associates, so no tree is needed: any sharding, any order and an integer all-reduce of 41
-numbers give the same limbs, hence the same norm. (A GPU counts in other limbs, kernels/rows/squares.py: as exact, but the float64 may
-round differently.) Distributed optimizers that cut tensors in the middle of a row are served too.
+The sum of squares is exact (reference/squares.py), so no tree is needed: any sharding, any order and an integer all-reduce of 41
+numbers give the same limbs, hence the same norm. Distributed optimizers that cut tensors in the middle of a row are served too.
 The limbs become one float64, its square root one float32.
 
 What is counted where follows from what modules say about their parameters (sharding.py) and from the placements of DTensors, asked for
@@ -14,10 +11,12 @@ over another dimension of the mesh, two tensor-parallel groups of different size
 is the same there is compared.
 """
 
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -28,11 +27,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tpinv import reference
 from tpinv.collectives import Ranks, agree, all_gather, all_max, all_reduce_integers, resolve
 from tpinv.sharding import Holder, digest, find_shardings, global_ranks, local, placed_over
-
-LIMB_BITS = 16
-LOWEST_EXPONENT = -352  # of limb 0: below 2^-298 * 2^-48, the last bit of the smallest square
-LIMBS = 39  # up to 2^(16 * 39 - 352), above the largest square
-PIECE = 1 << 22  # elements squared at a time, to bound the scratch memory
 
 Gradients = nn.Module | Tensor | Iterable[nn.Module | Tensor]
 
@@ -74,7 +68,7 @@ def clip_grad_norm_(
         ValueError: max_norm not above 0, or as in :func:`grad_norm`.
         RuntimeError: ``error_if_nonfinite`` and the norm is inf or NaN (as torch.nn.utils.clip_grad_norm_ does).
     """
-    gradients = _Gradients(x, group, norm_type, max_norm=max_norm)
+    gradients = _Gradients(x, group, norm_type, clip=(max_norm,))
     norm = gradients.norm(compare_replicas)
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(f"the total norm of the gradients is {norm.item()}, so it cannot be clipped")
@@ -96,7 +90,7 @@ def norm_of(tensors: Iterable[Tensor], *, group=None, norm_type: float = 2.0, de
 
     agree(ranks, "norm_of", {"norm_type": norm_type}, check)
     device = tensors[0].device if tensors else device or _device_of(ranks)
-    measure = _Largest if norm_type == math.inf else _GpuSquares if device.type == "cuda" else _Squares
+    measure = _Largest if norm_type == math.inf else _Squares
     return measure.norm(measure.add_up([measure.of(tensors, device)], ranks))
 
 
@@ -134,16 +128,17 @@ class _Gradients:
         refusal: a ValueError, or None.
     """
 
-    def __init__(self, x: Gradients, group, norm_type: float, max_norm: float | None = None):
-        self.norm_type, self.max_norm, self.refusal = norm_type, max_norm, None
+    def __init__(self, x: Gradients, group, norm_type: float, clip: tuple = ()):
+        self.norm_type, self.max_norm, self.refusal = norm_type, *(clip or (None,)), None
         self._known: dict[tuple[int, ...], Ranks] = {}  # one group for all objects that stand for it
         self.parameters: list[_Parameter] = []
         given = None
         try:
             given = None if group is None else self._one(resolve(group))
             _check_norm_type(norm_type)
-            if max_norm is not None and not max_norm > 0:
-                raise ValueError(f"max_norm={max_norm} must be above 0; leave the call out to not clip")
+            for max_norm in clip:
+                if isinstance(max_norm, bool) or not isinstance(max_norm, int | float | Tensor) or not max_norm > 0:
+                    raise ValueError(f"max_norm={max_norm!r} must be above 0; leave the call out to not clip")
             holders = find_shardings(self._list(x))
         except ValueError as error:
             self.refusal, holders = error, [None] * len(self.parameters)
@@ -221,7 +216,7 @@ class _Gradients:
         grads = self.locals() if self.refusal is None else []
         tensors = grads or [local(p.parameter) for p in self.parameters]
         device = tensors[0].device if tensors else _device_of(*self.groups[:1])
-        measure = _Largest if self.norm_type == math.inf else _GpuSquares if device.type == "cuda" else _Squares
+        measure = _Largest if self.norm_type == math.inf else _Squares
         classes: dict[tuple[Ranks, ...], list[Tensor]] = {p.cut: [] for p in self.parameters}  # the same keys on every rank
         for p, grad in zip([p for p in self.parameters if p.grad is not None], grads, strict=self.refusal is None):
             classes[p.cut].append(grad)
@@ -361,15 +356,16 @@ class _Replicas:
 
 
 class _Squares:
-    """Limbs [LIMBS + 2], int64: the last two count infinities and NaNs."""
+    """Exact sums of squares: counters, integers of whichever device counts."""
 
     @staticmethod
     def of(tensors: list[Tensor], device: torch.device) -> Tensor:
-        limbs = torch.zeros(LIMBS + 2, dtype=torch.int64, device=device)
-        for t in tensors:
-            for piece in t.detach().reshape(-1).split(PIECE):
-                _add_squares(limbs, piece)
-        return limbs
+        squares = _counting(device)
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            counters = squares.counters(device)
+            for t in tensors:
+                squares.add_squares(counters, t.detach())
+        return counters
 
     @staticmethod
     def add_up(sums: list[Tensor], ranks: Ranks) -> list[Tensor]:
@@ -381,35 +377,16 @@ class _Squares:
 
     @staticmethod
     def norm(sums: list[Tensor]) -> Tensor:
-        limbs = torch.stack(sums).sum(0)
-        exponents = LOWEST_EXPONENT + LIMB_BITS * torch.arange(LIMBS, dtype=torch.float64, device=limbs.device)
-        total = torch.zeros((), dtype=torch.float64, device=limbs.device)
-        for term in (limbs[:LIMBS].double() * torch.exp2(exponents)).unbind(0):
-            total = total + term  # from the smallest limb up: one fixed order, a rounding only above 53 bits
-        infinite, nan = limbs[LIMBS:].unbind(0)
-        total = total.masked_fill(infinite > 0, float("inf")).masked_fill(nan > 0, float("nan"))
-        return total.sqrt().float()
+        counters = torch.stack(sums).sum(0)
+        return _counting(counters.device).total(counters).sqrt().float()
 
 
-class _GpuSquares(_Squares):
-    """The same sum in wider limbs, by one kernel a tensor (kernels/rows/squares.py)."""
-
-    @staticmethod
-    def of(tensors: list[Tensor], device: torch.device) -> Tensor:
-        from tpinv.kernels.rows import squares
-
-        with torch.cuda.device(device):
-            counters = squares.counters(device)
-            for t in tensors:
-                squares.add_squares(counters, t.detach())
-            return counters
-
-    @staticmethod
-    def norm(sums: list[Tensor]) -> Tensor:
-        from tpinv.kernels.rows import squares
-
-        with torch.cuda.device(sums[0].device):
-            return squares.total(torch.stack(sums).sum(0)).sqrt().float()
+def _counting(device: torch.device) -> ModuleType:
+    if device.type == "cuda":
+        from tpinv.kernels.rows import squares  # needs Triton
+    else:
+        from tpinv.reference import squares
+    return squares
 
 
 class _Largest:
@@ -427,18 +404,3 @@ class _Largest:
     @staticmethod
     def norm(sums: list[Tensor]) -> Tensor:
         return torch.stack(sums).amax()
-
-
-def _add_squares(limbs: Tensor, x: Tensor) -> None:
-    """Adds the exact squares of ``x`` to ``limbs`` [LIMBS + 2]."""
-    square = x.double().square()  # exact: 24 + 24 bits
-    finite = square.isfinite()
-    limbs[LIMBS] += square.isinf().sum()
-    limbs[LIMBS + 1] += square.isnan().sum()
-    mantissa, exponent = torch.frexp(square.masked_fill(~finite, 0.0))
-    integer = torch.ldexp(mantissa, torch.tensor(48, device=x.device)).long()  # below 2^48, exact
-    position = exponent.long() - 48 - LOWEST_EXPONENT
-    integer <<= position % LIMB_BITS  # below 2^63
-    limb = position // LIMB_BITS
-    for i in range(4):
-        limbs.index_add_(0, limb + i, (integer >> (LIMB_BITS * i)) & ((1 << LIMB_BITS) - 1))

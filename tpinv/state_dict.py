@@ -72,7 +72,7 @@ def as_whole(part: Tensor, sharding: Sharding) -> Tensor:
         placements = [
             _StridedShard(p.dim, split_factor=ranks.size) if p.is_shard() and p.dim == sharding.dim else p for p in placements
         ]  # FSDP cuts what tensor parallelism has cut before
-    last = Shard(sharding.dim) if one_box else _StridedShard(sharding.dim, split_factor=sharding.stride)
+    last = Shard(sharding.dim) if one_box else _Blocks(sharding.dim, split_factor=sharding.stride)
     meta = TensorMeta(shape, torch.empty(shape, device="meta").stride(), part.dtype)
     spec = DTensorSpec(mesh, (*placements, last), tensor_meta=meta)
     if one_box:
@@ -133,6 +133,19 @@ def _boxes(part: Tensor, sharding: Sharding) -> list[tuple[int, int, tuple[int, 
             at[dim] = (i * ranks.size + ranks.rank) * block + start - i * block
             boxes.append((start - offset[dim], end - start, tuple(at)))
     return boxes
+
+
+class _Blocks(_StridedShard):
+    """The placement of a :class:`BlocksTensor`. Torch would name the first of its boxes and take it for all (``broadcast_from_rank0`` of
+    an optimizer's state copies one slice of the whole): whoever asks where it begins is told that there is no such place."""
+
+    def local_shard_size_and_offset(self, *args, **kwargs):
+        raise ValueError(
+            f"a parameter of {self.split_factor} blocks is several boxes of the whole on a rank, and the caller knows one (set_optimizer_state_dict "
+            "with broadcast_from_rank0=True does): pass the full state on every rank without broadcast_from_rank0, or load by dcp.load"
+        )
+
+    _local_shard_size_and_offset = local_shard_size_and_offset
 
 
 class BlocksTensor(DTensor):

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Shard
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.models.common import attention, embedding, feed_forward, linear, nn_modules
 
 from tpinv import functional
-from tpinv.collectives import all_gather
 from tpinv.integrations.torchtitan.module import Invariant, TreeConfig, local, tokens_first
+from tpinv.ops import gather_first_dim
 
 ops = torch.ops.tpinv
 
@@ -143,21 +142,7 @@ class FinalNorm(RMSNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
-        return tokens_first(_GatherTokens.apply(tokens_first(y), self.ranks)) if self.sequence_parallel else y
-
-
-class _GatherTokens(torch.autograd.Function):
-    """[L/p, ...] -> [L, ...]. The gradient is this rank's part of one that is the same on every rank: nothing is added."""
-
-    @staticmethod
-    def forward(ctx, x, ranks):
-        ctx.ranks = ranks
-        return all_gather(x, ranks) if ranks.size > 1 else x.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        return dy.chunk(ctx.ranks.size)[ctx.ranks.rank].contiguous(), None
+        return tokens_first(gather_first_dim(tokens_first(y), self.ranks)) if self.sequence_parallel else y
 
 
 class QKNorm(Invariant, nn_modules.RMSNorm):

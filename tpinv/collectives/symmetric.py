@@ -16,6 +16,7 @@ or they wait for each other until the store's timeout. So let groups that overla
 """
 
 import atexit
+import contextlib
 import logging
 import math
 import os
@@ -23,13 +24,14 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from tpinv.collectives.agreement import Refusals
 from tpinv.collectives.group import Ranks, state_of
 from tpinv.collectives.schedule import BULK_BYTES, INBOX_BYTES, MAX_RANKS
 from tpinv.runtime import cuda
@@ -173,6 +175,8 @@ class Workspace:
         self.report = torch.zeros(8, dtype=torch.int64, pin_memory=True)
         self._report = self.report.numpy()
         self._turns = turns
+        self.refusal: Callable[[], str | None] = lambda: None  # of a peer, that ends a wait for it
+        self._refused: str | None = None
         torch.cuda.synchronize(device)
         _watched.append(weakref.ref(self))
 
@@ -201,11 +205,19 @@ class Workspace:
             raise RuntimeError(self.failure())
         return self._turns.next(torch.cuda.current_stream(self.device))
 
+    def call_off(self) -> None:
+        """Ends a wait on the GPU for a peer that has refused the call which waits: within milliseconds the kernel reports and traps."""
+        if not self._report[6] and (refused := self.refusal()):
+            self._refused = refused
+            self._report[6] = 1
+
     def failure(self) -> str | None:
         """What a kernel reported before it gave up; None when all is well."""
         if not self._report[0]:
             return None
         _, sender, what, block, seen, expected = (int(x) for x in self._report[:6])
+        if what == 3:
+            return f"tpinv: rank {self.rank} of {self.size} waited for rank {sender} in a collective that will not end: {self._refused}"
         if what == 2:
             return (
                 f"tpinv: two collectives of one group ran at once on rank {self.rank} of {self.size}, and each would have taken the other's values "
@@ -237,6 +249,10 @@ def _print_failures() -> None:
 def _watch() -> None:
     while True:
         time.sleep(0.2)
+        for reference in list(_watched):
+            if workspace := reference():
+                with contextlib.suppress(RuntimeError, ValueError):  # the store, or the group, has gone
+                    workspace.call_off()
         _print_failures()
 
 
@@ -287,6 +303,7 @@ def _agree(ranks: Ranks, device: torch.device) -> tuple[Workspace | None, Decisi
         for rank, reason in enumerate(_gather(failed, ranks)):
             if reason:
                 return None, Decision(None, f"rank {rank} could not share memory: {reason}")
+    made.refusal = Refusals(state_of(ranks)).look
     _start_watching()
     return made, decision
 

@@ -1,7 +1,7 @@
 """torch.distributed's collectives, with a guarded wait on a CPU: one that ends when a peer will not come.
 
 A call that all ranks make takes no longer than without: the wait is the one that torch does, in slices of a second. After the first slice
-it looks at the group's board (agreement.py): a peer that refused this call, that calls something else, or has ended, is raised as an
+it looks at the group's board (comparison.py): a peer that refused this call, that calls something else, or has ended, is raised as an
 error that names it. The collective that was begun cannot be taken back then, so the group's connections are given up: peers in it end
 too, the process can exit, and later calls of the group are refused.
 
@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tpinv.collectives import agreement
+from tpinv.collectives import comparison
 from tpinv.collectives.group import GroupState, Ranks, state_of
 
-_SLICES = timedelta(seconds=agreement.PATIENCE), timedelta(seconds=agreement.LOOK)
+_SLICES = timedelta(seconds=comparison.PATIENCE), timedelta(seconds=comparison.LOOK)
 
 # torch 2.13 renamed them (same arguments) and warns at each use of the old names; older versions know only those.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -77,15 +77,15 @@ def _wait_and_look(work: dist.Work, state: GroupState) -> None:
         began = time.monotonic()
         if state.board is not None:
             try:
-                agreement.compare_in_wait(state)
+                comparison.compare_in_wait(state)
             except (ValueError, RuntimeError) as found:
-                error = agreement.store_gone(state, found) if isinstance(found, dist.DistError) else found
+                error = comparison.store_gone(state, found) if isinstance(found, dist.DistError) else found
                 _give_up(state, error)
                 raise error from None
         with contextlib.suppress(RuntimeError):  # also what the collective itself raises, which is asked below
             work.wait(_SLICES[1])
-        if not work.is_completed() and time.monotonic() < began + agreement.LOOK / 2:
-            time.sleep(agreement.LOOK)  # a backend whose wait knows no timeout
+        if not work.is_completed() and time.monotonic() < began + comparison.LOOK / 2:
+            time.sleep(comparison.LOOK)  # a backend whose wait knows no timeout
     try:
         work.wait()
     except RuntimeError as failure:
@@ -94,12 +94,12 @@ def _wait_and_look(work: dist.Work, state: GroupState) -> None:
 
 def _explain(state: GroupState, failure: RuntimeError) -> None:
     """The backend lost a connection or gave up: raises what the board says of it, which may come a little later than the loss."""
-    error = RuntimeError(f"{agreement.where(state)}: the backend failed: {failure}")
+    error = RuntimeError(f"{comparison.where(state)}: the backend failed: {failure}")
     try:
         if state.board is not None:
-            agreement.explain(state, time.monotonic() + agreement.GRACE)
-        if state.board is not None and (earlier := agreement.last_refusal(state)):
-            error = RuntimeError(f"{agreement.where(state)}: the backend failed: {failure}. Before that: {earlier}")
+            comparison.explain(state, time.monotonic() + comparison.GRACE)
+        if state.board is not None and (earlier := comparison.last_refusal(state)):
+            error = RuntimeError(f"{comparison.where(state)}: the backend failed: {failure}. Before that: {earlier}")
     except ValueError as found:
         error = found
     except RuntimeError as found:  # the store may have gone as well

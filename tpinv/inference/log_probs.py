@@ -8,7 +8,7 @@ size and the engine's are one number. top and x_v are exact. M rows, V vocabular
 
 from torch import Tensor
 
-from tpinv import reference
+from tpinv import contract, reference
 from tpinv.ops import products
 from tpinv.ops.shapes import rows, unit_stride
 from tpinv.tree import ReductionTree
@@ -40,7 +40,7 @@ def token_log_probs(logits: Tensor, token_ids: Tensor, tree: ReductionTree) -> T
 def _row_statistics(logits: Tensor, tree: ReductionTree) -> tuple[Tensor, Tensor]:
     """The maximum of every row and the logarithm of its sum: float32 [M] each."""
     reference.check_dtypes(logits=logits)
-    x, tree = rows(logits), tree.with_float32_nodes()
+    x, tree = rows(logits), contract.VOCABULARY.tree(tree)
     if products.on_gpu(x):
         from tpinv.kernels.rows import cross_entropy
 

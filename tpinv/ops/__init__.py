@@ -3,7 +3,7 @@ registry.py makes it a torch operator with its gradient, products.py chooses who
 
 from tpinv.ops.attention import core_attention, packed_attention
 from tpinv.ops.column_parallel_linear import column_parallel_linear
-from tpinv.ops.gather_last_dim import gather_last_dim
+from tpinv.ops.gather_dim import gather_first_dim, gather_last_dim
 from tpinv.ops.gelu import gelu
 from tpinv.ops.layer_norm import layer_norm
 from tpinv.ops.paged_attention import append_kv, paged_attention
@@ -21,6 +21,7 @@ __all__ = [
     "append_kv",
     "column_parallel_linear",
     "core_attention",
+    "gather_first_dim",
     "gather_last_dim",
     "gelu",
     "layer_norm",

@@ -6,7 +6,7 @@ from tpinv import contract
 from tpinv.collectives import all_gather, resolve
 from tpinv.ops import products
 from tpinv.ops.arguments import problem_of_tree, require, tree_of
-from tpinv.ops.gather_last_dim import gather_last_dim
+from tpinv.ops.gather_dim import gather_last_dim
 from tpinv.ops.linear import FusedGradient, check_linear, fake_gradients, weight_grad
 from tpinv.ops.registry import agree_backward, group_name, ranks_of, register
 from tpinv.ops.shapes import output, rows

@@ -43,5 +43,6 @@ OPERATOR = register(
     kept="x weight",
     gradients="x weight bias",
     fake_backward=norm.fake_gradients,
-    ranks=norm.sharing,
+    ranks=norm.asked,
+    settings=norm.agreed,
 )

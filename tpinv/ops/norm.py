@@ -25,8 +25,9 @@ SETTINGS = "float eps, int leaves, str group, bool sequence_parallel, bool heads
 
 
 def settings_of(name: str, eps: float, tree: ReductionTree, group, sequence_parallel: bool, heads_parallel: bool) -> tuple:
-    """The public arguments as an operator takes them. The group is nobody's business unless it shares the rows."""
-    ranks = resolve(group) if sequence_parallel or heads_parallel else ALONE
+    """The public arguments as an operator takes them. The default group is nobody's business unless it shares the rows; a group that is
+    given agrees on the flags even where they are not set, lest one rank alone sets them."""
+    ranks = ALONE if group is None and not sequence_parallel and not heads_parallel else resolve(group)
     require(ranks, name, problem_of_tree(tree) or problem_of_eps(eps))
     return eps, tree.leaves, group_name(ranks), sequence_parallel, heads_parallel
 
@@ -36,6 +37,18 @@ def sharing(*arguments) -> Ranks:
     to: leaves are counted by that. ``arguments`` end in group, sequence_parallel and heads_parallel."""
     group, sequence_parallel, heads_parallel = arguments[-3:]
     return ranks_of(group) if sequence_parallel or heads_parallel else ALONE
+
+
+def asked(*arguments) -> Ranks:
+    """The ranks that make the call, whether they share the rows or not."""
+    return ranks_of(arguments[-3])
+
+
+def agreed(everything: Sequence[tuple], *arguments) -> Sequence[tuple]:
+    """What those must have in common: everything, or the flags alone where none is set."""
+    *_, sequence_parallel, heads_parallel = arguments
+    flags = ("sequence_parallel", sequence_parallel), ("heads_parallel", heads_parallel)
+    return everything if sequence_parallel or heads_parallel else flags
 
 
 def check_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps, leaves, group, sequence_parallel: bool, heads_parallel: bool) -> None:

@@ -56,7 +56,7 @@ def _forward(values, residual, weight, eps, leaves, node_dtype, group) -> tuple[
     return add_norm(values, residual, weight, eps, tree, ranks)
 
 
-def _settings(values, residual, weight, eps, leaves, node_dtype, group) -> tuple:
+def _settings(_, values, residual, weight, eps, leaves, node_dtype, group) -> tuple:
     """Not the number of values: that of a rank's subtrees is its own."""
     return (
         ("values", values.shape[1:]), ("residual", residual.shape), ("dtype", residual.dtype), ("weight", weight.shape),

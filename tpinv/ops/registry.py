@@ -8,8 +8,10 @@
     kept        names of the arguments and results that backward gets; settings are all arguments that are no tensors
     gradients   names of the arguments that get a gradient. Of the results only the first one has one
     check_values, ranks, settings    where the rule is another: errors that need the tensors' numbers; who communicates (default: the
-                argument ``group``); what must be equal on all of them (default: every tensor's shape, dtype and need of a gradient, and every
-                other argument, and the chip)
+                argument ``group``); what must be equal on all of them (default: every tensor's shape, dtype and need of a gradient, every
+                other argument, and the chip: the ``everything`` of settings(everything, *arguments))
+    Tensors come first in the schema. What ``check`` and settings look at is shapes, dtypes, devices, needs of gradients, and the other
+    arguments, nothing else: what passed once is not asked again.
 
 torch.ops.tpinv.<name> is opaque to torch.compile(fullgraph=True) and one entry in the save set of selective checkpointing; so is
 <name>_backward. Where nobody looks (no compiler, no dispatch mode, no profiler, no functional transform, plain tensors), a call of the
@@ -75,13 +77,14 @@ class Operator:
         results = [result.name for result in parsed.returns]
         self.name, self.check, self.forward, self.fake, self.backward = parsed.name.split("::")[1], check, forward, fake, backward
         self._tensors = sum("Tensor" in str(argument.type) for argument in parsed.arguments)  # they come first
+        self._optional = {argument.name for argument in parsed.arguments if "Optional" in str(argument.type)}
         held = names[: self._tensors] + results
         self._kept, self._several = [held.index(name) for name in kept.split()], len(results) > 1
         self._gradients = [names.index(name) for name in gradients.split()]
         self._names, group = names, names.index("group") if "group" in names else None
         self._check_values = check_values
         self._ranks = ranks or (group and (lambda *arguments: ranks_of(arguments[group])))
-        self._agreed = settings or self._everything
+        self._settings = settings
         self._checked: Memo = Memo(1 << 12)  # facts of calls that one rank makes alone and that ``check`` has let pass
         self._define(schema, self._compute, self._fake)
         self.overload = getattr(torch.ops.tpinv, self.name).default
@@ -104,7 +107,13 @@ class Operator:
         if torch.compiler.is_compiling():
             return self.overload(*arguments) if fused is None else self._outside_graphs(*arguments, fused=fused)
         tensors, settings = arguments[: self._tensors], arguments[self._tensors :]
-        facts, plain, wants = _facts(tensors)
+        try:
+            facts, plain, wants = _facts(tensors)
+        except (AttributeError, RuntimeError):  # no tensor; a nested one
+            self._refuse_tensors(*arguments)
+            raise
+        if not plain:
+            self._refuse_tensors(*arguments)
         if fused is None and (not plain or _modes() or _profiled() or _transforms()):
             return self.overload(*arguments)
         key = self.name, facts, settings
@@ -137,6 +146,7 @@ class Operator:
             agree(ranks, self.name, lambda: self._checked_signature(*arguments), check, key)
         else:
             if key not in self._checked:
+                self._check_tensors(*arguments)
                 self.check(*arguments)
                 self._checked[key] = True
             if self._check_values is not None:
@@ -144,8 +154,30 @@ class Operator:
         return self.forward(*arguments)
 
     def _checked_signature(self, *arguments) -> Iterable[tuple]:
+        self._check_tensors(*arguments)
         self.check(*arguments)
-        return self._agreed(*arguments)
+        everything = self._everything(*arguments)
+        return everything if self._settings is None else self._settings(everything, *arguments)
+
+    def _check_tensors(self, *arguments) -> None:
+        """Dense tensors of one device, none left out: what no function here looks at again."""
+        given = dict(zip(self._names, arguments[: self._tensors], strict=False))
+        for name, t in given.items():
+            if t is None and name in self._optional:
+                continue
+            if not isinstance(t, Tensor) or t.is_nested or t.layout is not torch.strided:
+                kind = type(t).__name__ if not isinstance(t, Tensor) else "nested" if t.is_nested else t.layout
+                raise ValueError(f"{name} of {self.name} is {kind}; pass a dense torch.Tensor")
+        devices = {name: str(t.device) for name, t in given.items() if t is not None}
+        if len(set(devices.values())) > 1:
+            raise ValueError(f"the tensors of {self.name} are on several devices, {devices}; move them to one (from meta: to_empty)")
+
+    def _refuse_tensors(self, *arguments) -> None:
+        try:
+            self._check_tensors(*arguments)
+        except ValueError as error:
+            refuse(self._ranks(*arguments) if self._ranks else ALONE, self.name, error)
+            raise error from None
 
     def _everything(self, *arguments) -> list[tuple]:
         settings = [(name, value) for name, value in zip(self._names, arguments, strict=True) if name != "group"][self._tensors :]
@@ -158,6 +190,7 @@ class Operator:
 
     def _fake(self, *arguments):
         if not any(isinstance(size, torch.SymInt) for t in arguments[: self._tensors] if t is not None for size in t.shape):
+            self._check_tensors(*arguments)
             self.check(*arguments)  # symbols are checked when the compiled code runs: no guard for the sake of a message
         return self.fake(*arguments)
 

@@ -26,7 +26,7 @@ def rms_norm(
         x: [..., H]; weight: [H], whole on every rank. float32, bfloat16 or float16; the two may differ. Autocast casts neither.
         eps: at least 0.
         tree: orders the sum over rows in the gradient of weight.
-        group: the ranks that share the rows; only used with one of the two flags.
+        group: the ranks that share the rows. Used with one of the two flags; where neither is set, a group that is given agrees on that.
         sequence_parallel: dimension 0 of x is this rank's p-th part of the tokens, as long on every rank.
         heads_parallel: x is [..., heads/p, H] and this rank holds a p-th part of the heads (Megatron's q/k norms).
 
@@ -60,5 +60,6 @@ OPERATOR = register(
     backward=_backward,
     kept="x weight",
     gradients="x weight",
-    ranks=norm.sharing,
+    ranks=norm.asked,
+    settings=norm.agreed,
 )

@@ -36,7 +36,7 @@ def vocab_parallel_embedding(ids: Tensor, weight: Tensor, *, group=None, sequenc
         RuntimeError: in a backward pass with create_graph=True.
     """
     ranks = resolve(group)
-    rows_here = weight.shape[0] if weight.dim() else 0
+    rows_here = weight.shape[0] if isinstance(weight, Tensor) and not weight.is_nested and weight.dim() else 0
     return OPERATOR(ids, weight, rows_here * ranks.size, group_name(ranks), sequence_parallel)
 
 

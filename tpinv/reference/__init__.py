@@ -7,6 +7,7 @@
     embedding.py       the gradient of a table
     activation.py      silu, SwiGLU; gelu.py
     attention.py       attention by leaves of keys
+    squares.py         exact sums of squares
     whole.py           a linear's products and sums at once, as one rank sees them: what p ranks must reproduce
 
 Functions have the signatures of their namesakes in tpinv/kernels, so that whoever computes is decided by the device alone (ops/products.py).

@@ -163,7 +163,7 @@ def column_sum(x: Tensor, tree: ReductionTree, rank: int = 0, ranks: int = 1) ->
 
 def tree_of_rows(launch: Launch, rows: int, cols: int, device: torch.device, tree: ReductionTree, rank: int, ranks: int) -> Tensor:
     """:func:`column_sum` of rows [T/p, H] that need not lie in memory: ``launch`` forms them while it adds up their first level."""
-    leaves, subtrees = _plan(rows, tree.with_float32_nodes(), rank, ranks)
+    leaves, subtrees = _plan(rows, tree, rank, ranks)
     values = _add_up(launch, leaves, rows, cols, device)
     if not subtrees:
         return values
