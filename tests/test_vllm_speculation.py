@@ -245,7 +245,7 @@ def config(checkpoint, monkeypatch):
         ({"parallel_drafting": True}, "parallel_drafting=True"),
         ({"synthetic_acceptance_length": 2.0}, "synthetic_acceptance_length=2.0"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8'"),
-        ({"async_scheduling": True}, "async_scheduling=True in the V1"),
+        ({"async_scheduling": True}, "async_scheduling=True"),
     ],
 )
 def test_what_is_not_covered_is_refused(config, changes, match):
@@ -257,6 +257,14 @@ def test_what_is_not_covered_is_refused(config, changes, match):
         owner = config.scheduler_config if name == "async_scheduling" else config.speculative_config
         setattr(owner, name, value)
     with pytest.raises(ValueError, match=match):
+        check_config(config)
+
+
+def test_the_second_runner_is_refused(config, monkeypatch):
+    from tpinv.integrations.vllm.rules import check_config
+
+    monkeypatch.setattr(type(config), "use_v2_model_runner", property(lambda self: True))
+    with pytest.raises(ValueError, match="V2 model runner.*VLLM_USE_V2_MODEL_RUNNER=0"):
         check_config(config)
 
 

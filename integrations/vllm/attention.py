@@ -43,12 +43,9 @@ class TreeMetadata(AttentionMetadata):
 
 
 class TreeMetadataBuilder(AttentionMetadataBuilder[TreeMetadata]):
-    @classmethod
-    def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
-        """Of a decode alone: a graph's grid is bounded by the longest query it was recorded with, which is one token then, or with
-        speculation the token and its drafts, if all requests have as many."""
-        speculates = vllm_config.speculative_config is not None
-        return AttentionCGSupport.UNIFORM_BATCH if speculates else AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    # Of a decode alone: a graph's grid is bounded by the longest query it was recorded with, which is one token then. Speculation makes
+    # longer queries, so that its graphs break at attention.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)

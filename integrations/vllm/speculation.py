@@ -51,10 +51,15 @@ def rules(config) -> Iterator[tuple[bool, str, str]]:
         value = getattr(speculative, name, default)
         if name not in _OF_THE_DRAFTER:
             yield value == default, f"speculative_config: {name}={value!r} is not covered", f"leave it at {default!r}"
+    yield (
+        not config.use_v2_model_runner,
+        "speculative_config in the V2 model runner: its acceptance is written, and was never run on a GPU",
+        "set VLLM_USE_V2_MODEL_RUNNER=0",
+    )
     asynchronous = getattr(config.scheduler_config, "async_scheduling", None)
     yield (
-        config.use_v2_model_runner or asynchronous is False,
-        f"speculative_config with async_scheduling={asynchronous} in the V1 model runner: a position is not known when its noise is drawn",
+        asynchronous is False,
+        f"speculative_config with async_scheduling={asynchronous}: a position is not known when its noise is drawn",
         "set async_scheduling=False",
     )
 
