@@ -327,7 +327,8 @@ class Decode:
         if flashinfer() is not None:
             others[FLASHINFER] = flashinfer_decode(query, copies[0], order, self.keys)
         calls |= {name: [functools.partial(call, copy) for copy in copies] for name, call in others.items()}
-        dense = [copy.view(self.batch, 2, self.key_heads, self.keys, self.width).unbind(1) for copy in copies]
+        size = self.batch * 2 * self.key_heads * self.keys * self.width  # pages may have more room
+        dense = [copy.view(-1)[:size].view(self.batch, 2, self.key_heads, self.keys, self.width).unbind(1) for copy in copies]
         single = query.view(self.batch, self.heads, 1, self.width)
         for name in BACKENDS:
             calls[name] = [lambda k=k, v=v, name=name: stock(name, single, k, v, enable_gqa=True) for k, v in dense]
