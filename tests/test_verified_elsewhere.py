@@ -11,7 +11,7 @@ from tpinv import ReductionTree
 from tpinv.cli import main
 from tpinv.inference import log_softmax, verified
 from tpinv.inference.verified import Request
-from tpinv.inference.verified_elsewhere import Completion, Job, Server, decisions_of, drafts_of
+from tpinv.inference.verified_elsewhere import Completion, Job, Server, decisions_of, decisions_of_model, drafts_of
 
 VOCABULARY, TREE = 40, ReductionTree(8)
 
@@ -85,6 +85,16 @@ def test_what_the_decider_gives_alone(ties, sampling, window):
     assert found(asked) == alone(FakeEngine(ties=ties), **sampling)
     plain = [drafter.complete([Job(r.prompt, r.limit, r.temperature, r.seed, r.top_k, r.top_p)])[0] for r in asked]
     assert any(list(a.tokens) != r.tokens for a, r in zip(plain, asked, strict=True)) and counts.accepted and counts.recomputed
+
+
+@pytest.mark.parametrize("sampling", SAMPLING, ids=["greedy", "random", "top-k"])
+def test_a_models_forward_decides(sampling):
+    """An engine that drafts, a trainer that decides: what the engine would give, were it the trainer's model."""
+    engine = FakeEngine(ties=True)
+    logits_of = lambda tokens: torch.stack([engine.logits(tokens[: i + 1]) for i in range(len(tokens))])  # noqa: E731
+    asked = requests(**sampling)
+    verified.decode(asked, drafts_of(FakeEngine(noise=0.3)), decisions_of_model(logits_of, TREE), window=8)
+    assert found(asked) == alone(FakeEngine(ties=True), **sampling)
 
 
 def test_the_very_job_is_one_request_a_window():

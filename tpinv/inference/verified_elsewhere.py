@@ -11,18 +11,22 @@ committed are the decider's tokens and log-probabilities, the bytes that it woul
 Keys and values are not shared: the decider computes a prompt again for every window, but for what its prefix cache holds (vLLM caches
 nothing of a prompt that is scored). That is a prefill for ``window`` tokens, or an audit after the fact.
 
-:class:`Server` speaks to vLLM's OpenAI API; tpinv.integrations.vllm.endpoint.Engine to an ``LLM``.
+:class:`Server` speaks to vLLM's OpenAI API; tpinv.integrations.vllm.endpoint.Engine to an ``LLM``; :func:`decisions_of_model` asks a model,
+such as the trainer's.
 """
 
 import concurrent.futures
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tpinv.inference.verified import Draft, Request, Rows, Target, Window
+from torch import Tensor
+
+from tpinv.inference.verified import Draft, Request, Rows, Target, Window, own_tokens
+from tpinv.tree import ReductionTree
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,24 @@ def decisions_of(endpoint: Endpoint) -> Target:
                 decided.append(([answer.tokens[0] for answer in mine], [answer.log_probs[0] for answer in mine]))
             else:
                 decided.append(_greedy(endpoint, window, mine[0]))
+        return decided
+
+    return target
+
+
+def decisions_of_model(logits_of: Callable[[tuple[int, ...]], Tensor], tree: ReductionTree) -> Target:
+    """The target for verified.decode: what a model's forward decides.
+
+    Args:
+        logits_of: token ids of a sequence -> the logits of all its rows, [n, V], whole on this rank; an invariant model's.
+        tree: of the sum over the vocabulary in log-probabilities.
+    """
+
+    def target(windows: Sequence[Window]) -> list[Rows]:
+        decided = []
+        for window in windows:
+            rows = logits_of((*window.request.context, *window.drafts))[-len(window.drafts) - 1 :]
+            decided.append(own_tokens(rows, window.request, len(window.request.context) - 1, tree))
         return decided
 
     return target
