@@ -16,6 +16,7 @@ import sys
 import megatron.core.distributed.finalize_model_grads  # noqa: F401  (the package exports a function of the same name)
 import torch
 from megatron.core import parallel_state
+from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer import optimizer as megatron_optimizer
 from megatron.core.utils import get_attr_wrapped_model
 from torch.distributed.tensor import DTensor
@@ -107,11 +108,23 @@ def check_optimizer(optimizer, accept) -> None:
             )
         if hasattr(each, "config"):
             check_optimizer_config(each.config, accept)
+        if problem := _states_problem(each.optimizer):
+            raise ValueError(problem)
         if world > 2 and not getattr(getattr(each, "ddp_config", None), "reduce_scatter_with_fp32_accumulation", False):
             raise ValueError(
                 f"data parallelism over {world} ranks adds gradients in an order that depends on the buckets, and those on the tensor-parallel "
                 "size; use at most 2, or the distributed optimizer with reduce_scatter_with_fp32_accumulation"
             )
+
+
+def _states_problem(optimizer) -> str | None:
+    """States that TransformerEngine's Adam keeps in fp16 or fp8, with one scale for the part of a tensor that a rank holds."""
+    for name in ("exp_avg_dtype", "exp_avg_sq_dtype", "master_weight_dtype"):
+        dtype = getattr(optimizer, name, torch.float32)
+        if dtype not in (torch.float32, torch.bfloat16):
+            kind = type(optimizer).__name__
+            return f"{kind} with {name}={dtype}: such states carry a scale that is taken from a rank's shard; use float32 or bfloat16"
+    return None
 
 
 # Where an optimizer that keeps parameters of its own (float32, or a shard of the flat buffer) has the model's, and its own beside them.
@@ -194,25 +207,31 @@ def _refused_for_converted(stock):
 
 def _refuse_what_is_not_elementwise(optimizer, args, kwargs) -> None:
     kind = type(optimizer).__name__
-    if kind in (*ELEMENTWISE, *ELEMENTWISE_TOO) or not (models := converted.models()):
+    problem = _states_problem(optimizer)
+    if kind not in (*ELEMENTWISE, *ELEMENTWISE_TOO):
+        problem = (
+            f"{kind} updates parameters of a converted model, and is not known to treat every element alike, whatever shard it is in; use "
+            f"an elementwise optimizer ({', '.join((*ELEMENTWISE, *ELEMENTWISE_TOO))})"
+        )
+    if problem is None or not (models := converted.models()):
         return
     ours = set().union(*map(converted.parameter_ids, models))
     ours |= {id(main) for model in models for p in model.parameters() if (main := getattr(p, "main_param", None)) is not None}
     if any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"]):
-        raise ValueError(
-            f"{kind} updates parameters of a converted model, and is not known to treat every element alike, whatever shard it is in; use "
-            f"an elementwise optimizer ({', '.join((*ELEMENTWISE, *ELEMENTWISE_TOO))})"
-        )
+        raise ValueError(problem)
 
 
-def norm_fp32(grads_for_norm, norm_type: float = 2.0, grad_stats_parallel_group=None) -> float:
-    """In place of megatron.core.optimizer.clip_grads.get_grad_norm_fp32: same arguments, exact sum. ValueError for DTensors."""
+def norm_fp32(grads_for_norm, norm_type: float = 2.0, grad_stats_parallel_group=None) -> float | torch.Tensor:
+    """In place of megatron.core.optimizer.clip_grads.get_grad_norm_fp32: same arguments, exact sum. Where Megatron scales by a tensor (0.19
+    with TransformerEngine) it is one, float32 [1], and the host does not wait for it. ValueError for DTensors."""
     grads = [grads_for_norm] if isinstance(grads_for_norm, torch.Tensor) else list(grads_for_norm)
     if any(isinstance(grad, DTensor) for grad in grads):
         raise ValueError("gradients are DTensors (Megatron-FSDP), whose norm is not covered; use DistributedDataParallel")
     # A rank that counts no gradient still takes part in the sum, which NCCL wants on the GPU.
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return optim.norm_of(grads, group=grad_stats_parallel_group, norm_type=float(norm_type), device=device).item()
+    norm = optim.norm_of(grads, group=grad_stats_parallel_group, norm_type=float(norm_type), device=device)
+    as_tensor = getattr(clip_grads, "multi_tensor_scale_tensor_impl", None) is not None and norm_type != float("inf")
+    return norm.reshape(1) if as_tensor else norm.item()
 
 
 def _with_exact_norm(optimizer, method):

@@ -149,6 +149,10 @@ OPTIMIZER = {
     ),
     **_any("the dtype of the model and of its master weights", "fp16 bf16 params_dtype"),
     **_any("read by the precision-aware optimizer alone, which is refused", "store_param_remainders"),
+    **_off(
+        "fp16 and fp8 states carry a scale that is taken from a rank's shard, and bf16 ones are not tested",
+        "use_precision_aware_optimizer main_grads_dtype main_params_dtype exp_avg_dtype exp_avg_sq_dtype",
+    ),
     "optimizer": Setting("only elementwise optimizers are invariant to the shards", ("adam", "sgd")),
     **_any("shards Adam's state, element by element", "use_distributed_optimizer"),
     **_any("copies of parameters", "overlap_param_gather"),

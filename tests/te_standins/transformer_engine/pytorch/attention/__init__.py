@@ -67,5 +67,12 @@ class DotProductAttention(TransformerEngineBaseModule):
         self.fused_attention = FusedAttention(self.softmax_scale, attention_dropout)
         self.unfused_attention = UnfusedDotProductAttention(self.softmax_scale, attention_dropout)
 
+        def remove_extra_states_check(self, incompatible_keys):
+            for key in incompatible_keys.missing_keys:
+                if "core_attention._extra_state" in key:
+                    incompatible_keys.missing_keys.remove(key)
+
+        self.register_load_state_dict_post_hook(remove_extra_states_check)
+
     def forward(self, query, key, value, attention_mask=None, attn_mask_type=None, **_):
         return self.unfused_attention(query, key, value, "causal" in (attn_mask_type or self.attn_mask_type))
