@@ -11,11 +11,13 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import Adam, clip_grads
 
 from tpinv.harness.megatron import verify
-from tpinv.harness.megatron.verify import Run, train
-from tpinv.integrations.megatron import te
+from tpinv.harness.megatron.verify import DTYPES, Run, build_config, train
+from tpinv.integrations.megatron import convert, te
 from tpinv.testing import compare
 
 pytestmark = pytest.mark.megatron
@@ -55,15 +57,29 @@ def test_training_with_gradient_accumulation_fusion(megatron_pool):
     assert any(compare(stock[1][name], stock[0][name]) for name in stock[0])
 
 
-def converted_norms(run: Run) -> list[str]:
-    model = jobs.unconverted(run)
-    before = [type(m).__name__ for m in model.modules() if isinstance(m, FusedLayerNorm)]
-    return before
+def with_apex_norms(run: Run) -> tuple[list[str], dict]:
+    config = build_config(run)
+    torch.manual_seed(run.seed)
+    model = GPTModel(
+        config, get_gpt_layer_local_spec(normalization="LayerNorm"), run.vocab_size, run.sequence, position_embedding_type="learned_absolute"
+    ).to(DTYPES[run.dtype])  # fmt: skip
+    kinds = sorted({type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__})
+    if run.layers == "tpinv":
+        convert(model, tree=run.tree)
+        assert not any(type(m) is FusedLayerNorm for m in model.modules())
+    return kinds, jobs.step(run, model)
 
 
-def test_apex_norms_of_the_local_spec_are_replaced(megatron_pool):
-    from megatron.core.models import backends
+def on(pool, tp: int, run: Run) -> list:
+    return pool.run(jobs.in_megatron, tp, with_apex_norms, tp, run)
 
-    assert backends.HAVE_APEX and backends.LNImpl is FusedLayerNorm
-    norm = torch.nn.LayerNorm(4)
-    assert norm.weight.shape == (4,)
+
+def test_apex_norms_of_the_local_spec(megatron_pool):
+    """The spec's are Apex's; the final one is TransformerEngine's where both are installed."""
+    run = replace(RUN, spec="local", tied=False)
+    kinds, alone = on(megatron_pool, 1, run)[0]
+    assert kinds == (["FusedLayerNorm", "LayerNorm"] if te.INSTALLED else ["FusedLayerNorm"])
+    for _, found in on(megatron_pool, 2, replace(run, tp=2, sequence_parallel=True)):
+        assert not {name: str(d) for name in alone if (d := compare(found[name], alone[name]))}
+    stock = [on(megatron_pool, tp, replace(run, tp=tp, layers="stock"))[0][1] for tp in (1, 2)]
+    assert compare(stock[1]["logits"], stock[0]["logits"])
