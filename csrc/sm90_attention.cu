@@ -6,9 +6,10 @@
 // A warpgroup gives the tensor cores the scores of block i + 1 and then the values of block i, and computes the weights of i + 1 while the
 // latter are on their way. The two take turns at giving (PINGPONG), so that one's products run under the other's exponentials.
 //
-// Registers of a thread: WIDTH / 2 of the leaf, 32 scores, 16 words of weights, and WIDTH / 2 of the node. A leaf is
-// merged into its node where any other block's running sum is rescaled, under the scores of the block after: the boundary costs one
-// multiplication more than a block in the middle. Nodes that wait for their sibling are in scratch, every thread's values its own.
+// Registers of a thread: WIDTH / 2 of the leaf, 32 scores, 16 words of weights, and WIDTH / 2 of the node. A leaf is merged into its node
+// where any other block's running sum is rescaled, between a product and the next, when the tensor cores are the other warpgroup's: the
+// boundary costs one multiply-add for a value more than a block in the middle. Nodes that wait for their sibling are in scratch, every
+// thread's values its own.
 //
 // Contraction is off by construction: every product and sum is an intrinsic that is rounded once.
 //
@@ -199,7 +200,7 @@ __device__ __forceinline__ void weigh(float (&s)[32], Part& leaf, float (&shrink
 // -- a warpgroup --------------------------------------------------------------------------------------------------------------------
 
 struct Ring {  // of slots, of which `full` and `empty` are the barriers
-    u32 full, empty, slots, operands;
+    u32 full, empty, slots, operands;  // addresses; of the first slot as an operand
     int slot;
     u32 phase;
     __device__ __forceinline__ void step() {
