@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tpinv import functional
 from tpinv.collectives import Ranks, all_gather, resolve
-from tpinv.integrations.megatron import converted, layers
+from tpinv.integrations.megatron import converted, layers, te
 from tpinv.sharding import shard
 
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -173,6 +173,8 @@ def add_lora(
 def _problem(linear: nn.Module) -> str | None:
     if isinstance(linear, _Adapted):
         return "has an adapter already; choose other targets"
+    if te.is_linear(linear):
+        return "is TransformerEngine's linear, for which there are no adapters; build the model from the local spec"
     if not isinstance(linear, tuple(ADAPTED)):
         return f"{type(linear).__name__} is no converted linear; choose other targets"
     if getattr(linear, "gather_output", False) or linear.weight is None:
