@@ -237,6 +237,7 @@ def config(checkpoint, monkeypatch):
     ("changes", "match"),
     [
         ({"method": "medusa"}, "method='medusa' is not covered"),
+        ({"method": "eagle3"}, "method='eagle3' is not covered"),
         ({"method": "ngram_gpu"}, "method='ngram_gpu' is not covered"),
         ({"rejection_sample_method": "synthetic"}, "rejection_sample_method='synthetic'"),
         ({"rejection_sample_method": "block"}, "rejection_sample_method='block'"),
@@ -244,6 +245,9 @@ def config(checkpoint, monkeypatch):
         ({"use_heterogeneous_vocab": True}, "use_heterogeneous_vocab=True"),
         ({"parallel_drafting": True}, "parallel_drafting=True"),
         ({"synthetic_acceptance_length": 2.0}, "synthetic_acceptance_length=2.0"),
+        ({"draft_sample_method": "probabilistic"}, "draft_sample_method='probabilistic'"),
+        ({"disable_padded_drafter_batch": True}, "disable_padded_drafter_batch=True"),
+        ({"num_speculative_tokens_per_batch_size": [(1, 8, 3)]}, "num_speculative_tokens_per_batch_size="),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8'"),
         ({"async_scheduling": True}, "async_scheduling=True"),
     ],

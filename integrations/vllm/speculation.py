@@ -27,13 +27,12 @@ from torch import Tensor
 from tpinv import inference
 
 # What proposes drafts: the methods that are tested.
-METHODS = ("ngram", "custom_class", "draft_model", "eagle", "eagle3")
+METHODS = ("ngram", "custom_class", "draft_model", "eagle")
 # Settings of which only the number of steps depends. All others must stand at vLLM's default.
 _OF_THE_DRAFTER = {
-    "method", "model", "num_speculative_tokens", "num_speculative_tokens_per_batch_size", "prompt_lookup_max", "prompt_lookup_min",
-    "quantization", "revision", "code_revision", "max_model_len", "enforce_eager", "draft_tensor_parallel_size", "draft_load_config",
-    "draft_sample_method", "disable_padded_drafter_batch", "draft_model_config", "draft_parallel_config", "target_model_config",
-    "target_parallel_config",
+    "method", "model", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min", "quantization", "revision", "code_revision",
+    "max_model_len", "enforce_eager", "draft_tensor_parallel_size", "draft_load_config", "draft_model_config", "draft_parallel_config",
+    "target_model_config", "target_parallel_config",
 }  # fmt: skip
 _VOCABULARY = {"VocabParallelEmbedding", "ParallelLMHead", "LogitsProcessor"}
 
