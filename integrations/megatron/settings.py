@@ -100,7 +100,7 @@ MODEL = {
     **_off("norms would pass fp32 on to linears of another dtype", "fp32_residual_connection"),
     **_off("activation offloading hooks the stock layers' autograd functions", "cpu_offloading fine_grained_activation_offloading"),
     **_off("multi-latent attention is not covered", "multi_latent_attention"),
-    **_off("mixture of experts is not covered", "num_moe_experts"),
+    **_off("mixture of experts is not covered", "num_moe_experts moe_shared_expert_overlap"),
     **_off("multi-token prediction is not covered", "mtp_num_layers"),
     **_off("only softmax attention is covered", "experimental_attention_variant linear_attention_freq"),
     **_off("heterogeneous blocks are not covered", "heterogeneous_block_specs"),
