@@ -11,7 +11,7 @@ from tpinv import reference
 from tpinv.kernels.gemm import triton_gemm as gemm
 from tpinv.kernels.gemm import verification
 from tpinv.kernels.gemm.problem import make_problems
-from tpinv.kernels.rows import sums
+from tpinv.kernels.rows import rope, sums
 from tpinv.runtime import state
 from tpinv.testing import assert_bitwise_equal, order_probe, tree_shape
 from tpinv.tree import ReductionTree
@@ -122,3 +122,33 @@ def test_verification_runs_the_kernel_of_the_problem(layout, length, monkeypatch
     monkeypatch.setattr(gemm, "run", errs)
     assert not verification.verify(problem, config) and len(verification.struck_off()) == 1
     state.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("turned", [32, 20])
+def test_rope_has_the_bytes_of_torchs_operators(dtype, interleaved, turned):
+    """In place in views of one tensor, as q and k come; what is not turned stays, and so do the values behind them."""
+    generator = torch.Generator().manual_seed(0)
+    width, heads, key_heads, tokens = 32, 3, 1, 7
+    qkv = torch.randn(tokens, (heads + 2 * key_heads) * width, generator=generator).to(dtype)
+    table = torch.randn(50, turned, generator=generator).to(dtype)
+    positions = torch.randint(0, 50, (tokens,), generator=generator)
+    expected = qkv.clone()
+    cos, sin = (t.unsqueeze(1) for t in table[positions].chunk(2, -1))
+    x = expected.view(tokens, -1, width)[:, : heads + key_heads]
+    first, second = (x[..., :turned:2], x[..., 1:turned:2]) if interleaved else x[..., :turned].chunk(2, -1)
+    left, right = first * cos - second * sin, second * cos + first * sin
+    first.copy_(left), second.copy_(right)
+    q, k, _ = qkv.split((heads * width, key_heads * width, key_heads * width), -1)
+    rope.rotate(q, k, positions, table, width, interleaved=interleaved)
+    assert_bitwise_equal(qkv, expected)
+    alone = qkv.clone()
+    rope.rotate(q, None, positions, table, width, interleaved=interleaved)
+    assert_bitwise_equal(qkv[:, heads * width :], alone[:, heads * width :])
+    assert not torch.equal(qkv, alone)
+    rope.rotate(q[:0], k[:0], positions[:0], table, width)
+    with pytest.raises(ValueError, match="they must be"):
+        rope.rotate(q.double(), k, positions, table, width)
+    with pytest.raises(ValueError, match="width 16"):
+        rope.rotate(q, k, positions, table, 16)

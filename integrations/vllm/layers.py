@@ -15,6 +15,8 @@ A rank that holds a replicated KV head (fewer KV heads than ranks) computes the 
 into leaves by what share of the block a rank holds, not by p.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
@@ -190,27 +192,41 @@ class SiluAndMul(activation.SiluAndMul):
 
 
 class _Rotary:
-    """cos and sin in the model's dtype, every product and sum rounded to it: what transformers and Megatron-Core compute. On a GPU vLLM's
-    kernel does the same in one launch, where a probe finds the same bytes."""
+    """cos and sin in the model's dtype, every product and sum rounded to it: what transformers and Megatron-Core compute. On a GPU a
+    kernel does the same in one launch, vLLM's or ours, where a probe finds the same bytes."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        with defaults.torchs_own():
-            self.kernel_agrees = self.cos_sin_cache.is_cuda and self._probe()
+        self.computed_by = "torch"
+        if self.cos_sin_cache.is_cuda:
+            with defaults.torchs_own():
+                self.computed_by = next((name for name in self._KERNELS if self._agrees(name)), "torch")
 
     def forward(self, positions: Tensor, query: Tensor, key: Tensor | None = None):
-        if self.kernel_agrees:
-            return self.forward_cuda(positions, query, key)
-        return self.forward_native(positions, query, key)
+        return getattr(self, self._KERNELS.get(self.computed_by, "forward_native"))(positions, query, key)
 
-    def _probe(self) -> bool:
+    _KERNELS = {"vLLM's kernel": "forward_cuda", "tpinv's kernel": "_forward_ours"}
+
+    def _forward_ours(self, positions: Tensor, query: Tensor, key: Tensor | None):
+        from tpinv.kernels.rows import rope  # needs Triton
+
+        table = self._match_cos_sin_cache_dtype(query)
+        flat = [None if t is None else t.view(-1, t.shape[-1]) for t in (query, key)]
+        rope.rotate(*flat, positions.flatten(), table, self.head_size, interleaved=not self.is_neox_style)
+        return query, key
+
+    def _agrees(self, name: str) -> bool:
         cache, width = self.cos_sin_cache, self.head_size
         generator = torch.Generator(cache.device).manual_seed(0)
         positions = torch.arange(0, len(cache), max(1, len(cache) // 61), device=cache.device)
         make = lambda heads: torch.randn(len(positions), heads * width, device=cache.device, generator=generator).to(cache.dtype)  # noqa: E731
         query, key = make(6), make(3)  # the kernel asks for whole groups
         expected = self.forward_native(positions, query.clone(), key.clone())
-        found = self.forward_cuda(positions, query.clone(), key.clone())
+        try:
+            found = getattr(self, self._KERNELS[name])(positions, query.clone(), key.clone())
+        except Exception as error:  # a question of speed alone
+            warnings.warn(f"rotary embedding by {name} fails ({type(error).__name__}: {error}); torch's operators compute it", stacklevel=2)
+            return False
         return all(torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8)) for a, b in zip(found, expected, strict=True))
 
 
@@ -232,7 +248,7 @@ class YaRNScalingRotaryEmbedding(_Rotary, StockYaRN):
 
 def rope_names(model: torch.nn.Module) -> list[str]:
     """Who computes the model's rotary embeddings."""
-    return sorted({"vLLM's kernel" if module.kernel_agrees else "torch" for module in model.modules() if isinstance(module, _Rotary)})
+    return sorted({module.computed_by for module in model.modules() if isinstance(module, _Rotary)})
 
 
 def column_product(x: Tensor, weight: Tensor, bias: Tensor | None, blocks, tree, dtype: torch.dtype | None = None) -> Tensor:
