@@ -87,12 +87,12 @@ def _problems(name: str, module: nn.Module, tree: ReductionTree, accept: Collect
         parts = [] if has_modules else layers.foreign_parts(module, REPLACEMENTS.get(kind, kind))
         problems += [f"{name}: {problem}" for problem in parts]
     elif owned and kind not in accept:
-        problems.append(f"{name}: {path} owns parameters and is not covered; use the local layer spec, or TransformerEngine's")
+        problems.append(f"{name}: {path} owns parameters and is not covered; use the local layer spec or TransformerEngine's")
     elif isinstance(module, tuple(REPLACEMENTS)) and kind not in accept:
         problems.append(f"{name}: {path}, a subclass of a layer that tpinv replaces, is not covered; use its base")
     elif kind not in PASSING and kind not in accept:
         problems.append(
-            f"{name}: {path} is not covered: nobody has looked at what it adds up; use the local layer spec, or TransformerEngine's, or pass "
+            f"{name}: {path} is not covered: nobody has looked at what it adds up; use the local layer spec or TransformerEngine's, or pass "
             f"accept=[{kind.__name__}] if you have"
         )
     if buffers := [key for key, _ in module.named_buffers(recurse=False)]:
