@@ -422,3 +422,29 @@ def test_under_compile():
     for first, calls, gathered, text in run_ranks(traced, 2):
         assert first == [3.0] * 4 and calls == 1 and gathered == [1.0] * 4
         assert "shape: (4,) on rank 0, (5,) on rank 1" in text
+
+
+def seen_from_a_watching_thread() -> tuple[str | None, str | None]:
+    """What ends a wait on a GPU: rank 1 refuses a call that rank 0 knew and is in."""
+    ranks = resolve()
+    agree(ranks, "f", {"a": 1})
+    state = state_of(ranks)
+    refusals = agreement.Refusals(state)
+    if ranks.rank == 1:
+        refuse(ranks, "f", ValueError("of its own"))
+        dist.barrier()
+        return refusals.look(), None  # its own is none
+    state.calls += 1  # the call that it knows, past the agreement
+    early = refusals.look()
+    dist.barrier()
+    deadline, late = time.monotonic() + 20, None
+    while late is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+        late = refusals.look()
+    return early, late
+
+
+def test_a_thread_that_watches_for_refusals():
+    (early, late), (own, _) = run_ranks(seen_from_a_watching_thread, 2)
+    assert early is None and own is None
+    assert "rank 1 of 2 refused f (call 2 of the group): of its own" in late
