@@ -30,7 +30,6 @@ def hopper(monkeypatch):
     """Tensors on the CPU pass for those of an H100."""
     monkeypatch.setattr(sm90, "_is_hopper", lambda device: True)
     monkeypatch.setattr(cuda, "missing", lambda name: None)
-    monkeypatch.setattr(sm90, "PACKS", True)
 
 
 def test_params_have_the_same_fields_in_the_same_order():

@@ -38,7 +38,7 @@ def make(queries, keys, batch, heads, groups, width, dtype, seed=0):
 
 def both(q, k, v, causal, pack=None, scale=0.3):
     """Results of csrc and of Triton."""
-    assert sm90.refuses(q, k, v) is None
+    assert sm90.refuses(q, k, v, pack) is None
     results = forward.empty_results(q, pack)
     for t in results:
         t.fill_(float("nan"))

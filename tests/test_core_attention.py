@@ -59,7 +59,7 @@ def test_scales_under_which_the_largest_score_is_not_the_largest_are_refused(sca
 
 
 def test_two_devices_are_refused():
-    with FakeTensorMode(), pytest.raises(ValueError, match="cuda:0, cpu and cpu; move them to one device"):
+    with FakeTensorMode(), pytest.raises(ValueError, match="cuda:0.*cpu.*cpu.*move them to one"):
         core_attention(torch.empty(q.shape, device="cuda"), torch.empty(kv.shape), torch.empty(kv.shape))
 
 

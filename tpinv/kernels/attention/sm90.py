@@ -20,7 +20,6 @@ from tpinv.runtime.state import device_state
 
 SOURCE = "sm90_attention.cu"
 MOST_TILES = 1 << 30
-PACKS = False
 FEWEST_ROWS = 65  # fewer, and half of every tile is empty
 ROWS, _BLOCK = 128, contract.ATTENTION_BLOCK  # queries of a tile, keys of a slot
 _THREADS, _CONSUMERS = 384, 256
@@ -79,8 +78,6 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, pack: Pack | None = None) -> str | 
         steps = [s for s, n in zip(t.stride()[:3], t.shape[:3], strict=True) if n > 1]
         if t.data_ptr() % 16 or any(s % 8 or s <= 0 for s in steps):
             return "copies need tensors that are aligned to 16 bytes, and rows that lie a multiple of 8 elements apart"
-    if pack is not None and not PACKS:
-        return "its packs have not been compared on a GPU"
     longest, sequences = (len(q), q.shape[1]) if pack is None else (pack.longest_q, len(pack.cu_q) - 1)
     if longest < FEWEST_ROWS:
         return f"is made for tiles of {ROWS} queries"
