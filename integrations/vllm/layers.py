@@ -208,11 +208,9 @@ class _Rotary:
     _KERNELS = {"vLLM's kernel": "forward_cuda", "tpinv's kernel": "_forward_ours"}
 
     def _forward_ours(self, positions: Tensor, query: Tensor, key: Tensor | None):
-        from tpinv.kernels.rows import rope  # needs Triton
-
         table = self._match_cos_sin_cache_dtype(query)
         flat = [None if t is None else t.view(-1, t.shape[-1]) for t in (query, key)]
-        rope.rotate(*flat, positions.flatten(), table, self.head_size, interleaved=not self.is_neox_style)
+        products.rows_backend("rope", query).rotate(*flat, positions.flatten(), table, self.head_size, interleaved=not self.is_neox_style)
         return query, key
 
     def _agrees(self, name: str) -> bool:
