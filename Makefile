@@ -13,12 +13,19 @@ TRL_VENV := .venv-trl
 export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: demo test test-vllm test-trl test-gpu bench lint verify-all clean
+.PHONY: demo demo-rl test test-vllm test-trl test-gpu bench lint verify-all clean
 
 demo: $(VENV)/.ready  ## train a GPT with Megatron and with TorchTitan at TP = 1, 2, 4, stock and tpinv, and compare every byte
 	$(BIN)/tpinv show --leaves 8 --tp 4
 	$(BIN)/tpinv verify --tp 1,2,4 --sequence-parallel --dtype bf16 --json verify.json --plot verify.png
 	$(BIN)/tpinv verify --framework torchtitan --tp 1,2,4 --sequence-parallel --dtype bf16 --json verify-torchtitan.json --plot verify-torchtitan.png
+
+demo-rl: export CUDA_VISIBLE_DEVICES :=
+demo-rl: $(VLLM_VENV)/.ready  ## a rollout by vLLM at TP = 2 and a trainer at TP = 1: KL of stock and of tpinv, on a CPU; then the audit of its answers
+	rm -rf .demo-rl && mkdir .demo-rl
+	$(VLLM_VENV)/bin/python -c "import sys; sys.path.insert(0, 'examples'); import smollm2; smollm2.write_random('.demo-rl/model')"
+	$(VLLM_VENV)/bin/python examples/rollout_kl.py --model .demo-rl/model --out .demo-rl --json .demo-rl/kl.json
+	$(VLLM_VENV)/bin/tpinv audit .demo-rl/answers.jsonl --model .demo-rl/model
 
 test: export CUDA_VISIBLE_DEVICES :=
 test: $(VENV)/.ready $(MEGATRON_NEW)/.ready lint  ## lint, every test that needs no GPU, and most Megatron tests again with megatron-core 0.19.2
@@ -75,4 +82,4 @@ $(TRL_VENV)/.ready: setup.py pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(TRL_VENV) build dist *.egg-info verify*.json verify*.png
+	rm -rf $(VENV) $(VLLM_VENV) $(TRL_VENV) .demo-rl build dist *.egg-info verify*.json verify*.png

@@ -157,12 +157,18 @@ REFUSED = {
     "intermediate_size": lambda: build("llama", intermediate_size=180),
     "lora_A": lambda: with_adapter(build("llama")),
     "forward hooks": lambda: with_hook(build("llama")),
+    "forward of its own": lambda: with_forward(build("llama")),
     "LlamaMLPish": lambda: with_stranger(build("llama")),
 }
 
 
 def with_adapter(model):
     model.model.layers[0].self_attn.q_proj.register_parameter("lora_A", torch.nn.Parameter(torch.zeros(4, 64)))
+    return model
+
+
+def with_forward(model):
+    own_forward("model.layers.0.mlp")(model)
     return model
 
 
@@ -209,7 +215,152 @@ def test_what_is_changed_after_convert_is_refused(kind):
         model(x)
     model.set_attn_implementation("tpinv")
     assert_bitwise_equal(model(x, use_cache=False).logits, expected)
-    attention = model.model.layers[1].self_attn
-    attention.v_proj = torch.nn.Linear(attention.v_proj.in_features, attention.v_proj.out_features, bias=False)
-    with pytest.raises(ValueError, match="v_proj was replaced by Linear"):
+
+
+def exchange(path: str, make):
+    def change(model):
+        parent, _, name = path.rpartition(".")
+        old = model.get_submodule(path)
+        setattr(model.get_submodule(parent), name, make(old))
+
+    return change
+
+
+class OtherMLP(torch.nn.Module):
+    def __init__(self, mlp):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Adapter(torch.nn.Module):
+    """As adapters do: the layer is kept inside."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer, self.lora_A = base_layer, torch.nn.Linear(base_layer.in_features, 4, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x)
+
+
+def own_forward(path: str):
+    def change(model):
+        module = model.get_submodule(path)
+        module.forward = type(module).forward.__get__(module)
+
+    return change
+
+
+stock_linear = lambda old: torch.nn.Linear(old.in_features, old.out_features, bias=False)  # noqa: E731
+CHANGES = {
+    "v_proj (Linear)": exchange("model.layers.1.self_attn.v_proj", stock_linear),
+    "o_proj (Linear)": exchange("model.layers.1.self_attn.o_proj", stock_linear),
+    "gate_proj (Linear)": exchange("model.layers.0.mlp.gate_proj", stock_linear),
+    "down_proj (Linear)": exchange("model.layers.0.mlp.down_proj", stock_linear),
+    "lm_head (Linear)": exchange("lm_head", stock_linear),
+    "embed_tokens (Embedding)": exchange("model.embed_tokens", lambda old: torch.nn.Embedding(*old.weight.shape)),
+    "norm (RMSNorm)": exchange("model.norm", lambda old: torch.nn.RMSNorm(64)),
+    "input_layernorm": exchange("model.layers.1.input_layernorm", lambda old: type(old).__mro__[2](64)),
+    "act_fn (SiLU)": exchange("model.layers.1.mlp.act_fn", lambda old: torch.nn.SiLU()),
+    "mlp (OtherMLP)": exchange("model.layers.1.mlp", OtherMLP),
+    "up_proj (Adapter)": exchange("model.layers.1.mlp.up_proj", Adapter),
+    "layers.1 (Identity)": exchange("model.layers.1", lambda old: torch.nn.Identity()),
+    "lm_head (Linear) ": lambda model: model.resize_token_embeddings(320),
+    "forward of its own": own_forward("model.layers.0.mlp"),
+    "forward of its own ": own_forward("model.layers.1.input_layernorm"),
+    "has the hook": lambda model: model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: output * 1),
+    "has the hook ": lambda model: model.lm_head.register_forward_pre_hook(lambda module, inputs: inputs),
+    "loss_function is": lambda model: setattr(model, "loss_function", torch.nn.functional.cross_entropy),
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_exchanged_after_convert_is_refused(kind, message):
+    model, x = convert(build(kind, tie_word_embeddings=False), tree=TREE), ids(1, 12)
+    model(x)
+    CHANGES[message](model)
+    with pytest.raises(ValueError, match="changed after convert") as error:
         model(x)
+    assert message.strip() in str(error.value)
+    if not message.startswith(("lm_head", "loss_function")) and "pre_hook" not in message and message != "has the hook ":
+        with pytest.raises(ValueError, match="changed after convert"):
+            model.base_model(x)
+
+
+def test_the_conversion_survives(tmp_path):
+    """What changes nothing, and what makes a new model: the same bytes, or a model that is not converted and says so."""
+    model, x = convert(build("llama", torch.bfloat16, tie_word_embeddings=True), tree=TREE), ids(2, 40)
+    expected = model(x, use_cache=False).logits
+    model.tie_weights()
+    model.to("cpu").requires_grad_(True)
+    assert_bitwise_equal(copy.deepcopy(model)(x, use_cache=False).logits, expected)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert not is_converted(again)
+    assert_bitwise_equal(convert(again, tree=TREE)(x, use_cache=False).logits, expected)
+    with pytest.raises(ValueError, match="rounded rope's frequencies"):
+        copy.deepcopy(model).bfloat16()(x)
+    seen = []
+    model(x, output_hidden_states=True)  # transformers' own hooks
+    handle = model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    with pytest.raises(ValueError, match="has the hook"):
+        model(x)
+    handle.remove()
+    for whole in (True, False):
+        with pytest.raises(Exception, match="torch.compile rounds"):
+            torch.compile(model, backend="eager", fullgraph=whole)(x)
+    assert_bitwise_equal(model(x, use_cache=False).logits, expected)
+
+
+def gradients(model, x) -> dict:
+    model.train().zero_grad()
+    model(x, labels=x, use_cache=False).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_checkpointing_has_the_same_gradients():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    model, x = convert(build("llama", torch.bfloat16), tree=TREE), ids(2, 40)
+    expected = gradients(model, x)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert model.is_gradient_checkpointing
+    for name, value in gradients(model, x).items():
+        assert_bitwise_equal(value, expected[name], name)
+    model.gradient_checkpointing_disable()
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, type(model.model.layers[0])))
+    for name, value in gradients(model, x).items():
+        assert_bitwise_equal(value, expected[name.replace("_checkpoint_wrapped_module.", "")], name)
+
+
+@torch.no_grad()
+def test_caches_and_assistants_generate_the_same():
+    model, x = convert(build("llama", torch.bfloat16), tree=TREE), ids(1, 20)
+    options = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}
+    plain = model.generate(x, **options)
+    static = model.generate(x, cache_implementation="static", disable_compile=True, **options)
+    looked_up = model.generate(x, prompt_lookup_num_tokens=3, **options)
+    assisted = model.generate(x, assistant_model=convert(build("llama", torch.bfloat16, num_hidden_layers=1), tree=TREE), **options)
+    for name, other in {"static": static, "prompt lookup": looked_up, "assisted": assisted}.items():
+        assert other.sequences.tolist() == plain.sequences.tolist(), name
+    assert_bitwise_equal(torch.stack(static.logits), torch.stack(plain.logits), "static")
+
+
+def test_a_forward_that_was_replaced_underneath_is_refused(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    model, x = convert(build("llama"), tree=TREE), ids(1, 12)
+    stock = modeling_llama.apply_rotary_pos_emb
+
+    def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+        return stock(q, k, cos, sin, unsqueeze_dim)
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", apply_rotary_pos_emb)
+    with pytest.raises(ValueError, match="apply_rotary_pos_emb was replaced"):
+        model(x)
+    with pytest.raises(ValueError, match="apply_rotary_pos_emb was replaced"):
+        convert(build("llama"), tree=TREE)

@@ -1,8 +1,9 @@
 """tpinv's attention as an attention implementation of transformers, registered under the name "tpinv".
 
 transformers makes a mask once a forward pass and hands it to every layer. Here the "mask" is a table of which rows of the batch are
-whose: int32 [4, n], for each of n sequences its first query row, number of queries, first key row and number of keys, counted in the
-flattened batch; None where every row of the batch is one whole sequence. Padding, on either side, is in no sequence: positions count
+whose: int32 [4, n, 1, 1], for each of n sequences its first query row, number of queries, first key row and number of keys, counted in the
+flattened batch; None where every row of the batch is one whole sequence. Four dimensions tell transformers that it is finished: generate
+makes it ahead of the forward pass where a cache is static. Padding, on either side, is in no sequence: positions count
 from a sequence's first real key, so that a padded row has the bytes it has alone.
 """
 
@@ -40,14 +41,14 @@ def attention_forward(
     if attention_mask is None:
         query, key, value = (t.permute(2, 0, 1, 3) for t in (query, key, value))
         return functional.core_attention(query, key, value, scale=scaling).transpose(0, 1), None
-    if attention_mask.dtype != torch.int32 or attention_mask.dim() != 2 or len(attention_mask) != 4:
+    if attention_mask.dtype != torch.int32 or attention_mask.dim() != 4 or len(attention_mask) != 4 or attention_mask.shape[2:] != (1, 1):
         raise ValueError(
             f"attention_mask {tuple(attention_mask.shape)} {attention_mask.dtype} was made elsewhere; tpinv covers causal attention over "
             "sequences, padded or packed: pass the two-dimensional mask of padding, position_ids, or None"
         )
     batch, heads, length, width = query.shape
     query, key, value = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
-    first_q, count_q, first_k, count_k = attention_mask.unbind(0)
+    first_q, count_q, first_k, count_k = attention_mask.flatten(1).unbind(0)
     out = functional.packed_attention(
         query,
         key,
@@ -99,7 +100,7 @@ def sequence_table(
     first_query = (first - q_offset).clamp(min=0)
     queries = (end - q_offset).clamp(min=0, max=q_length) - first_query
     table = torch.stack([row * q_length + first_query, queries.clamp(min=0), row * kv_length + first, end - first])
-    return table.int()
+    return table.int()[:, :, None, None]
 
 
 def _packed_sequences(mask_function) -> Tensor | None:
@@ -131,7 +132,7 @@ def _table_of_pack(packed: Tensor, q_length: int, kv_length: int) -> Tensor:
     begins[:, 1:] = packed[:, 1:] != packed[:, :-1]
     first = begins.flatten().nonzero().squeeze(1)
     count = torch.diff(first, append=first.new_tensor([packed.numel()]))
-    return torch.stack([first, count, first, count]).int()
+    return torch.stack([first, count, first, count]).int()[:, :, None, None]
 
 
 def _cumulative(count: Tensor) -> Tensor:

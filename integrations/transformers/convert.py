@@ -8,23 +8,19 @@ import collections
 import functools
 import logging
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from tpinv.integrations.transformers import attention, layers
+from tpinv.integrations.transformers import attention, guard, layers
+from tpinv.integrations.transformers.guard import CONTAINERS, LINEARS, MODELS
 from tpinv.tree import ReductionTree
 
 logger = logging.getLogger("tpinv")
 
-MODELS = (llama.LlamaForCausalLM, llama.LlamaModel, qwen3.Qwen3ForCausalLM, qwen3.Qwen3Model)
-COLUMN, ROW = layers.TPInvariantColumnLinear, layers.TPInvariantRowLinear
-LINEARS = {
-    "q_proj": COLUMN, "k_proj": COLUMN, "v_proj": COLUMN, "gate_proj": COLUMN, "up_proj": COLUMN, "lm_head": COLUMN,
-    "o_proj": ROW, "down_proj": ROW,
-}  # fmt: skip
 REPLACEMENTS = {
     nn.Embedding: layers.TPInvariantEmbedding,
     llama.LlamaRMSNorm: layers.TPInvariantLlamaRMSNorm,
@@ -38,10 +34,6 @@ ROTARY = {
     llama.LlamaRotaryEmbedding: layers.Float32LlamaRotaryEmbedding,
     qwen3.Qwen3RotaryEmbedding: layers.Float32Qwen3RotaryEmbedding,
 }
-CONTAINERS = (
-    *MODELS, nn.ModuleList, llama.LlamaDecoderLayer, llama.LlamaMLP,
-    qwen3.Qwen3DecoderLayer, qwen3.Qwen3MLP,
-)  # fmt: skip
 ROPE_DTYPES = ("model", "float32")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others change frequencies with the length of what is seen
 
@@ -81,6 +73,8 @@ def convert(model: nn.Module, *, tree: ReductionTree, rope_dtype: str = "model")
     replaced = collections.Counter()
     for name, module in model.named_modules():
         stock, last = type(module), name.rpartition(".")[2]
+        if stock in ROTARY and module.inv_freq.dtype != torch.float32:
+            guard.restore_frequencies(module)
         kind = LINEARS[last] if stock is nn.Linear else REPLACEMENTS.get(stock)
         if rope_dtype == "float32":
             kind = kind or ROTARY.get(stock)
@@ -94,6 +88,7 @@ def convert(model: nn.Module, *, tree: ReductionTree, rope_dtype: str = "model")
     if hasattr(model, "lm_head"):
         model.loss_function = functools.partial(layers.causal_lm_loss, tree=tree)
     model.tpinv_settings = tree, rope_dtype
+    guard.watch(model)
     logger.info("converted %s with %s, rope in %s: %s", type(model).__name__, tree.fingerprint, rope_dtype, dict(replaced))
     return model
 
@@ -134,7 +129,7 @@ def _check_config(config, tree: ReductionTree) -> list[str]:
 
 
 def _check_modules(model: nn.Module) -> list[str]:
-    faults = []
+    faults = list(guard.patched())
     for name, module in model.named_modules():
         kind, last = type(module), name.rpartition(".")[2]
         place = f"{name or 'the model'} ({kind.__name__})"
@@ -144,7 +139,11 @@ def _check_modules(model: nn.Module) -> list[str]:
         elif kind not in CONTAINERS and kind not in REPLACEMENTS and kind not in ROTARY:
             faults.append(f"{place} is not covered; convert before wrapping, adapters and quantisation")
         if module._forward_hooks or module._forward_pre_hooks:
-            faults.append(f"{place} has forward hooks, which may compute anything; register them after convert")
+            faults.append(f"{place} has forward hooks, which may compute anything; remove them")
+        if "forward" in module.__dict__:
+            faults.append(
+                f"{place} was given a forward of its own (kernels, Liger, a device map), which would bypass tpinv's; load it without"
+            )
         for key, parameter in module.named_parameters(recurse=False):
             if isinstance(parameter, DTensor):
                 faults.append(f"{place}.{key} is a DTensor; convert before fully_shard, and load without tp_plan")

@@ -1,0 +1,119 @@
+"""What may happen to a model after convert: looked at before every forward pass, and refused, so that nothing computes in another order.
+
+Each module must compute what convert left there: by the function that its class has for ``forward`` (FSDP2 derives classes, which keep
+it), not by one that an instance was given (kernels, Liger, accelerate's dispatch), and without hooks of others, which may return what they
+like. So a new head of resize_token_embeddings, an adapter, a layer of another library are found. The model itself may be wrapped, compiled
+it may not be: between tpinv's operators a compiler rounds differently.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from transformers import PreTrainedModel
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+from tpinv.integrations.transformers import layers
+
+COLUMN, ROW = layers.TPInvariantColumnLinear, layers.TPInvariantRowLinear
+LINEARS = {
+    "q_proj": COLUMN, "k_proj": COLUMN, "v_proj": COLUMN, "gate_proj": COLUMN, "up_proj": COLUMN, "lm_head": COLUMN,
+    "o_proj": ROW, "down_proj": ROW,
+}  # fmt: skip
+MODELS = (llama.LlamaForCausalLM, llama.LlamaModel, qwen3.Qwen3ForCausalLM, qwen3.Qwen3Model)
+CONTAINERS = (
+    *MODELS, nn.ModuleList, llama.LlamaDecoderLayer, llama.LlamaMLP,
+    qwen3.Qwen3DecoderLayer, qwen3.Qwen3MLP,
+)  # fmt: skip
+OTHERS = (
+    layers.TPInvariantEmbedding, layers.TPInvariantLlamaRMSNorm, layers.TPInvariantQwen3RMSNorm, layers.TPInvariantSiLU,
+    layers.TPInvariantLlamaAttention, layers.TPInvariantQwen3Attention, layers.Float32LlamaRotaryEmbedding,
+    layers.Float32Qwen3RotaryEmbedding, llama.LlamaRotaryEmbedding, qwen3.Qwen3RotaryEmbedding,
+)  # fmt: skip
+FUNCTIONS = [(module, name) for module in (llama, qwen3) for name in ("apply_rotary_pos_emb", "eager_attention_forward")]
+WRAPPED = "_checkpoint_wrapped_module"
+ROTARY = (llama.LlamaRotaryEmbedding, qwen3.Qwen3RotaryEmbedding)
+# FSDP, recordings, captured hidden states, gradients of inputs for checkpointing
+HOOKS_OF = ("torch.", "tpinv.", "accelerate.", "transformers.utils.", "transformers.modeling_utils.")
+
+
+def watch(model: PreTrainedModel) -> None:
+    """Looks at ``model`` before each of its forward passes from now on, and at its base model, which others call by itself."""
+    for module in {model, model.base_model}:
+        module.register_forward_pre_hook(_look, prepend=True)
+
+
+def _look(module: nn.Module, args: tuple) -> None:
+    if torch.compiler.is_compiling() or _compiles_parts():
+        raise ValueError("torch.compile rounds differently between tpinv's operators; run the converted model without it")
+    told = list(find_faults(module))
+    if told:
+        raise ValueError("this model was changed after convert:\n  " + "\n  ".join(told))
+
+
+def _compiles_parts() -> bool:
+    """Whether torch.compile is on around this call. Where the whole cannot be traced, it goes on with the parts, which would not notice."""
+    from torch._C._dynamo import eval_frame
+
+    return eval_frame.get_eval_frame_callback() not in (None, False)
+
+
+def find_faults(model: nn.Module) -> Iterator[str]:
+    """What of a converted model is not as convert leaves it, one line each."""
+    known = _known_forwards()
+    for name, module in model.named_modules():
+        if isinstance(module, CheckpointWrapper):
+            continue
+        place = f"{name or 'the model'} ({type(module).__name__})"
+        last = name.replace(f".{WRAPPED}", "").rpartition(".")[2]
+        forwards = {LINEARS[last].forward} if last in LINEARS else known
+        if type(module).forward not in forwards:
+            yield f"{place} is not what convert left there; it cannot be exchanged, wrapped or adapted"
+        elif "forward" in module.__dict__ and module is not model:
+            yield f"{place} was given a forward of its own; undo what replaced it (kernels, Liger, a device map)"
+        elif isinstance(module, ROTARY) and module.inv_freq.dtype != torch.float32:
+            yield f"{place}: a cast of the model rounded rope's frequencies to {module.inv_freq.dtype}; cast it before convert"
+        yield from (f"{place} has the hook {hook}, which may compute anything; remove it" for hook in foreign_hooks(module))
+    loss = getattr(model, "loss_function", None) if hasattr(model, "lm_head") else None
+    if loss is not None and getattr(loss, "func", None) is not layers.causal_lm_loss:
+        yield f"loss_function is {loss}; the one that convert set is tpinv's"
+    yield from patched()
+
+
+def restore_frequencies(rotary: nn.Module) -> None:
+    """rope's frequencies in float32, as engines and other frameworks have them, after a cast of the model (``model.bfloat16()``) rounded
+    them with the parameters."""
+    fresh = type(rotary)(rotary.config)
+    for name in ("inv_freq", "original_inv_freq"):
+        if isinstance(value := getattr(fresh, name, None), torch.Tensor):
+            setattr(rotary, name, value.to(getattr(rotary, name).device))
+
+
+@functools.cache
+def _known_forwards() -> frozenset:
+    return frozenset(kind.forward for kind in (*CONTAINERS, *OTHERS))
+
+
+def foreign_hooks(module: nn.Module) -> list[str]:
+    """Forward hooks of others on ``module``, by name."""
+    found = []
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        function = hook.func if isinstance(hook, functools.partial) else hook
+        where = getattr(function, "__module__", None) or type(function).__module__
+        if not f"{where}.".startswith(HOOKS_OF):
+            found.append(f"{where}.{getattr(function, '__qualname__', type(function).__name__)}")
+    return found
+
+
+def patched() -> Iterator[str]:
+    """Functions of transformers that another library has replaced underneath."""
+    for module, name in FUNCTIONS:
+        where = getattr(module, name).__module__
+        if where != module.__name__:
+            yield f"{module.__name__}.{name} was replaced by {where}'s; start a process that does not"
+    for kind in CONTAINERS:
+        if kind.forward.__module__ not in (kind.__module__, "torch.nn.modules.module"):
+            yield f"{kind.__name__}.forward was replaced by {kind.forward.__module__}'s; start a process that does not"
