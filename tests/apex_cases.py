@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 import amp_C
-import apex
 import fused_weight_gradient_mlp_cuda
 import megatron_jobs as jobs
 import pytest
 import torch
+from apex.optimizers import FusedAdam as ApexAdam
 from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.backends import LocalSpecProvider
@@ -28,7 +28,7 @@ RUN = Run("tpinv", 1, False, (1, 2), variant="gpt", num_layers=1, steps=2, dtype
 def test_which_kernels_megatron_takes():
     """TransformerEngine's before Apex's; the local layers' weight gradient is Apex's alone."""
     assert tensor_parallel.layers.fused_weight_gradient_mlp_cuda is fused_weight_gradient_mlp_cuda
-    assert (Adam is apex.optimizers.FusedAdam) == (not te.INSTALLED)
+    assert (Adam is ApexAdam) == (not te.INSTALLED)
     assert (clip_grads.l2_norm_impl is amp_C.multi_tensor_l2norm) == (not te.INSTALLED)
 
 
