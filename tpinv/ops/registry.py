@@ -80,6 +80,7 @@ class Operator:
         self._optional = {argument.name for argument in parsed.arguments if "Optional" in str(argument.type)}
         held = names[: self._tensors] + results
         self._kept, self._several = [held.index(name) for name in kept.split()], len(results) > 1
+        self._first = self._kept == list(range(len(self._kept))) and len(self._kept) <= self._tensors  # the first tensors are kept
         self._gradients = [names.index(name) for name in gradients.split()]
         self._names, group = names, names.index("group") if "group" in names else None
         self._check_values = check_values
@@ -236,8 +237,11 @@ class Operator:
                     results = operator._compute_known(key, arguments)
                 else:
                     results = _below_autograd(operator.overload, keyset, *arguments)
-                held = tensors + results if operator._several else (*tensors, results)
-                ctx.save_for_backward(*[held[i] for i in kept])
+                if operator._first:
+                    ctx.save_for_backward(*tensors[: len(kept)])
+                else:
+                    held = tensors + results if operator._several else (*tensors, results)
+                    ctx.save_for_backward(*[held[i] for i in kept])
                 if operator._several:
                     ctx.mark_non_differentiable(*results[1:])
                     ctx.set_materialize_grads(False)
