@@ -78,6 +78,10 @@ class Run:
 
 def build_config(run: Run) -> TransformerConfig:
     """The smallest config in which every sharded dimension has ``leaves`` equal leaves and every size divides the query groups."""
+    if run.spec == "te" and not te.INSTALLED:
+        raise ValueError(
+            "spec='te' needs TransformerEngine, which cannot be imported; pip install transformer-engine[pytorch], or use 'local'"
+        )
     groups = math.lcm(*run.sizes)
     heads = 2 * groups
     width = 16 if heads <= 16 else 8
@@ -152,10 +156,6 @@ def build_model(run: Run, config: TransformerConfig) -> GPTModel:
 
 def te_spec(config: TransformerConfig):
     """Megatron's own, for stock and for ours, which converts it."""
-    if not te.INSTALLED:
-        raise ValueError(
-            "spec='te' needs TransformerEngine, which cannot be imported; pip install transformer-engine[pytorch], or use 'local'"
-        )
     from tpinv.integrations.megatron.te.specs import block_te_spec
 
     return block_te_spec(config)
