@@ -121,6 +121,7 @@ def test_verify_refuses_to_compare_other_tensors(fake, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        ("show --leaves 99999999999", "is a tree too wide to draw; show at most 4096"),
         ("show --leaves 0", "leaves=0 must be an int of at least 1"),
         ("show --leaves 8 --tp 3", "3 ranks do not divide leaves=8"),
         ("show --tp 0", "0 ranks"),

@@ -10,6 +10,9 @@ from tpinv.tree import Node, ReductionTree
 COLORS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
 
 
+LARGEST = 4096  # leaves
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--leaves", type=int, default=8, help="leaves of the tree (default 8)")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size (default 1)")
@@ -19,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     tree = ReductionTree(arguments.leaves, arguments.node_dtype)
+    if tree.leaves > LARGEST:
+        raise ValueError(f"--leaves {tree.leaves} is a tree too wide to draw; show at most {LARGEST}, whose shape is the same")
     tree.owned(0, arguments.tp)  # ValueError for 0 ranks too, which own nothing below
     owned = [tree.subtrees(rank, arguments.tp) for rank in range(arguments.tp)]
     console = Console(highlight=False)
