@@ -41,7 +41,7 @@ def through_numpy(monkeypatch):
 
 
 def dense(q, k, v, causal=True, pack=None, **settings):
-    return forward.forward(*(t.unsqueeze(1) for t in (q, k, v)), 0.25, causal, pack, **settings)[0][:, 0]
+    return forward.triton_forward(*(t.unsqueeze(1) for t in (q, k, v)), 0.25, causal, pack, **settings)[0][:, 0]
 
 
 def paged_of(sequences, size, queries, causal=True, longest=None, strided=False, **settings):

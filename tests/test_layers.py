@@ -155,6 +155,28 @@ def test_layers_can_be_copied(p):
     run_ranks(copies, p)
 
 
+def replaced_parameter() -> bool:  # whether there was such an id
+    """A parameter is replaced before the first forward; on rank 0 by one that gets the id of the one that has gone."""
+    torch.manual_seed(0)
+    rank = torch.distributed.get_rank()
+    layer = RowParallelLinear(8, 16, bias=False, tree=ReductionTree(2))
+    values, key, kept = torch.ones_like(layer.weight), id(layer.weight), []
+    if rank == 0:
+        del layer._parameters["weight"]
+    while True:  # the memory is free at once, and taken after a few objects of its size
+        parameter = torch.nn.Parameter(values.clone())
+        kept.append(parameter)
+        if rank != 0 or id(parameter) == key or len(kept) == 500:
+            break
+    layer._parameters["weight"] = parameter
+    layer(torch.ones(2, 4))
+    return id(parameter) == key
+
+
+def test_a_parameter_in_the_place_of_another_was_not_drawn():
+    assert run_ranks(replaced_parameter, 2) == [False, False]
+
+
 def test_state_dict_names():
     assert list(LAYERS["column"]().state_dict()) == ["weight", "bias"]
     assert list(LAYERS["layer norm"]().state_dict()) == ["weight", "bias"]

@@ -31,7 +31,7 @@ class _Layer(ShardedModule, nn.Module):
     def __init__(self, group, tree: ReductionTree | None = None):
         super().__init__()
         self.ranks, self.tree = resolve(group), tree
-        self._drawn: dict[str, tuple[int, int, int]] = {}  # name -> id of the parameter, its version when drawn, digest of the whole
+        self._drawn: dict[str, tuple] = {}  # name -> parameter, its version when drawn, digest of the whole
         self._compared = self.ranks.size == 1
 
     def _draw(self, name: str, shape, bound: float, device, dtype) -> None:
@@ -42,7 +42,13 @@ class _Layer(ShardedModule, nn.Module):
         parameter = nn.Parameter(part.to(device))
         self.register_parameter(name, parameter)
         if not self._compared and not whole.is_meta and not parameter.is_meta:
-            self._drawn[name] = id(parameter), parameter._version, int(digest(whole.view(-1)[:DRAWN]))
+            # Itself, until the first forward: the id of one that has gone may be given to another, on one rank and not on its peers,
+            # and what has weak references cannot be swapped (torch.__future__).
+            self._drawn[name] = parameter, parameter._version, int(digest(whole.view(-1)[:DRAWN]))
+
+    def __getstate__(self) -> dict:
+        """For pickle and copy, which make other parameters."""
+        return {**self.__dict__, "_drawn": {}}
 
     def _before_forward(self, communicates: bool) -> None:
         if torch.compiler.is_compiling():
@@ -57,10 +63,10 @@ class _Layer(ShardedModule, nn.Module):
         values = {}
         for name, sharding in self.parameter_shardings().items():
             parameter = self._parameters[name]
-            key, version, drawn = self._drawn.get(name, (None, None, None))
+            drawn_parameter, version, drawn = self._drawn.get(name, (None, None, None))
             if sharding.dim is None:
                 values[f"values of {name}, whole on every rank"] = f"digest {int(digest(local(parameter))):x}"
-            elif key == id(parameter) and version == parameter._version:
+            elif drawn_parameter is parameter and version == parameter._version:
                 values[f"initial values of {name}, drawn whole and then cut"] = f"digest {drawn:x}"
         try:
             agree(self.ranks, f"{type(self).__name__}'s first forward", values)
@@ -69,6 +75,7 @@ class _Layer(ShardedModule, nn.Module):
                 f"{error}. Build the layers from one seed on every rank of their group (torch.manual_seed), or load the same weights everywhere"
             ) from None
         self._compared = True
+        self._drawn.clear()
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
