@@ -5,6 +5,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from tpinv.cli import bench, bench_all, bench_host, main
@@ -39,8 +40,17 @@ def test_a_killed_rank_is_told_by_all_others(tmp_path, capsys):
     assert [rank["rank"] for rank in found["ranks"]] == [0, 1, 2] and all(rank["seconds"] < 20 for rank in found["ranks"])
 
 
-def test_what_cannot_be_tried_is_status_2(capsys):
-    assert faults.main(["killed-rank", "--ranks", "1"]) == 2 and "--ranks 1 must be at least 2" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("killed-rank --ranks 1", "--ranks 1 must be at least 2"),
+        ("delays --timeout nan", "--timeout nan above 0"),
+        ("delays --timeout 0", "--timeout 0.0 above 0"),
+        ("delays --json nowhere/x", "--json nowhere/x cannot be written"),
+    ],
+)
+def test_what_cannot_be_tried_is_status_2(arguments, message, capsys):
+    assert faults.main([*arguments.split(), "--device", "cpu"]) == 2 and message in capsys.readouterr().err
 
 
 PARTS = ["verify-megatron", "verify-te", "verify-torchtitan", "delays", "killed-rank", "step"]

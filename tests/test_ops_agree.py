@@ -23,6 +23,12 @@ def column(rank, **options):
     return tpinv.column_parallel_linear(x, w, **{"tree": TREE, **options})
 
 
+def warmed_column(rank, **options):
+    """After a call that agrees: True has the hash of 1."""
+    column(rank, group=options["group"], stride=1)
+    return column(rank, **options)
+
+
 def row(rank, **options):
     x = options.pop("x", torch.ones(4, 8))
     return tpinv.row_parallel_linear(x, torch.ones(6, 8, dtype=x.dtype), **{"tree": TREE, **options})
@@ -97,6 +103,10 @@ CASES: dict[str, tuple[Callable, dict, dict, str]] = {
     "nothing": (norm, {}, {"x": None}, "x of rms_norm is NoneType"),
     "a sparse tensor": (column, {}, {"x": torch.ones(4, 16).to_sparse()}, "x of column_parallel_linear is torch.sparse_coo"),
     "a meta tensor": (column, {}, {"x": torch.ones(4, 16, device="meta")}, "several devices"),
+    "a flag for a number": (warmed_column, {}, {"stride": True}, "stride=True of column_parallel_linear is a bool; pass a whole number"),
+    "a fraction": (warmed_column, {}, {"stride": 1.0}, "stride=1.0 of column_parallel_linear is a float"),
+    "a list for a flag": (row, {}, {"sequence_parallel": []}, "sequence_parallel=[] of row_parallel_linear is a list; pass True or False"),
+    "a text for a number": (loss, {}, {"ignore_index": "-1"}, "ignore_index='-1' of vocab_parallel_cross_entropy is a str"),
     "a weight that does not fit": (column, {}, {"x": torch.ones(4, 15)}, "do not fit"),
     "blocks that a gather would interleave": (column, {}, {"stride": 2, "gather_output": True}, "gather_output"),
 }

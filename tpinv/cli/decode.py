@@ -38,6 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
     check_outputs(arguments)
     if not arguments.prompt and not arguments.prompt_ids:
         raise ValueError("there is nothing to answer; give --prompt TEXT or --prompt-ids 1,2,3")
+    if arguments.window < 1:
+        raise ValueError(f"--window {arguments.window} must be at least 1")
+    for option in ("draft", "verifier"):
+        if not getattr(arguments, option).startswith(("http://", "https://")):
+            raise ValueError(f"--{option} {getattr(arguments, option)} must be a server's address, such as http://localhost:8000")
     drafter, verifier = Server(arguments.draft), Server(arguments.verifier)
     prompts = [_ids("--prompt-ids", text) for text in arguments.prompt_ids] + [verifier.tokenize(text) for text in arguments.prompt]
     make = lambda: [_request(arguments, prompt, place) for place, prompt in enumerate(prompts)]  # noqa: E731

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 import tpinv
+from tpinv.cli.outputs import check_outputs
 from tpinv.collectives import process_group, resolve, tree_all_reduce
 from tpinv.testing import RankError, RankPool
 from tpinv.tree import ReductionTree
@@ -230,7 +231,7 @@ RUNS = {"delays": run_delays, "killed-rank": run_killed_rank, "killed-server": r
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tpinv.harness.faults", description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=[*RUNS, "rank"])
+    parser.add_argument("what", choices=[*RUNS, "rank"], metavar="{" + ",".join(RUNS) + "}")
     parser.add_argument("--ranks", type=int, default=max(2, torch.cuda.device_count()))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--calls", type=int, default=10_000)
@@ -240,8 +241,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--directory", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
-    chosen.timeout = chosen.timeout or (900.0 if chosen.what == "delays" else 20.0)
-    if chosen.ranks < 2 or chosen.calls < 1 or chosen.timeout <= 0:
+    if chosen.timeout is None:
+        chosen.timeout = 900.0 if chosen.what == "delays" else 20.0
+    if chosen.what == "rank" and (chosen.rank is None or chosen.directory is None):
+        parser.error("rank is what killed-rank starts")
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda needs a GPU, there is none here", file=sys.stderr)
+        return 2
+    try:
+        check_outputs(chosen)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if chosen.ranks < 2 or chosen.calls < 1 or not 0 < chosen.timeout < float("inf"):
         print(f"--ranks {chosen.ranks} must be at least 2, --calls {chosen.calls} and --timeout {chosen.timeout} above 0", file=sys.stderr)
         return 2
     if chosen.what == "rank":

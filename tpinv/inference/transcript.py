@@ -99,7 +99,10 @@ def write(path: str, answers: Iterable[Answer]) -> None:
 def read(path: str) -> list[Answer]:
     """ValueError with the line's number for anything that is no transcript, or an empty one."""
     with open(path, encoding="utf-8", errors="strict") as file:
-        answers = list(_lines(path, file))
+        try:
+            answers = list(_lines(path, file))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text in UTF-8 ({error}); a transcript has one JSON object a line") from None
     if not answers:
         raise ValueError(f"{path} holds no answer, so that there is nothing to compare")
     return answers

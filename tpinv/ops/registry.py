@@ -35,6 +35,13 @@ from tpinv.runtime.state import Memo
 ALONE = Ranks(None, 0, 1)
 _library = torch.library.Library("tpinv", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_KINDS = {
+    "int": lambda value: hasattr(value, "__index__") and not isinstance(value, bool),
+    "bool": lambda value: isinstance(value, bool),
+    "float": lambda value: hasattr(value, "__float__") and not isinstance(value, bool | Tensor),
+    "str": lambda value: isinstance(value, str),
+}
+_KIND_NAMES = {"int": "a whole number", "bool": "True or False", "float": "a number", "str": "a name"}
 _PLAIN = {Tensor, torch.nn.Parameter}
 _STRIDED = torch.strided
 _modes, _profiled, _transforms = (
@@ -77,6 +84,8 @@ class Operator:
         results = [result.name for result in parsed.returns]
         self.name, self.check, self.forward, self.fake, self.backward = parsed.name.split("::")[1], check, forward, fake, backward
         self._tensors = sum("Tensor" in str(argument.type) for argument in parsed.arguments)  # they come first
+        self._setting_types = [(argument.name, str(argument.type)) for argument in parsed.arguments[self._tensors :]]
+        self._seen_types: set[tuple] = set()  # of settings that are of their kinds; True == 1 has the key of 1
         self._optional = {argument.name for argument in parsed.arguments if "Optional" in str(argument.type)}
         held = names[: self._tensors] + results
         self._kept, self._several = [held.index(name) for name in kept.split()], len(results) > 1
@@ -108,6 +117,8 @@ class Operator:
         if torch.compiler.is_compiling():
             return self.overload(*arguments) if fused is None else self._outside_graphs(*arguments, fused=fused)
         tensors, settings = arguments[: self._tensors], arguments[self._tensors :]
+        if (types := tuple(map(type, settings))) not in self._seen_types:
+            self._check_settings(arguments, types)
         try:
             facts, plain, wants = _facts(tensors)
         except (AttributeError, RuntimeError):  # no tensor; a nested one
@@ -179,6 +190,15 @@ class Operator:
         except ValueError as error:
             refuse(self._ranks(*arguments) if self._ranks else ALONE, self.name, error)
             raise error from None
+
+    def _check_settings(self, arguments: tuple, types: tuple) -> None:
+        """ValueError on every rank unless settings are what the schema says: True is no number here, 1.0 no whole one, [] nothing."""
+        for (name, kind), value, of in zip(self._setting_types, arguments[self._tensors :], types, strict=True):
+            if (kind in _KINDS and not _KINDS[kind](value)) or of.__hash__ is None:
+                error = ValueError(f"{name}={value!r} of {self.name} is a {of.__name__}; pass {_KIND_NAMES.get(kind, kind)}")
+                refuse(self._ranks(*arguments) if self._ranks else ALONE, self.name, error)
+                raise error
+        self._seen_types.add(types)
 
     def _everything(self, *arguments) -> list[tuple]:
         settings = [(name, value) for name, value in zip(self._names, arguments, strict=True) if name != "group"][self._tensors :]
