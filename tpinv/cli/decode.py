@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.prompt and not arguments.prompt_ids:
         raise ValueError("there is nothing to answer; give --prompt TEXT or --prompt-ids 1,2,3")
     if arguments.window < 1:
-        raise ValueError(f"--window {arguments.window} must be at least 1")
+        raise ValueError(f"--window={arguments.window} must be at least 1")
     for option in ("draft", "verifier"):
         if not getattr(arguments, option).startswith(("http://", "https://")):
             raise ValueError(f"--{option} {getattr(arguments, option)} must be a server's address, such as http://localhost:8000")
