@@ -10,8 +10,8 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from tpinv.cli.outputs import check_outputs, write_json
 from tpinv.harness import across
+from tpinv.harness.outputs import check_outputs, write_json
 
 PACKAGES = {"transformers": "transformers", "megatron": "megatron.core", "torchtitan": "torchtitan", "vllm": "vllm"}
 

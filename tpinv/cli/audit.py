@@ -12,7 +12,7 @@ import os
 import torch
 from rich.console import Console
 
-from tpinv.cli.outputs import check_outputs, write_json
+from tpinv.harness.outputs import check_outputs, write_json
 from tpinv.inference import transcript
 
 FRAMEWORKS = {"transformers": "transformers", "megatron": "megatron.core", "torchtitan": "torchtitan"}

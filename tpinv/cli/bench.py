@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tpinv.cli import bench_attention, bench_layer, bench_serve, bench_step
-from tpinv.cli.outputs import check_outputs
+from tpinv.harness.outputs import check_outputs
 from tpinv.tree import NODE_DTYPES, ReductionTree
 
 # (out-features, in-features) of the four linears of a transformer block; fc1 holds gate and up.

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from tpinv.cli.outputs import write_json
+from tpinv.harness.outputs import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "megatron-core", "torchtitan", "numpy", "tpinv")

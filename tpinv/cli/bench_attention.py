@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tpinv.cli.outputs import write_json
+from tpinv.harness.outputs import write_json
 
 COLUMNS = ("what", "batch", "queries", "keys", "heads", "key_heads", "width", "page", "implementation", "us", "ratio", "tflops", "hbm")
 PREFILL = (1024, 2048, 4096, 8192, 16384, 32768)

@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 
 from tpinv.cli.bench_all import ROOT, describe_machine, run_parts
-from tpinv.cli.outputs import write_json
+from tpinv.harness.outputs import write_json
 
 PART_SECONDS = 3600.0
 CHECKED = "verify", "delays", "killed"  # parts whose status 1 means: it ran, and what it checks does not hold

@@ -2,7 +2,7 @@
 
 import argparse
 
-KINDS = ("stock", "batch-invariant", "tpinv")
+from tpinv.harness.vllm import KINDS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

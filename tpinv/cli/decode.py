@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from tpinv.cli.outputs import check_outputs, write_json
+from tpinv.harness.outputs import check_outputs, write_json
 from tpinv.inference import verified
 from tpinv.inference.verified_elsewhere import Server, decisions_of, drafts_of
 

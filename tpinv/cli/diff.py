@@ -11,8 +11,8 @@ import math
 from rich.console import Console
 from rich.table import Table
 
-from tpinv.cli.outputs import check_outputs, finite, write_json
 from tpinv.diff import Comparison, Run, compare_runs, renamed
+from tpinv.harness.outputs import check_outputs, finite, write_json
 
 PHASES = ("parameter", "forward", "recompute", "backward", "gradient")
 ARISES = {

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tpinv.cli.outputs import check_outputs, write_json
 from tpinv.harness.comparison import Row, train_and_compare
+from tpinv.harness.outputs import check_outputs, write_json
 from tpinv.testing import RankPool
 from tpinv.tree import ReductionTree
 

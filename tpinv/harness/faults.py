@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 
 import tpinv
-from tpinv.cli.outputs import check_outputs
 from tpinv.collectives import process_group, resolve, tree_all_reduce
+from tpinv.harness.outputs import check_outputs
 from tpinv.testing import RankError, RankPool
 from tpinv.tree import ReductionTree
 

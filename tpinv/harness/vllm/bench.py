@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tpinv.cli.bench_serve import KINDS
+from tpinv.harness.vllm import KINDS
 from tpinv.harness.vllm.model import LLAMA3_8B, has_weights, write_config
 from tpinv.harness.vllm.verify import DTYPES, Settings, model_limits, random_model, run_job
 
