@@ -1,15 +1,15 @@
 """vLLM on two GPUs, outside pytest: an engine takes a minute to start, so that each answers every question in one process.
 
-    python -m tests.gpu_vllm_job [--out DIRECTORY] [--smollm2 DIRECTORY --padded DIRECTORY] [--seconds 470] [--only ENGINE ...]
+    python -m tests.gpu_vllm_job [--out DIRECTORY] [--smollm2 DIRECTORY --padded DIRECTORY] [--seconds 470] [--only ENGINE ...] [--short]
 
     widths     a random Llama of 4 layers with Llama-3-8B's widths        batches    64 greedy requests of 17 to 513 tokens, 64 tokens each,
-    smollm2    SmolLM2-135M, real weights; padded: with 12 heads                      in batches of 1 (the first 8), 8 and 64
-                                                                          schedule   random arrivals, chunks, cached prefixes, seeds
+    qwen3      a random Qwen3 of 2 layers, the same widths, float16                  in batches of 1 (the first 8), 8 and 64
+    smollm2    SmolLM2-135M, real weights; padded: with 12 heads          schedule   random arrivals, chunks, cached prefixes, seeds
                                                                           completions    1000 of one prompt at temperature 0 among strangers
 
-Compared: tokens, bytes of log-probabilities, bytes of keys and values. Several lanes of
-engines at once share the cards, which costs time and no byte. Every line is printed, and OUT/results.json written, when it is known:
-a run may be cut off.
+Compared: tokens, bytes of log-probabilities, bytes of keys and values. Several lanes of engines at once share the cards, which costs time
+and no byte; engines on both cards work in turns, since a rank waits for its peer on a card that others have. ``--short``: every lane is one
+engine, 24 tokens an answer, no completions. Every line is printed, and OUT/results.json written, when it is known: a run may be cut off.
 """
 
 import argparse
@@ -35,6 +35,19 @@ LANES = [
     ("1", [("widths", "batch-invariant", 1, "graphs", 2048, 0, 1000), ("smollm2", "tpinv", 1, "graphs", 2048, 0, 0)]),
     ("0", [("padded", "tpinv", 1, "graphs", 512, 0, 1000)]),
 ]  # fmt: skip
+SHORT = [
+    ("0", [("widths", "tpinv", 1, "graphs", 2048, 0, 0)]),
+    ("0,1", [("widths", "tpinv", 2, "eager", 320, 64, 0)]),  # 64 blocks: preemption
+    ("0,1", [("widths", "tpinv", 2, "graphs", 512, 0, 0)]),
+    ("1", [("qwen3", "tpinv", 1, "graphs", 2048, 0, 0)]),
+    ("0,1", [("qwen3", "tpinv", 2, "graphs", 320, 64, 0)]),
+    ("1", [("widths", "batch-invariant", 1, "graphs", 2048, 0, 0)]),
+    ("0,1", [("widths", "batch-invariant", 2, "graphs", 2048, 0, 0)]),
+]  # fmt: skip
+RANDOM = {  # models that are made: specification, dtype
+    "widths": ("model.LARGE", "bfloat16"),
+    "qwen3": ("dataclasses.replace(model.LARGE, layers=2, qk_norm=True)", "float16"),
+}
 SIZES, TOKENS, LONGEST = [1, 8, 64], 64, 1344
 
 
@@ -64,21 +77,36 @@ def main() -> None:
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--seconds", type=float, default=470.0, help="after which every engine is ended")
     parser.add_argument("--widths", default="/tmp/tpinv-vllm-model", help="made if it is not there")
+    parser.add_argument("--qwen3", default="/tmp/tpinv-vllm-qwen3", help="the same")
+    parser.add_argument("--short", action="store_true")
     parser.add_argument("--smollm2", default="")
     parser.add_argument("--padded", default="")
     run = Run(parser.parse_args())
-    if not os.path.exists(os.path.join(run.arguments.widths, "config.json")):
-        code = "import sys, torch; from tpinv.harness.vllm import model; model.write(sys.argv[1], model.LARGE, torch.bfloat16, 'cuda')"
-        subprocess.run([sys.executable, "-c", code, run.arguments.widths], check=True)  # whose memory on the GPU is free afterwards
-    run.say(f"model in {run.arguments.widths}")
+    lanes = SHORT if run.arguments.short else LANES
+    used = {engine[0] for _, engines in lanes for engine in engines}
+    makers = [threading.Thread(target=make_model, args=(run, name)) for name in RANDOM if name in used]
+    for thread in makers:
+        thread.start()
+    for thread in makers:
+        thread.join()
     with tempfile.TemporaryDirectory(prefix="tpinv-vllm-") as directory:
-        lanes = [threading.Thread(target=lane, args=(run, gpus, engines, directory)) for gpus, engines in LANES]
-        for thread in lanes:
+        threads = [threading.Thread(target=lane, args=(run, gpus, engines, directory)) for gpus, engines in lanes]
+        for thread in threads:
             thread.start()
-            time.sleep(3)  # the engines of all lanes look for free ports
-        for thread in lanes:
+            time.sleep(2)  # the engines of all lanes look for free ports
+        for thread in threads:
             thread.join()
     run.say("done")
+
+
+def make_model(run: Run, name: str) -> None:
+    path, (spec, dtype) = getattr(run.arguments, name), RANDOM[name]
+    if not os.path.exists(os.path.join(path, "config.json")):
+        code = (
+            f"import dataclasses, sys, torch; from tpinv.harness.vllm import model; model.write(sys.argv[1], {spec}, torch.{dtype}, 'cuda')"
+        )
+        subprocess.run([sys.executable, "-c", code, path], check=True)  # whose memory on the GPU is free afterwards
+    run.say(f"{name} in {path}")
 
 
 def lane(run: Run, gpus: str, engines: list[tuple], directory: str) -> None:
@@ -87,12 +115,15 @@ def lane(run: Run, gpus: str, engines: list[tuple], directory: str) -> None:
         path = os.path.join(directory, name.replace(" ", "-"))
         if not getattr(run.arguments, engine[0]) or run.arguments.only and name not in run.arguments.only:
             continue
-        if run.left() < 90:
+        if run.left() < (40 if run.arguments.short else 90):
             run.say(f"{name}: no time left")
             continue
         try:
             run.say(f"{name}: begins")
-            report(run, name, run_job(make_job(run, gpus, *engine), path, run.left()))
+            job = make_job(run, gpus, *engine)
+            if run.arguments.short and "," in gpus:
+                job["turn"] = os.path.join(directory, "turn")
+            report(run, name, run_job(job, path, run.left()))
         except Exception as error:  # whatever it is, the other engines have answers to give
             run.say(f"{name}: FAILED\n{''.join(traceback.format_exception_only(error))[-3000:]}")
             if os.path.exists(f"{path}.out.part"):
@@ -118,10 +149,10 @@ def make_job(run: Run, gpus: str, which: str, layers: str, tp: int, mode: str, b
     plan = schedule.crowded(budget + tp, requests, 32).as_dict() | {"budget": budget, "sequences": 64, "blocks": blocks}
     more = {} if mode == "eager" else {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}}
     job = {
-        "layers": layers, "tp": tp, "leaves": 24 if which == "smollm2" else 8, "device": "cuda", "model": path, "dtype": "bfloat16",
-        "eager": mode == "eager", "block": 32, "longest": LONGEST, "memory": 0.2, "kv_heads": config["num_key_value_heads"], "plan": plan,
-        "requests": [asdict(request) for request in requests], "arguments": {"kv_cache_memory_bytes": 6 << 30} | more,
-        "batches": {"sizes": SIZES, "vocabulary": vocabulary, "lengths": [17, 64, 200, 513], "count": 64, "tokens": TOKENS},
+        "layers": layers, "tp": tp, "leaves": 24 if which == "smollm2" else 8, "device": "cuda", "model": path, "dtype": RANDOM.get(which, ("", "bfloat16"))[1],
+        "eager": mode == "eager", "block": 32, "longest": LONGEST, "memory": 0.1, "kv_heads": config["num_key_value_heads"], "plan": plan,
+        "requests": [asdict(request) for request in requests], "arguments": {"kv_cache_memory_bytes": 4 << 30} | more,
+        "batches": {"sizes": SIZES, "vocabulary": vocabulary, "lengths": [17, 64, 200, 513], "count": 64, "tokens": 24 if run.arguments.short else TOKENS},
         "environment": {"CUDA_VISIBLE_DEVICES": gpus},
     }  # fmt: skip
     if completions:

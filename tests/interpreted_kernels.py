@@ -11,7 +11,7 @@ from tpinv import reference
 from tpinv.kernels.gemm import triton_gemm as gemm
 from tpinv.kernels.gemm import verification
 from tpinv.kernels.gemm.problem import make_problems
-from tpinv.kernels.rows import rope, sums
+from tpinv.kernels.rows import add_norm, norm, rope, sums
 from tpinv.runtime import state
 from tpinv.testing import assert_bitwise_equal, order_probe, tree_shape
 from tpinv.tree import ReductionTree
@@ -152,3 +152,19 @@ def test_rope_has_the_bytes_of_torchs_operators(dtype, interleaved, turned):
         rope.rotate(q.double(), k, positions, table, width)
     with pytest.raises(ValueError, match="width 16"):
         rope.rotate(q, k, positions, table, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("cols", [4104, 48])
+def test_residual_and_norm_in_one_launch_have_the_bytes_of_two(dtype, cols):
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(5, cols, generator=generator).mul_(9.0).to(dtype) for _ in range(2))
+    weight = torch.randn(cols, generator=generator).to(dtype)
+    y, hidden = add_norm.add_norm(x, residual, weight, 1e-5)
+    assert_bitwise_equal(hidden, x + residual)
+    assert_bitwise_equal(y, norm.norm(x + residual, weight, None, 1e-5, False))
+    if dtype == torch.float16:  # the norm of the sum before it is rounded is another one
+        unrounded = norm.norm(x.float() + residual.float(), weight, None, 1e-5, False)
+        assert not torch.equal(y, unrounded.to(dtype))
+    with pytest.raises(ValueError, match="they must be"):
+        add_norm.add_norm(x, residual.double(), weight, 1e-5)

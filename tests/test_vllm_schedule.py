@@ -1,11 +1,14 @@
-"""The schedules of tpinv verify --framework vllm, which need no vLLM."""
+"""The schedules of tpinv verify --framework vllm, and what bench serve does without an engine: no vLLM is needed."""
 
+import importlib.util
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from tpinv.harness.vllm import cache, completions, schedule
+from tpinv.harness.vllm import bench, cache, completions, model, schedule, serve_plan
 from tpinv.harness.vllm.verify import Row, against, model_config, model_limits, verdict
 
 
@@ -105,3 +108,47 @@ def test_options_of_training_are_refused():
     given = {"steps": 5, "micro_batches": 1, "sequence_parallel": True, "recompute": False, "distributed_optimizer": False}
     with pytest.raises(ValueError, match="--sequence-parallel is about training"):
         run(SimpleNamespace(**given))
+
+
+# -- bench serve ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_turns_exclude_each_other_and_wait_for_all(tmp_path, capsys):
+    names, inside, order = ["a", "b"], [], []
+
+    def engine(name):
+        for turn in serve_plan._turns(str(tmp_path), name, names, 60.0):
+            with turn:
+                inside.append(name)
+                order.append((name, len(inside)))
+                time.sleep(0.02)
+                inside.remove(name)
+
+    first = threading.Thread(target=engine, args=("a",))
+    first.start()
+    time.sleep(0.1)
+    assert not order  # b has not started
+    engine("b")
+    first.join()
+    assert sorted(name for name, _ in order) == ["a"] * 3 + ["b"] * 3 and {count for _, count in order} == {1}
+    list(serve_plan._turns(str(tmp_path), "a", ["a", "never"], 0.0))
+    assert "['never'] start while this engine is timed" in capsys.readouterr().out
+
+
+def test_bench_serve_says_at_once_what_is_missing_or_does_not_fit(monkeypatch):
+    arguments = SimpleNamespace(engines=["stock", "tpinv"], gpus=["0"], tp=[1])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="vLLM is not installed; pip install"):
+        bench.run(arguments)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match="names those of 1 engines, of 2"):
+        bench.run(arguments)
+    arguments.gpus, arguments.tp = ["0,1", "0"], [2]
+    with pytest.raises(ValueError, match="--gpus 0 are not as many as --tp 2"):
+        bench.run(arguments)
+
+
+def test_the_cache_holds_all_requests(tmp_path):
+    """Llama-3-8B: 128 KiB a token on one rank."""
+    path = model.write_config(str(tmp_path), model.LLAMA3_8B)
+    assert bench._cache_bytes(path, 1, 64, 1280) == int(1.1 * 64 * 1344 * 131072) == 2 * bench._cache_bytes(path, 2, 64, 1280)

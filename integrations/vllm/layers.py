@@ -173,6 +173,8 @@ class LogitsProcessor(logits_processor.LogitsProcessor):
 
 
 class RMSNorm(layernorm.RMSNorm):
+    """On a GPU, residual and norm are one launch."""
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.variance_size_override is not None or not self.has_weight:
@@ -182,8 +184,9 @@ class RMSNorm(layernorm.RMSNorm):
     def forward(self, x: Tensor, residual: Tensor | None = None):
         if residual is None:
             return functional.rms_norm(x, self.weight, self.variance_epsilon, tree=self.tree)
-        hidden = x + residual
-        return functional.rms_norm(hidden, self.weight, self.variance_epsilon, tree=self.tree), hidden
+        arguments = rows(x), rows(residual), self.weight.detach(), self.variance_epsilon
+        y, hidden = products.rows_backend("add_norm", x).add_norm(*arguments)
+        return y.view(x.shape), hidden.view(x.shape)
 
 
 class SiluAndMul(activation.SiluAndMul):

@@ -3,6 +3,8 @@
 python -m tpinv.harness.vllm.serve_plan JOB.json RESULT.json
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import random
@@ -29,12 +31,13 @@ def main(job_path: str, result_path: str) -> None:
     else:
         reports = []
     result = {"reports": reports, "start": seconds}
-    for name, stage in _stages(llm, job, requests).items():
-        started = time.monotonic()
-        result |= stage(result)
-        result["seconds"] = result.get("seconds", 0.0) + time.monotonic() - started
-        _write(f"{result_path}.part", result)
-        print(f"{name}: done after {result['seconds']:.0f} s", flush=True)
+    with _turn(job["turn"]) if "turn" in job else contextlib.nullcontext():
+        for name, stage in _stages(llm, job, requests).items():
+            started = time.monotonic()
+            result |= stage(result)
+            result["seconds"] = result.get("seconds", 0.0) + time.monotonic() - started
+            _write(f"{result_path}.part", result)
+            print(f"{name}: done after {result['seconds']:.0f} s", flush=True)
     if job["layers"] == "tpinv" and job.get("kv_heads"):
         result["collectives"] = llm.collective_rpc("describe_collectives")
     _write(result_path, result)
@@ -203,23 +206,50 @@ def complete(llm, settings: dict) -> dict:
     return completions.summary(rounds, answers)
 
 
-def speed(llm, vocabulary: int, prompt: int, answer: int, requests: int) -> dict[str, float]:
-    """Tokens a second of ``requests`` at once, and milliseconds a token of one alone; the better of two runs each, prompts never repeated."""
+def speed(llm, vocabulary: int, prompt: int, answer: int, requests: int, turns: dict | None = None) -> dict[str, float]:
+    """Tokens a second of ``requests`` at once, and milliseconds a token of one alone; the better of two rounds, prompts never repeated."""
     from vllm import SamplingParams
 
+    greedy = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True, detokenize=False)
     draw = random.Random(2)
-    found = {}
-    for name, count in (("throughput", requests), ("alone", 1)):
-        best = float("inf")
-        for _ in range(3):  # the first warms up
-            prompts = [{"prompt_token_ids": [draw.randrange(3, vocabulary) for _ in range(prompt)]} for _ in range(count)]
-            greedy = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True, detokenize=False)
-            started = time.monotonic()
-            llm.generate(prompts, greedy, use_tqdm=False)
-            best = min(best, time.monotonic() - started)
-        found |= {"tokens_per_second": count * answer / best} if name == "throughput" else {"milliseconds_per_token": 1e3 * best / answer}
-        print(found, flush=True)
-    return found
+    best = {"throughput": float("inf"), "alone": float("inf")}
+    for number, turn in enumerate(_turns(**turns) if turns else [contextlib.nullcontext()] * 3):
+        with turn:
+            for name, count in (("throughput", requests), ("alone", 1)):
+                prompts = [{"prompt_token_ids": [draw.randrange(3, vocabulary) for _ in range(prompt)]} for _ in range(count)]
+                started = time.monotonic()
+                llm.generate(prompts, greedy, use_tqdm=False)
+                seconds = time.monotonic() - started
+                if number:  # the first warms up
+                    best[name] = min(best[name], seconds)
+                print(f"round {number}, {name}: {seconds:.3f} s", flush=True)
+    return {
+        "tokens_per_second": requests * answer / best["throughput"],
+        "milliseconds_per_token": 1e3 * best["alone"] / answer,
+        "seconds": best["throughput"],
+    }
+
+
+def _turns(directory: str, name: str, names: list[str], patience: float):
+    """Three turns of an engine beside others on the same GPUs: none computes while another is timed, and none is timed before all have
+    started, or failed, or ``patience`` seconds have passed. Whoever ends an engine that failed leaves its file here too."""
+    open(os.path.join(directory, name), "w").close()
+    until = time.monotonic() + patience
+    while missing := [other for other in names if not os.path.exists(os.path.join(directory, other))]:
+        if time.monotonic() > until:
+            print(f"{missing} start while this engine is timed", flush=True)
+            break
+        time.sleep(0.05)
+    for _ in range(3):
+        yield _turn(os.path.join(directory, "turn"))
+        time.sleep(0.2)  # the others wait for the lock, and it is nobody's by right
+
+
+@contextlib.contextmanager
+def _turn(path: str):
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # let go of when the process ends, however it ends
+        yield
 
 
 def _sampling(request: Request):

@@ -9,40 +9,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpinv.runtime.device import on_device_of_first
+from tpinv.runtime.device import ceil_div, on_device_of_first
 from tpinv.runtime.launch import entry
 
+_HEADS = 8  # of a program: one head each would be 300,000 programs in a prefill of 8192 tokens
 _FLAGS = {"enable_fp_fusion": False}
 
 
 @entry
 @triton.jit(do_not_specialize=["q_s", "k_s", "positions_s"])
 def rope_kernel(
-    position_ptr, q_ptr, k_ptr, table_ptr, q_s, k_s, positions_s, q_heads, WIDTH: tl.constexpr, HALF: tl.constexpr,
-    INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
+    position_ptr, q_ptr, k_ptr, table_ptr, q_s, k_s, positions_s, q_heads, all_heads, WIDTH: tl.constexpr, HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tokens, heads of queries and then of keys. table_ptr [positions, 2 HALF]: cos, then sin."""
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i = tl.arange(0, BLOCK)
-    inside = i < HALF
+    """Grid: tokens, blocks of HEADS heads, of queries and then of keys. table_ptr [positions, 2 HALF]: cos, then sin."""
+    token = tl.program_id(0).to(tl.int64)
+    head, i = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None], tl.arange(0, BLOCK)[None, :]
     position = tl.load(position_ptr + token * positions_s).to(tl.int64)
-    cos = tl.load(table_ptr + position * 2 * HALF + i, mask=inside, other=0.0).to(tl.float32)
-    sin = tl.load(table_ptr + position * 2 * HALF + HALF + i, mask=inside, other=0.0).to(tl.float32)
-    if head < q_heads:
-        at = q_ptr + token * q_s + head * WIDTH
-    else:
-        at = k_ptr + token * k_s + (head - q_heads) * WIDTH
+    cos = tl.load(table_ptr + position * 2 * HALF + i, mask=i < HALF, other=0.0).to(tl.float32)
+    sin = tl.load(table_ptr + position * 2 * HALF + HALF + i, mask=i < HALF, other=0.0).to(tl.float32)
     if INTERLEAVED:
-        first_at, second_at = at + 2 * i, at + 2 * i + 1
+        first, second = 2 * i, 2 * i + 1
     else:
-        first_at, second_at = at + i, at + HALF + i
-    dtype: tl.constexpr = q_ptr.dtype.element_ty
-    first = tl.load(first_at, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(second_at, mask=inside, other=0.0).to(tl.float32)
-    left = (first * cos).to(dtype).to(tl.float32) - (second * sin).to(dtype).to(tl.float32)
-    right = (second * cos).to(dtype).to(tl.float32) + (first * sin).to(dtype).to(tl.float32)
-    tl.store(first_at, left.to(dtype), mask=inside)
-    tl.store(second_at, right.to(dtype), mask=inside)
+        first, second = i, HALF + i
+    of_q, of_k = (head < q_heads) & (i < HALF), (head >= q_heads) & (head < all_heads) & (i < HALF)
+    _turn(q_ptr + token * q_s + head * WIDTH, first, second, cos, sin, of_q)
+    _turn(k_ptr + token * k_s + (head - q_heads) * WIDTH, first, second, cos, sin, of_k)
+
+
+@triton.jit
+def _turn(at, first, second, cos, sin, inside):
+    """Pairs at ``at`` + first and second, in place. A block with none of them costs no memory."""
+    dtype: tl.constexpr = at.dtype.element_ty
+    x = tl.load(at + first, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(at + second, mask=inside, other=0.0).to(tl.float32)
+    left = (x * cos).to(dtype).to(tl.float32) - (y * sin).to(dtype).to(tl.float32)
+    right = (y * cos).to(dtype).to(tl.float32) + (x * sin).to(dtype).to(tl.float32)
+    tl.store(at + first, left.to(dtype), mask=inside)
+    tl.store(at + second, right.to(dtype), mask=inside)
 
 
 @on_device_of_first
@@ -70,7 +74,8 @@ def rotate(query: Tensor, key: Tensor | None, positions: Tensor, table: Tensor, 
     if not len(positions):
         return
     half = table.shape[1] // 2
-    rope_kernel[(len(positions), sum(heads))](
+    rope_kernel[(len(positions), ceil_div(sum(heads), _HEADS))](
         positions, query, query if key is None else key, table, query.stride(0), given[-1].stride(0), positions.stride(0), heads[0],
-        WIDTH=width, HALF=half, INTERLEAVED=interleaved, BLOCK=max(16, triton.next_power_of_2(half)), num_warps=1, **_FLAGS,
+        sum(heads), WIDTH=width, HALF=half, INTERLEAVED=interleaved, BLOCK=max(16, triton.next_power_of_2(half)), HEADS=_HEADS,
+        num_warps=2, **_FLAGS,
     )  # fmt: skip
