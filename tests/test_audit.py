@@ -62,12 +62,19 @@ def audit(tmp_path, answers, *arguments) -> int:
 
 
 @pytest.mark.parametrize(
-    ("framework", "tp"), [("transformers", 1), ("megatron", 4), pytest.param("torchtitan", 2, marks=pytest.mark.torchtitan)]
+    ("framework", "tp", "sp"),
+    [
+        ("transformers", 1, False),
+        ("megatron", 4, False),
+        ("megatron", 4, True),
+        pytest.param("torchtitan", 2, True, marks=pytest.mark.torchtitan),
+    ],
 )
-def test_equal(framework, tp, answers, checkpoint, tmp_path, capsys):
+def test_equal(framework, tp, sp, answers, checkpoint, tmp_path, capsys):
     pytest.importorskip("megatron.core" if framework == "megatron" else framework)
-    assert audit(tmp_path, answers, "--model", checkpoint, "--tp", str(tp), "--framework", framework) == 0
-    assert f"19 tokens: all equal ({framework}, TP = {tp}" in capsys.readouterr().out
+    more = ["--sequence-parallel"] * sp
+    assert audit(tmp_path, answers, "--model", checkpoint, "--tp", str(tp), "--framework", framework, *more) == 0
+    assert f"19 tokens: all equal ({framework}, TP = {tp}{', SP' * sp}, " in capsys.readouterr().out
 
 
 def test_one_bit_is_found(answers, checkpoint, tmp_path, capsys):
@@ -140,6 +147,7 @@ def test_what_is_no_transcript_is_an_error(message, answers, checkpoint, tmp_pat
         (["--tp", "3"], "does not divide"),
         (["--tp", "0"], "at least 1"),
         (["--tp", "2", "--framework", "transformers"], "whole models"),
+        (["--sequence-parallel"], "of which --tp 1 has none"),
         (["--json", "/nowhere/out.json"], "cannot be written"),
     ],
 )

@@ -254,6 +254,19 @@ def own_forward(path: str):
     return change
 
 
+def stock_rotary(config):
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    return LlamaRotaryEmbedding(config)
+
+
+def other_model(old, leaves: int = 8):
+    """Converted, of the same class, with rope of another base."""
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    kind = "qwen3" if "Qwen3" in type(old).__name__ else "llama"
+    return convert(build(kind, tie_word_embeddings=False, rope_parameters=rope), tree=ReductionTree(leaves))
+
+
 stock_linear = lambda old: torch.nn.Linear(old.in_features, old.out_features, bias=False)  # noqa: E731
 CHANGES = {
     "v_proj (Linear)": exchange("model.layers.1.self_attn.v_proj", stock_linear),
@@ -273,6 +286,10 @@ CHANGES = {
     "forward of its own ": own_forward("model.layers.1.input_layernorm"),
     "has the hook": lambda model: model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: output * 1),
     "has the hook ": lambda model: model.lm_head.register_forward_pre_hook(lambda module, inputs: inputs),
+    "rotary_emb (LlamaRotaryEmbedding)": exchange("model.rotary_emb", lambda old: stock_rotary(old.config)),
+    "rotary_emb (TPInvariantLlamaRotaryEmbedding) comes from elsewhere": exchange("model.rotary_emb", lambda old: type(old)(old.config)),
+    "its config is not": exchange("model.rotary_emb", lambda old: other_model(old).model.rotary_emb),
+    "its tree is": exchange("model.layers.0.mlp.down_proj", lambda old: other_model(old, 16).model.layers[0].mlp.down_proj),
     "loss_function is": lambda model: setattr(model, "loss_function", torch.nn.functional.cross_entropy),
 }
 
@@ -285,10 +302,34 @@ def test_what_is_exchanged_after_convert_is_refused(kind, message):
     CHANGES[message](model)
     with pytest.raises(ValueError, match="changed after convert") as error:
         model(x)
-    assert message.strip() in str(error.value)
+    assert message.strip().replace("TPInvariantLlama", f"TPInvariant{kind.title()}") in str(error.value)
     if not message.startswith(("lm_head", "loss_function")) and "pre_hook" not in message and message != "has the hook ":
         with pytest.raises(ValueError, match="changed after convert"):
             model.base_model(x)
+
+
+def test_a_vocabulary_resized_after_convert_is_refused():
+    """Of tied heads no module is exchanged, and 320 rows have leaves as 256 have."""
+    model, x = convert(build("llama", tie_word_embeddings=True), tree=TREE), ids(1, 12)
+    model.resize_token_embeddings(320)
+    for part in (model, model.base_model):
+        with pytest.raises(ValueError, match="embed_tokens .* has 320 rows, and convert found 256"):
+            part(x)
+    resized = build("llama", tie_word_embeddings=True)
+    resized.resize_token_embeddings(320)
+    assert convert(resized, tree=TREE)(x).logits.shape[-1] == 320
+
+
+def test_frequencies_are_those_of_the_config():
+    rounded = build("llama").bfloat16()
+    exact = convert(build("llama", torch.bfloat16), tree=TREE).model.rotary_emb.inv_freq
+    assert rounded.model.rotary_emb.inv_freq.dtype == torch.bfloat16 and exact.dtype == torch.float32
+    rounded.model.rotary_emb.inv_freq = rounded.model.rotary_emb.inv_freq.float() * (1 + 2**-20)  # as powers of another device are
+    assert_bitwise_equal(convert(rounded, tree=TREE).model.rotary_emb.inv_freq, exact)
+    other = build("llama")
+    other.model.rotary_emb.inv_freq.mul_(2)
+    with pytest.raises(ValueError, match="other frequencies than those of the config"):
+        convert(other, tree=TREE)
 
 
 def test_the_conversion_survives(tmp_path):

@@ -10,6 +10,7 @@ whose rank r holds [gate_r; up_r]. Legend: V vocabulary, H hidden, d head width,
 from collections.abc import Iterator, Mapping
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
@@ -49,6 +50,7 @@ def load_hf_weights(model: GPTModel, weights: Mapping[str, Tensor]) -> None:
         ValueError: names that one side has and the other has not, or shapes that do not fit.
     """
     ranks, used = _ranks(model), set()
+    restore_frequencies(model)
     with torch.no_grad():
         for name, parameter, (source, dim, stride) in _parameters(model):
             names = _expand(source)
@@ -67,6 +69,19 @@ def load_hf_weights(model: GPTModel, weights: Mapping[str, Tensor]) -> None:
     unused = {name for name in weights if name not in used | tied and not name.endswith("rotary_emb.inv_freq")}
     if unused:
         raise ValueError(f"the model has no place for {sorted(unused)[:5]} ({len(unused)} in all); is it built from the same config?")
+
+
+def restore_frequencies(model: GPTModel) -> None:
+    """Gives rope the frequencies that transformers has: a CPU's powers of the base. A model that was built on a GPU has that GPU's, which
+    differ in the last bit; engines and trainers would then disagree. Does nothing to a model without rope, or with scaled frequencies,
+    which must be built with ``use_cpu_initialization=True``."""
+    rotary = getattr(model, "rotary_pos_emb", None)
+    if not isinstance(rotary, RotaryEmbedding) or model.rotary_scaling:
+        return
+    width = 2 * len(rotary.inv_freq)
+    frequencies = 1.0 / (model.rotary_base ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width))
+    if torch.allclose(rotary.inv_freq.cpu(), frequencies, rtol=1e-5, atol=0):
+        rotary.inv_freq = frequencies.to(rotary.inv_freq.device)
 
 
 def iterate_hf_weights(model: GPTModel, vocab_size: int | None = None) -> Iterator[tuple[str, Tensor]]:

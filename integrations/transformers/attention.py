@@ -1,14 +1,15 @@
 """tpinv's attention as an attention implementation of transformers, registered under the name "tpinv".
 
 transformers makes a mask once a forward pass and hands it to every layer. Here the "mask" is a table of which rows of the batch are
-whose: int32 [4, n, 1, 1], for each of n sequences its first query row, number of queries, first key row and number of keys, counted in the
-flattened batch; None where every row of the batch is one whole sequence. Four dimensions tell transformers that it is finished: generate
+whose: int32 [4, n + 1, 1, 1], for n sequences the arguments cu_seqlens_q, cu_seqlens_kv, cu_seqlens_q_padded and cu_seqlens_kv_padded of
+packed_attention over the flattened batch; None where every row of the batch is one whole sequence. Four dimensions tell transformers that it is finished: generate
 makes it ahead of the forward pass where a cache is static. Padding, on either side, is in no sequence: positions count
 from a sequence's first real key, so that a padded row has the bytes it has alone.
 """
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
@@ -48,15 +49,15 @@ def attention_forward(
         )
     batch, heads, length, width = query.shape
     query, key, value = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
-    first_q, count_q, first_k, count_k = attention_mask.flatten(1).unbind(0)
+    cu_q, cu_k, first_q, first_k = _rows_of(attention_mask)
     out = functional.packed_attention(
         query,
         key,
         value,
-        cu_seqlens_q=_cumulative(count_q),
-        cu_seqlens_kv=_cumulative(count_k),
-        cu_seqlens_q_padded=_with_end(first_q, len(query)),
-        cu_seqlens_kv_padded=_with_end(first_k, len(key)),
+        cu_seqlens_q=cu_q,
+        cu_seqlens_kv=cu_k,
+        cu_seqlens_q_padded=first_q,
+        cu_seqlens_kv_padded=first_k,
         max_seqlen_q=length,
         max_seqlen_kv=len(key) // batch,
         scale=scaling,
@@ -99,8 +100,8 @@ def sequence_table(
             raise ValueError("attention_mask has padding between real tokens; tpinv covers padding on the left and on the right")
     first_query = (first - q_offset).clamp(min=0)
     queries = (end - q_offset).clamp(min=0, max=q_length) - first_query
-    table = torch.stack([row * q_length + first_query, queries.clamp(min=0), row * kv_length + first, end - first])
-    return table.int()[:, :, None, None]
+    queries, keys = queries.clamp(min=0), end - first
+    return _table(row * q_length + first_query, queries, batch_size * q_length, row * kv_length + first, keys, batch_size * kv_length)
 
 
 def _packed_sequences(mask_function) -> Tensor | None:
@@ -132,15 +133,23 @@ def _table_of_pack(packed: Tensor, q_length: int, kv_length: int) -> Tensor:
     begins[:, 1:] = packed[:, 1:] != packed[:, :-1]
     first = begins.flatten().nonzero().squeeze(1)
     count = torch.diff(first, append=first.new_tensor([packed.numel()]))
-    return torch.stack([first, count, first, count]).int()[:, :, None, None]
+    return _table(first, count, packed.numel(), first, count, packed.numel())
 
 
-def _cumulative(count: Tensor) -> Tensor:
-    return torch.nn.functional.pad(count.cumsum(0), (1, 0)).int()
+def _table(first_q: Tensor, queries: Tensor, end_q: int, first_k: Tensor, keys: Tensor, end_k: int) -> Tensor:
+    """Of sequences' first rows and lengths [n] each, in batches of ``end_q`` and ``end_k`` rows."""
+    pad = torch.nn.functional.pad
+    cumulative = [pad(count.cumsum(0), (1, 0)) for count in (queries, keys)]
+    return torch.stack([*cumulative, pad(first_q, (0, 1), value=end_q), pad(first_k, (0, 1), value=end_k)]).int()[:, :, None, None]
 
 
-def _with_end(first: Tensor, end: int) -> Tensor:
-    return torch.nn.functional.pad(first, (0, 1), value=end)
+_rows = WeakTensorKeyDictionary()  # a table's rows, as long as it lives: the same four tensors in every layer, which are then checked once
+
+
+def _rows_of(table: Tensor) -> tuple[Tensor, ...]:
+    if (rows := _rows.get(table)) is None:
+        rows = _rows[table] = tuple(row.flatten().clone() for row in table)  # views would keep the table alive
+    return rows
 
 
 DEFAULTS = {"sliding_window": None, "softcap": None, "s_aux": None, "position_bias": None, "output_attentions": None}

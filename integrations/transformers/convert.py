@@ -8,7 +8,6 @@ import collections
 import functools
 import logging
 
-import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.activations import SiLUActivation
@@ -29,10 +28,8 @@ REPLACEMENTS = {
     qwen3.Qwen3Attention: layers.TPInvariantQwen3Attention,
     SiLUActivation: layers.TPInvariantSiLU,
     nn.SiLU: layers.TPInvariantSiLU,
-}
-ROTARY = {
-    llama.LlamaRotaryEmbedding: layers.Float32LlamaRotaryEmbedding,
-    qwen3.Qwen3RotaryEmbedding: layers.Float32Qwen3RotaryEmbedding,
+    llama.LlamaRotaryEmbedding: layers.TPInvariantLlamaRotaryEmbedding,
+    qwen3.Qwen3RotaryEmbedding: layers.TPInvariantQwen3RotaryEmbedding,
 }
 ROPE_DTYPES = ("model", "float32")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others change frequencies with the length of what is seen
@@ -59,8 +56,8 @@ def convert(model: nn.Module, *, tree: ReductionTree, rope_dtype: str = "model")
         raise ValueError(f"rope_dtype={rope_dtype!r} must be one of {ROPE_DTYPES}")
     known = getattr(model, "tpinv_settings", None)
     if known is not None:
-        if known != (tree, rope_dtype):
-            raise ValueError(f"the model was converted with {known}; build it anew to use {(tree, rope_dtype)}")
+        if known[:2] != (tree, rope_dtype):
+            raise ValueError(f"the model was converted with {known[:2]}; build it anew to use {(tree, rope_dtype)}")
         return model
     if not isinstance(model, MODELS):
         raise ValueError(f"{type(model).__name__} is not covered; convert one of {', '.join(kind.__name__ for kind in MODELS)}, unwrapped")
@@ -73,21 +70,22 @@ def convert(model: nn.Module, *, tree: ReductionTree, rope_dtype: str = "model")
     replaced = collections.Counter()
     for name, module in model.named_modules():
         stock, last = type(module), name.rpartition(".")[2]
-        if stock in ROTARY and module.inv_freq.dtype != torch.float32:
+        if stock in guard.ROTARY:
             guard.restore_frequencies(module)
         kind = LINEARS[last] if stock is nn.Linear else REPLACEMENTS.get(stock)
-        if rope_dtype == "float32":
-            kind = kind or ROTARY.get(stock)
         if kind is None:
             continue
         module.__class__ = kind
         module.tree = tree
         if isinstance(module, layers._RMSNorm):
             module.heads_parallel = last in ("q_norm", "k_norm")
+        if isinstance(module, guard.ROTARY):
+            module.rope_dtype = rope_dtype
         replaced[stock.__name__] += 1
     if hasattr(model, "lm_head"):
         model.loss_function = functools.partial(layers.causal_lm_loss, tree=tree)
-    model.tpinv_settings = tree, rope_dtype
+    for part in {model, model.base_model}:
+        part.tpinv_settings = guard.Settings(tree, rope_dtype, model.config.vocab_size)
     guard.watch(model)
     logger.info("converted %s with %s, rope in %s: %s", type(model).__name__, tree.fingerprint, rope_dtype, dict(replaced))
     return model
@@ -136,7 +134,9 @@ def _check_modules(model: nn.Module) -> list[str]:
         if kind is nn.Linear:
             if last not in LINEARS:
                 faults.append(f"{place}: a linear of this name is not known; known are {sorted(LINEARS)}")
-        elif kind not in CONTAINERS and kind not in REPLACEMENTS and kind not in ROTARY:
+        elif kind in guard.ROTARY:
+            faults += guard.wrong_frequencies(place, module)
+        elif kind not in CONTAINERS and kind not in REPLACEMENTS:
             faults.append(f"{place} is not covered; convert before wrapping, adapters and quantisation")
         if module._forward_hooks or module._forward_pre_hooks:
             faults.append(f"{place} has forward hooks, which may compute anything; remove them")

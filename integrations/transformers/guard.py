@@ -2,12 +2,14 @@
 
 Each module must compute what convert left there: by the function that its class has for ``forward`` (FSDP2 derives classes, which keep
 it), not by one that an instance was given (kernels, Liger, accelerate's dispatch), and without hooks of others, which may return what they
-like. So a new head of resize_token_embeddings, an adapter, a layer of another library are found. The model itself may be wrapped, compiled
-it may not be: between tpinv's operators a compiler rounds differently.
+like. So a new head of resize_token_embeddings, an adapter, a layer of another library are found; and by its tree, its config, its number of
+rows one of the same class that comes from elsewhere. The model itself may be wrapped, compiled it may not be: between tpinv's operators a
+compiler rounds differently.
 """
 
 import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from tpinv.integrations.transformers import layers
+from tpinv.tree import ReductionTree
 
 COLUMN, ROW = layers.TPInvariantColumnLinear, layers.TPInvariantRowLinear
 LINEARS = {
@@ -30,14 +33,22 @@ CONTAINERS = (
 )  # fmt: skip
 OTHERS = (
     layers.TPInvariantEmbedding, layers.TPInvariantLlamaRMSNorm, layers.TPInvariantQwen3RMSNorm, layers.TPInvariantSiLU,
-    layers.TPInvariantLlamaAttention, layers.TPInvariantQwen3Attention, layers.Float32LlamaRotaryEmbedding,
-    layers.Float32Qwen3RotaryEmbedding, llama.LlamaRotaryEmbedding, qwen3.Qwen3RotaryEmbedding,
+    layers.TPInvariantLlamaAttention, layers.TPInvariantQwen3Attention, layers.TPInvariantLlamaRotaryEmbedding,
+    layers.TPInvariantQwen3RotaryEmbedding,
 )  # fmt: skip
 FUNCTIONS = [(module, name) for module in (llama, qwen3) for name in ("apply_rotary_pos_emb", "eager_attention_forward")]
 WRAPPED = "_checkpoint_wrapped_module"
 ROTARY = (llama.LlamaRotaryEmbedding, qwen3.Qwen3RotaryEmbedding)
 # FSDP, recordings, captured hidden states, gradients of inputs for checkpointing
 HOOKS_OF = ("torch.", "tpinv.", "accelerate.", "transformers.utils.", "transformers.modeling_utils.")
+
+
+class Settings(NamedTuple):
+    """What a model was converted with, and the vocabulary it had."""
+
+    tree: ReductionTree
+    rope_dtype: str
+    vocabulary: int
 
 
 def watch(model: PreTrainedModel) -> None:
@@ -63,7 +74,8 @@ def _compiles_parts() -> bool:
 
 def find_faults(model: nn.Module) -> Iterator[str]:
     """What of a converted model is not as convert leaves it, one line each."""
-    known = _known_forwards()
+    known, (tree, rope_dtype, vocabulary) = _known_forwards(), model.tpinv_settings
+    replaced = (*set(LINEARS.values()), *OTHERS)
     for name, module in model.named_modules():
         if isinstance(module, CheckpointWrapper):
             continue
@@ -74,8 +86,15 @@ def find_faults(model: nn.Module) -> Iterator[str]:
             yield f"{place} is not what convert left there; it cannot be exchanged, wrapped or adapted"
         elif "forward" in module.__dict__ and module is not model:
             yield f"{place} was given a forward of its own; undo what replaced it (kernels, Liger, a device map)"
-        elif isinstance(module, ROTARY) and module.inv_freq.dtype != torch.float32:
-            yield f"{place}: a cast of the model rounded rope's frequencies to {module.inv_freq.dtype}; cast it before convert"
+        elif isinstance(module, replaced) and getattr(module, "tree", None) != tree:
+            yield f"{place} comes from elsewhere: its tree is {getattr(module, 'tree', None)}, the model's {tree}"
+        elif last in ("lm_head", "embed_tokens") and len(module.weight) != vocabulary:
+            yield f"{place} has {len(module.weight)} rows, and convert found {vocabulary}; resize the embeddings before convert"
+        elif isinstance(module, ROTARY):
+            if module.inv_freq.dtype != torch.float32:
+                yield f"{place}: a cast of the model rounded rope's frequencies to {module.inv_freq.dtype}; cast it before convert"
+            if module.config is not model.config or module.rope_dtype != rope_dtype:
+                yield f"{place} comes from elsewhere: its config is not the model's"
         yield from (f"{place} has the hook {hook}, which may compute anything; remove it" for hook in foreign_hooks(module))
     loss = getattr(model, "loss_function", None) if hasattr(model, "lm_head") else None
     if loss is not None and getattr(loss, "func", None) is not layers.causal_lm_loss:
@@ -84,12 +103,27 @@ def find_faults(model: nn.Module) -> Iterator[str]:
 
 
 def restore_frequencies(rotary: nn.Module) -> None:
-    """rope's frequencies in float32, as engines and other frameworks have them, after a cast of the model (``model.bfloat16()``) rounded
-    them with the parameters."""
-    fresh = type(rotary)(rotary.config)
-    for name in ("inv_freq", "original_inv_freq"):
-        if isinstance(value := getattr(fresh, name, None), torch.Tensor):
-            setattr(rotary, name, value.to(getattr(rotary, name).device))
+    """rope's frequencies as engines and other frameworks have them: in float32, which a cast of the model (``model.bfloat16()``) rounds, and
+    a CPU's, which they are not where a model was built on a GPU."""
+    for name, value in _frequencies(rotary).items():
+        setattr(rotary, name, value.to(getattr(rotary, name).device))
+
+
+def wrong_frequencies(place: str, rotary: nn.Module) -> Iterator[str]:
+    """A line if rope's frequencies are not, but for rounding, those of the config."""
+    for name, value in _frequencies(rotary).items():
+        found = getattr(rotary, name)
+        if found.is_meta:
+            yield f"{place}.{name} is on meta, where nothing will compute it; load the model before convert"
+        elif not torch.allclose(found.cpu().float(), value, rtol=0.01, atol=0):
+            yield f"{place}.{name} holds other frequencies than those of the config; set rope_parameters instead"
+
+
+def _frequencies(rotary: nn.Module) -> dict[str, torch.Tensor]:
+    with torch.device("cpu"):
+        fresh = type(rotary)(rotary.config)
+    named = {name: getattr(fresh, name, None) for name in ("inv_freq", "original_inv_freq")}
+    return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
 
 
 @functools.cache

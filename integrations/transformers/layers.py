@@ -75,19 +75,29 @@ class TPInvariantQwen3Attention(_Attention, Qwen3Attention):
     pass
 
 
-class _Float32Rotary:
-    """cos and sin stay float32, so that queries and keys are rotated in float32 and rounded once (attention.py rounds them), as
-    TorchTitan does; transformers, Megatron-Core and vLLM round cos, sin and each product to the model's dtype."""
+class _Rotary:
+    """cos and sin [b, s, d] of positions [b, s]. An angle is one product, rounded once to float32; transformers multiplies matrices, which a
+    GPU may be told to do in TF32. Frequencies are those of a CPU, on any device (guard.py): a GPU's powers are others.
 
+    ``rope_dtype``, set by convert: "model" rounds cos and sin to the model's dtype, as transformers, Megatron-Core and vLLM do; with "float32"
+    queries and keys are rotated in float32 and rounded once (attention.py rounds them), as in TorchTitan.
+    """
+
+    rope_dtype = "model"
+
+    @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(x.new_empty(0, dtype=torch.float32), position_ids)
+        angles = position_ids[..., None].float() * self.inv_freq
+        angles = torch.cat((angles, angles), -1)
+        dtype = torch.float32 if self.rope_dtype == "float32" else x.dtype
+        return tuple((function(angles) * self.attention_scaling).to(dtype) for function in (torch.cos, torch.sin))
 
 
-class Float32LlamaRotaryEmbedding(_Float32Rotary, LlamaRotaryEmbedding):
+class TPInvariantLlamaRotaryEmbedding(_Rotary, LlamaRotaryEmbedding):
     pass
 
 
-class Float32Qwen3RotaryEmbedding(_Float32Rotary, Qwen3RotaryEmbedding):
+class TPInvariantQwen3RotaryEmbedding(_Rotary, Qwen3RotaryEmbedding):
     pass
 
 

@@ -56,6 +56,12 @@ class VLLMGeneration(vllm_generation.VLLMGeneration):
         """In which the engine computes."""
         return self.llm.llm_engine.model_config.dtype
 
+    def sync_weights(self) -> None:
+        """All parameters in one pass. TRL calls the engine for each of them, and vLLM then looks through its whole model; here, too, each is
+        gathered when its turn comes, and let go."""
+        self.llm.llm_engine.model_executor.driver_worker.model_runner.model.load_weights(self._iter_named_params())
+        self.llm.reset_prefix_cache()
+
     def _generate_with_seeds(self, prompts, sampling_params, **keywords):
         group = self.accelerator.process_index // self.tensor_parallel_size
         draw = random.Random(f"{self.seed} {group} {self.calls}")

@@ -205,6 +205,12 @@ class _Rotary:
             with defaults.torchs_own():
                 self.computed_by = next((name for name in self._KERNELS if self._agrees(name)), "torch")
 
+    def _compute_inv_freq(self, *arguments) -> Tensor:
+        """A CPU's powers of the base, as trainers have them: a GPU's differ in the last bit."""
+        device = torch.get_default_device()
+        with defaults.torchs_own():
+            return super()._compute_inv_freq(*arguments).to(device)
+
     def forward(self, positions: Tensor, query: Tensor, key: Tensor | None = None):
         return getattr(self, self._KERNELS.get(self.computed_by, "forward_native"))(positions, query, key)
 

@@ -25,17 +25,20 @@ def run(arguments: argparse.Namespace, sizes: Sequence[int]) -> int:
         paths = {"checkpoint": arguments.model} if arguments.model else {kind: os.path.join(directory, kind) for kind in across.KINDS}
         for name, path in paths.items():
             if not arguments.model:
-                across.make_checkpoint(name, path)
+                across.make_checkpoint(name, path, arguments.hidden or 128, arguments.num_layers or 2)
             for layers in ("tpinv", "stock"):
-                task = across.Task(path, layers, arguments.dtype, arguments.leaves)
+                task = across.Task(path, layers, arguments.dtype, arguments.leaves, device=arguments.device)
                 found = across.compare_frameworks(
                     frameworks, sizes, task, lambda row, name=name: console.print(_line(name, row)),
                     python=arguments.vllm_python, timeout=arguments.timeout,
                 )  # fmt: skip
                 rows += [(name, row) for row in found]
-    console.print(_table(rows, arguments.dtype))
+    console.print(_table(rows, f"{arguments.dtype} on {arguments.device}"))
     if arguments.json:
-        write_json(arguments.json, {"dtype": arguments.dtype, "rows": [{"model": name, **asdict(row)} for name, row in rows]})
+        write_json(
+            arguments.json,
+            {"dtype": arguments.dtype, "device": arguments.device, "rows": [{"model": name, **asdict(row)} for name, row in rows]},
+        )
     ours = [row for _, row in rows if row.layers == "tpinv"]
     stock = [row for _, row in rows if row.layers == "stock"]
     agree = all(row.tensors and not row.differing for row in ours)
@@ -47,6 +50,12 @@ def run(arguments: argparse.Namespace, sizes: Sequence[int]) -> int:
 def _frameworks(arguments: argparse.Namespace) -> list[str]:
     """ValueError for a name that is not known, or a framework that is not installed."""
     frameworks = [name.strip() for name in arguments.across.split(",")]
+    if arguments.device == "cuda" and arguments.dtype == "fp32" and "vllm" in frameworks:
+        raise ValueError(
+            "--across vllm --device cuda --dtype fp32: the plugin covers 16-bit models on GPUs; use --dtype bf16, or leave vllm out"
+        )
+    if arguments.model and (arguments.hidden or arguments.num_layers):
+        raise ValueError("--hidden and --num-layers describe random models; leave them out with --model")
     for name in frameworks:
         if name not in across.FRAMEWORKS:
             raise ValueError(f"--across {name}: unknown framework; choose from {', '.join(across.FRAMEWORKS)}")
@@ -70,8 +79,8 @@ def _line(name: str, row: across.Row) -> str:
     return f"{name} {row.layers} {row.framework} TP={row.tp}{variant}: {row.differing} of {row.tensors} differ"
 
 
-def _table(rows, dtype: str) -> Table:
-    table = Table(title=f"logits and log-probabilities against transformers in one process, {dtype}", title_justify="left")
+def _table(rows, about: str) -> Table:
+    table = Table(title=f"logits and log-probabilities against transformers in one process, {about}", title_justify="left")
     for column in ("model", "framework", "TP", "", "tpinv", "stock"):
         table.add_column(column)
     stock = {(name, row.framework, row.tp, row.variant): row for name, row in rows if row.layers == "stock"}

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="PATH", help="the checkpoint's directory, Llama or Qwen 3, as transformers writes it"
     )
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel size of the audit (default 1)")
+    parser.add_argument("--sequence-parallel", action="store_true", help="between the ranks of the audit")
     parser.add_argument(
         "--framework", choices=FRAMEWORKS, help="that computes (default: transformers, which has whole models, or megatron at N > 1)"
     )
@@ -41,25 +42,23 @@ def run(arguments: argparse.Namespace) -> int:
     from tpinv.harness import across
     from tpinv.testing import RankPool
 
-    differing, first = 0, None
+    differing, first, variant = 0, None, "SP" if arguments.sequence_parallel else ""
     with RankPool() as pool:
         for temperature in sorted({answer.temperature for answer in answers}):
             numbers = [i for i, answer in enumerate(answers) if answer.temperature == temperature]
             rows = [answers[i].tokens for i in numbers]
             device = answers[0].device
-            task = across.Task(
-                arguments.model, "tpinv", dtype, tree.leaves, length=max(map(len, rows)), node_dtype=tree.node_dtype, device=device
-            )
-            scored = pool.run(
-                across.score_rows, arguments.tp, framework, task, rows, temperature, timeout=arguments.timeout, device=device
-            )[0]
+            length = -(-max(map(len, rows)) // arguments.tp) * arguments.tp
+            task = across.Task(arguments.model, "tpinv", dtype, tree.leaves, length=length, node_dtype=tree.node_dtype, device=device)
+            job = across.score_rows, arguments.tp, framework, task, rows, temperature, variant
+            scored = pool.run(*job, timeout=arguments.timeout, device=device)[0]
             for i, log_probs in zip(numbers, scored, strict=True):
                 for at, found in enumerate(log_probs[answers[i].first - 1 :].tolist()):
                     if transcript.to_hex(found) != answers[i].log_probs[at]:
                         differing += 1
                         first = min(first or (i, at, found), (i, at, found))
     tokens = sum(len(answer.log_probs) for answer in answers)
-    where = f"{framework}, TP = {arguments.tp}, {tree.fingerprint}"
+    where = f"{framework}, TP = {arguments.tp}{', SP' * bool(variant)}, {tree.fingerprint}"
     told = f"{len(answers)} answers, {tokens} tokens: {f'{differing} differ' if differing else 'all equal'} ({where})"
     console = Console(highlight=False, soft_wrap=True)
     console.print(told)
@@ -84,6 +83,8 @@ def _check(arguments: argparse.Namespace, answers: list[transcript.Answer]) -> t
         raise ValueError(f"--tp {arguments.tp} must be at least 1")
     if framework == "transformers" and arguments.tp > 1:
         raise ValueError(f"--framework transformers has whole models, for --tp 1; --tp {arguments.tp} needs megatron or torchtitan")
+    if arguments.sequence_parallel and arguments.tp == 1:
+        raise ValueError("--sequence-parallel shards the sequence over ranks, of which --tp 1 has none; use --tp 2 or more")
     parts = FRAMEWORKS[framework].split(".")
     if any(importlib.util.find_spec(".".join(parts[: i + 1])) is None for i in range(len(parts))):
         raise ValueError(f"--framework {framework}: {FRAMEWORKS[framework]} is not installed; pip install 'tpinv[{framework}]'")
@@ -95,8 +96,8 @@ def _check(arguments: argparse.Namespace, answers: list[transcript.Answer]) -> t
         raise ValueError(f"--tp {arguments.tp} does not divide the transcript's leaves={tree.leaves}")
     if framework == "torchtitan" and tree.node_dtype != "float32":
         raise ValueError(f"node_dtype={tree.node_dtype} is not audited with torchtitan; use megatron")
-    if answers[0].device == "cuda" and (framework != "transformers" or not torch.cuda.is_available()):
-        raise ValueError("the answers were computed on a GPU, whose bytes a CPU has not: audit them on one, with --framework transformers")
+    if answers[0].device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("the answers were computed on a GPU, whose bytes a CPU has not: audit them on one (ranks may share it)")
     if answers[0].dtype not in DTYPES:
         raise ValueError(f"dtype={answers[0].dtype} is not audited; covered are {', '.join(DTYPES)}")
     config_path = os.path.join(arguments.model, "config.json")

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--across", metavar="LIST", help="one checkpoint in several frameworks, as transformers,megatron,torchtitan,vllm; logits and "
-        "log-probabilities are compared. --model: a Hugging Face directory (default: small random ones)",
+        "log-probabilities are compared. --model: a Hugging Face directory (default: random Llama and Qwen3, small or of --hidden)",
     )  # fmt: skip
     parser.add_argument("--vllm-python", metavar="PATH", help="--across: the interpreter of an environment that has vLLM and tpinv")
     parser.add_argument("--tp", default="1,2,4,8", help="tensor-parallel sizes, compared with 1 (default 1,2,4,8)")

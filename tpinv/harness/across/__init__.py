@@ -38,21 +38,26 @@ class Task:
 
     @property
     def tokens(self) -> Tensor:
-        return real_text()[: self.batch * self.length].view(self.batch, self.length).long()
+        return real_text()[: self.batch * self.length].view(self.batch, self.length).long().to(self.device)
 
 
-def score_rows(framework: str, task: Task, rows: Sequence[Sequence[int]], temperature: float, together: int = 8) -> list[Tensor] | None:
+def score_rows(
+    framework: str, task: Task, rows: Sequence[Sequence[int]], temperature: float, variant: str = "", together: int = 8
+) -> list[Tensor] | None:
     """On every rank of a framework: the log-probability of each next token of ``rows``, of logits / temperature, float32 [length - 1] each
-    on rank 0. ``task.length`` is the longest row's. Rows are filled up on the right, which their bytes do not depend on."""
+    on rank 0. ``task.length`` is the longest row's, or more. Rows are filled up to it on the right, which their bytes do not depend on;
+    ``variant`` "SP" is sequence parallelism, for which the ranks must divide it."""
     from importlib import import_module
 
     import torch.distributed as dist
 
     found = []
-    with import_module(f"tpinv.harness.across.{framework}").opened(task, "") as (local_logits, group), torch.no_grad():
+    with import_module(f"tpinv.harness.across.{framework}").opened(task, variant) as (local_logits, group), torch.no_grad():
         for at in range(0, len(rows), together):
             part = rows[at : at + together]
-            tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in part], batch_first=True).to(task.device)
+            tokens = torch.zeros(len(part), task.length, dtype=torch.long, device=task.device)
+            for i, row in enumerate(part):
+                tokens[i, : len(row)] = torch.tensor(row)
             logits = apply_temperature(local_logits(tokens)[:, :-1], temperature)
             scored = vocab_parallel_log_probs(logits, tokens[:, 1:], tree=ReductionTree(task.leaves, task.node_dtype), group=group)
             found += [log_probs[: len(row) - 1].cpu() for row, log_probs in zip(part, scored, strict=True)]
@@ -71,8 +76,9 @@ class Row:
     differing: int
 
 
-def make_checkpoint(kind: str, path: str) -> None:
-    """A small random Llama or Qwen 3 with 8 equal leaves everywhere, for TP 1, 2, 4, written as transformers writes it."""
+def make_checkpoint(kind: str, path: str, hidden: int = 128, layers: int = 2) -> None:
+    """A random Llama or Qwen 3 with 8 equal leaves everywhere, for TP 1, 2, 4, written as transformers writes it. ``hidden`` of 1024 and
+    more: heads of 128 on 8 KV heads and the feed-forward widths of the 8B models, a vocabulary of 32768."""
     import transformers
 
     torch.manual_seed(0)
@@ -80,9 +86,14 @@ def make_checkpoint(kind: str, path: str) -> None:
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     }[kind]
+    if hidden < 1024:
+        sizes = {"vocab_size": 256, "intermediate_size": 344, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
+    else:
+        sizes = {"vocab_size": 32768, "intermediate_size": hidden * 7 // 2 if kind == "llama" else hidden * 3}
+        sizes |= {"num_attention_heads": hidden // 128, "num_key_value_heads": 8, "head_dim": 128}
     config = make_config(
-        vocab_size=256, hidden_size=128, intermediate_size=344, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
-        head_dim=32, max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.1, dtype="float32",
+        hidden_size=hidden, num_hidden_layers=layers, max_position_embeddings=512, tie_word_embeddings=False, dtype="float32",
+        initializer_range=0.1 if hidden < 1024 else 0.02, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, **sizes,
     )  # fmt: skip
     make_model(config).save_pretrained(path)
 
@@ -121,14 +132,14 @@ def compare_frameworks(
     an environment that has vLLM, which pins a torch of its own; this one by default. ``pool``: whose workers to use."""
     rows = []
     with contextlib.nullcontext(pool) if pool else RankPool() as pool:
-        expected = pool.run(run_part, 1, "transformers", "", task, timeout=timeout)[0]
+        expected = pool.run(run_part, 1, "transformers", "", task, timeout=timeout, device=task.device)[0]
         for framework, ranks, variant in parts(frameworks, sizes):
             if framework == "vllm":
                 from tpinv.harness.across.vllm import serve
 
                 found = serve(task, ranks, python, timeout)
             else:
-                found = pool.run(run_part, ranks, framework, variant, task, timeout=timeout)[0]
+                found = pool.run(run_part, ranks, framework, variant, task, timeout=timeout, device=task.device)[0]
             shared = found.keys() & expected.keys()
             differing = sum(bool(compare(found[name].reshape(expected[name].shape), expected[name])) for name in shared)
             rows.append(Row(task.layers, framework, 1 if framework == "transformers" else ranks, variant, len(shared), differing))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
@@ -21,6 +21,10 @@ from tpinv.integrations.megatron import convert, gpt_layer_spec, on_cpu
 from tpinv.integrations.megatron.huggingface import load_hf_weights
 from tpinv.integrations.megatron.specs import block_spec
 from tpinv.tree import ReductionTree
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight
 
 
 def build_config(config: PreTrainedConfig, tp: int, sequence_parallel: bool, dtype: torch.dtype) -> TransformerConfig:
@@ -42,6 +46,8 @@ def build_config(config: PreTrainedConfig, tp: int, sequence_parallel: bool, dty
         hidden_dropout=0.0,
         attention_dropout=0.0,
         use_cpu_initialization=True,
+        init_method=_leave,  # the checkpoint's weights come
+        output_layer_init_method=_leave,
         masked_softmax_fusion=False,
         tensor_model_parallel_size=tp,
         sequence_parallel=sequence_parallel,
@@ -62,6 +68,8 @@ def opened(task: Task, variant: str) -> Iterator[tuple[Callable[[Tensor], Tensor
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
     try:
         with on_cpu(), torch.no_grad():
+            if task.device == "cuda":
+                tensor_parallel.model_parallel_cuda_manual_seed(0)  # Megatron forks that stream around dropout, 0 too
             config = build_config(checkpoint, tp, variant == "SP", DTYPES[task.dtype])
             model = GPTModel(
                 config,
@@ -71,15 +79,15 @@ def opened(task: Task, variant: str) -> Iterator[tuple[Callable[[Tensor], Tensor
                 position_embedding_type="rope",
                 rotary_base=checkpoint.rope_parameters["rope_theta"],
                 share_embeddings_and_output_weights=checkpoint.tie_word_embeddings,
-            ).to(DTYPES[task.dtype])
+            ).to(task.device, DTYPES[task.dtype])
             if ours:
                 convert(model, tree=tree, tokenizer_vocab_size=checkpoint.vocab_size, make_vocab_size_divisible_by=1)
             load_hf_weights(model.eval(), weights)
 
             def local_logits(tokens: Tensor) -> Tensor:
                 batch, length = tokens.shape
-                causal = torch.ones(1, 1, length, length).triu(1).bool()
-                return model(tokens, torch.arange(length).expand(batch, -1), causal)
+                causal = torch.ones(1, 1, length, length, device=tokens.device).triu(1).bool()
+                return model(tokens, torch.arange(length, device=tokens.device).expand(batch, -1), causal)
 
             yield local_logits, resolve(model.pg_collection.tp)
     finally:

@@ -103,11 +103,13 @@ def opened(task: Task, variant: str) -> Iterator[tuple[Callable[[Tensor], Tensor
     config.update_from_config(config=dataclasses.make_dataclass("Settings", [("parallelism", ParallelismConfig)])(parallelism))
     if task.layers == "tpinv":
         apply_overrides(OverrideConfig(imports=[(OVERRIDE, {"leaves": task.leaves})]), config)
-    model, dims = config.build(), ParallelDims.from_config(parallelism, tp)
+    with torch.device(task.device):  # which computes rope's cache
+        model = config.build()
+    dims = ParallelDims.from_config(parallelism, tp)
     model.parallelize(dims)
     with torch.no_grad(), dist_utils.get_spmd_context(parallel_dims=dims)():
         model.init_weights(buffer_device=None)
-        model.to(DTYPES[task.dtype])
+        model.to(task.device, DTYPES[task.dtype])
         for name, parameter in model.named_parameters():
             if name not in weights:
                 raise ValueError(f"{name} has no counterpart in the checkpoint, which has {sorted(weights)[:5]} ...")
