@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tp", nargs="+", type=int, default=[1], help="step, serve: tensor-parallel sizes, a GPU per rank (default 1); host: the sizes"
     )
     parser.add_argument("--num-layers", type=int, default=4, help="step: transformer layers (default 4)")
+    parser.add_argument("--sequence", type=int, default=4096, help="step: tokens of the one sequence (default 4096)")
     parser.add_argument("--sequence-parallel", action="store_true", help="step: above TP = 1")
     parser.add_argument(
         "--spec", choices=["local", "te"], default="local", help="step: Megatron's local layers (default) or TransformerEngine's"
@@ -52,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
                     for layers in ("stock", "tpinv"):
                         sp, last = arguments.sequence_parallel and tp > 1, turn == arguments.rounds - 1
                         of_row = {"leaves": leaves, "node_dtype": arguments.node_dtype, "num_layers": arguments.num_layers}
-                        step = bench.Step(layers, tp, sp, arguments.spec, **of_row, profile=bool(arguments.profile) and last)
+                        length, profile = arguments.sequence, bool(arguments.profile) and last
+                        step = bench.Step(layers, tp, sp, arguments.spec, **of_row, sequence=length, profile=profile)
                         result = pool.run(bench.measure, tp, step, timeout=600, device="cuda")[0]
                         kernels += [(layers, tp, leaves, *kernel) for kernel in result.pop("kernels", [])]
                         console.print(layers, f"TP={tp}", *(f"{name} {value:.6g}" for name, value in result.items()))
