@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tpinv import contract
+from tpinv.kernels.attention import sm90_dkv
 from tpinv.kernels.attention.forward import DYNAMIC, MAX_WIDTH, constants, launches, new, padded_width, place, strides
 from tpinv.kernels.attention.leaves import LOG2E, tile
 from tpinv.kernels.rows.pairwise import row_tree
@@ -233,18 +234,28 @@ def _abreast(grid: tuple[int, ...]) -> int:
 def fill_dkv(q, k, v, dout, lse, delta, dk, dv, scale: float, causal: bool, pack: Pack | None) -> None:
     batch, heads, width = q.shape[1:]
     sk, _, groups, _ = k.shape
-    per_group, common = heads // groups, constants(q, causal)
-    keys, rows, warps, stages = blocks(width, q.dtype)[1]
+    per_group = heads // groups
     parts = (dk, dv) if per_group == 1 else new(q, pack)(2, sk, batch, heads, width, dtype=torch.float32)
+    if sm90_dkv.admits(q, k, v, dout, causal, pack, fill_parts):
+        sm90_dkv.run(q, k, v, dout, lse, delta, *parts, scale, causal)
+    else:
+        fill_parts(q, k, v, dout, lse, delta, *parts, scale, causal, pack)
+    if per_group > 1:
+        of_program = max(1, _ELEMENTS // 2 // padded_width(width))
+        grid = triton.cdiv(sk * batch * groups, of_program), 2
+        sum_heads_kernel[grid](
+            parts, dk, dv, sk * batch * groups, per_group, width, ROWS=of_program, BLOCK=padded_width(width), num_warps=4
+        )
+
+
+def fill_parts(q, k, v, dout, lse, delta, dk, dv, scale: float, causal: bool, pack: Pack | None = None) -> None:
+    """Of each query head, by Triton. dk and dv have the same strides."""
+    keys, rows, warps, stages = blocks(q.shape[3], q.dtype)[1]
     for grid, place_args in launches(q, k, pack, keys, by_keys=True):
         dkv_kernel[grid](
-            q, k, v, dout, lse, delta, *parts, *strides(q, k, v, dout, parts[0]), *place_args, _abreast(grid), scale * LOG2E, scale,
-            ROWS=rows, KEYS=keys, num_warps=warps, num_stages=stages, **common,
+            q, k, v, dout, lse, delta, dk, dv, *strides(q, k, v, dout, dk), *place_args, _abreast(grid), scale * LOG2E, scale,
+            ROWS=rows, KEYS=keys, num_warps=warps, num_stages=stages, **constants(q, causal),
         )  # fmt: skip
-    if per_group > 1:
-        of_program = max(1, _ELEMENTS // 2 // common["WIDTH"])
-        grid = triton.cdiv(sk * batch * groups, of_program), 2
-        sum_heads_kernel[grid](parts, dk, dv, sk * batch * groups, per_group, width, ROWS=of_program, BLOCK=common["WIDTH"], num_warps=4)
 
 
 def fill_dq(q, k, v, dout, lse, delta, dq, scale: float, causal: bool, pack: Pack | None) -> None:

@@ -64,20 +64,27 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and device_state(device.index).capability == (9, 0)
 
 
-def refuses(q: Tensor, k: Tensor, v: Tensor, pack: Pack | None = None) -> str | None:
-    """Why this kernel cannot compute these; None when it can. Decides speed only: the Triton kernel has the same bits."""
+def refuses_operands(source: str, q: Tensor, *others: Tensor) -> str | None:
+    """Why kernels of this kind cannot read these [s, b, heads, d]; None when they can."""
     if not _is_hopper(q.device):
         return "needs compute capability 9.0"
-    if cuda.missing(SOURCE):
-        return cuda.missing(SOURCE)
+    if cuda.missing(source):
+        return cuda.missing(source)
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"needs bf16 or fp16, got {q.dtype}"
     if q.shape[-1] > 128 or q.shape[-1] % 8:
         return f"needs heads of width 8, 16, ..., 128, got {q.shape[-1]}"
-    for t in (q, k, v):
+    for t in (q, *others):
         steps = [s for s, n in zip(t.stride()[:3], t.shape[:3], strict=True) if n > 1]
         if t.data_ptr() % 16 or any(s % 8 or s <= 0 for s in steps):
             return "copies need tensors that are aligned to 16 bytes, and rows that lie a multiple of 8 elements apart"
+    return None
+
+
+def refuses(q: Tensor, k: Tensor, v: Tensor, pack: Pack | None = None) -> str | None:
+    """Why this kernel cannot compute these; None when it can. Decides speed only: the Triton kernel has the same bits."""
+    if why := refuses_operands(SOURCE, q, k, v):
+        return why
     longest, sequences = (len(q), q.shape[1]) if pack is None else (pack.longest_q, len(pack.cu_q) - 1)
     if longest < FEWEST_ROWS:
         return f"is made for tiles of {ROWS} queries"
@@ -94,7 +101,7 @@ def macros(width: int, dtype: torch.dtype, causal: bool, packed: bool, tree: boo
     }  # fmt: skip
 
 
-def _box(t: Tensor) -> tuple:
+def box_of(t: Tensor) -> tuple:
     """What cuda.tensor_map takes after the address, for [s, b, heads, d]: copies bring 64 rows of 64 columns."""
     rows, batch, heads, width = t.shape
     sizes, strides = (width, rows, heads, batch), (t.stride(0), t.stride(2), t.stride(1))
@@ -137,7 +144,7 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, pack: Pac
         shared=shared,
         scratch=grid * levels * (padded // 8 + 1) * _CONSUMERS * 4,
         params=bytes(params),
-        boxes=(_box(q), _box(k), _box(v)),
+        boxes=(box_of(q), box_of(k), box_of(v)),
     )
 
 
