@@ -258,6 +258,28 @@ def test_a_rank_that_is_late(with_line):
     assert other_text == text
 
 
+def a_slow_look() -> str:
+    """Rank 0 waits long enough to look around and is slow at it; meanwhile its peers come, go on, and wait in their next call, which they
+    post. What they announced lies on rank 0's line by then."""
+    ranks = resolve()
+    agree(ranks, "f", {"a": 1})
+    state = state_of(ranks)
+    if ranks.rank == 0:
+        status = state.board.status
+        state.board.status = lambda rank: (time.sleep(0.7), status(rank))[1]
+    else:
+        time.sleep(comparison.LOOK + 0.3)
+    with mock.patch.object(agreement, "PATIENCE", 0.1):
+        found = said(agree, ranks, "f", {"a": 2}) or said(agree, ranks, "f", {"a": 3})
+    posted = [state.board.status(rank)["call"] for rank in range(1, ranks.size)]
+    return found or ("" if ranks.rank or 3 in posted else f"no peer has waited in its next call: {posted}")
+
+
+def test_a_peer_that_goes_on_while_this_rank_looks_around():
+    """New to one rank and past at another is no error where calls are announced."""
+    assert run_ranks(a_slow_look, 4) == [""] * 4
+
+
 def dying(with_line: bool, where: str, path: str):
     with board_only(not with_line):
         ranks = resolve()

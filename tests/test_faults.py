@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from tpinv.cli import bench, bench_all, bench_host, main
 from tpinv.harness import faults
@@ -44,8 +45,8 @@ def test_a_killed_rank_is_told_by_all_others(tmp_path, capsys):
     "arguments, message",
     [
         ("killed-rank --ranks 1", "--ranks 1 must be at least 2"),
-        ("delays --timeout nan", "--timeout nan above 0"),
-        ("delays --timeout 0", "--timeout 0.0 above 0"),
+        ("delays --timeout nan", "--timeout nan and --seconds inf above 0"),
+        ("delays --timeout 0", "--timeout 0.0 and --seconds inf above 0"),
         ("delays --json nowhere/x", "--json nowhere/x cannot be written"),
     ],
 )
@@ -83,8 +84,8 @@ def test_bench_host_reports_each_part(monkeypatch, tmp_path, capsys):
     killed = {"ok": True, "limit": 30, "ranks": [{"rank": 0, "error": "RuntimeError", "seconds": 1.5}]}
     late = {"ok": True, "ranks": [{"calls": 100, "wrong": 0, "seconds": 1.0}] * 2}
 
-    def commands(out, gpus, sizes, installed):
-        assert sizes == [1, 2, 4, 8]
+    def commands(out, gpus, sizes, installed, steps, calls, seconds):
+        assert sizes == [1, 2, 4, 8] and (steps, calls, seconds) == (20, 10_000, 3600)
         file = lambda name: str(Path(bench_all.ROOT, out, name))  # noqa: E731
         parts = {name: ["-c", write, file(f"{name}.json"), json.dumps(data), status] for name, data, status in parts_of}
         return parts, {"serve": "vllm is not installed"}
@@ -97,5 +98,25 @@ def test_bench_host_reports_each_part(monkeypatch, tmp_path, capsys):
     assert "killed-rank: raised after [1.5] s, limit 30" in said and "delays: 0 of 200 results differ" in said
     parts_of = [("delays", late, "0"), ("step", {}, "1")]
     assert main(["bench", "host", "--out", str(tmp_path)]) == 2, "what has no bytes to differ has failed"
-    parts_of = [("delays", late, "0")]
-    assert main(["bench", "host", "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert main(["bench", "host", "--out", str(tmp_path), "--parts", "delays"]) == 0, "the step that fails is left out"
+    assert "serve" not in capsys.readouterr().out
+    assert (
+        main(["bench", "host", "--out", str(tmp_path), "--part-seconds", "0"]) == 2
+        and "--part-seconds 0.0 must be above 0" in capsys.readouterr().err
+    )
+
+
+def test_a_part_that_takes_too_long_is_ended_with_its_ranks(tmp_path):
+    """By Ctrl-C first: a command's ranks are process groups of their own, which nothing else would reach."""
+    wait = "import time, pathlib, sys\ntry: time.sleep(600)\nexcept KeyboardInterrupt: pathlib.Path(sys.argv[1]).touch()"
+    about, ended = {"commands": []}, tmp_path / "ended"
+    assert bench_all.run_parts({"slow": ["-c", wait, str(ended)]}, tmp_path, about, Console(quiet=True), timeout=3) == ["slow"]
+    assert about["commands"][0]["status"] == 124 and ended.exists()
+
+
+def test_parts_are_shortened():
+    parts, _ = bench_host.commands("out", 2, [1, 8], lambda module: True, 3, 50, 100.0)
+    assert parts["delays"][-8:] == ["--ranks", "8", "--calls", "50", "--seconds", "70", "--json", "out/delays.json"]
+    steps = parts["verify-megatron"]
+    assert steps[steps.index("--steps") + 1] == "3" and not bench_host.installed("nobody.has.this")

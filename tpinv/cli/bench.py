@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tpinv.cli import bench_attention, bench_layer, bench_serve, bench_step
+from tpinv.cli import bench_attention, bench_host, bench_layer, bench_serve, bench_step
 from tpinv.harness.outputs import check_outputs
 from tpinv.tree import NODE_DTYPES, ReductionTree
 
@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bench_attention.add_arguments(parser)
     bench_layer.add_arguments(parser)
     bench_serve.add_arguments(parser)
+    bench_host.add_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_numbers(arguments)
     check_outputs(arguments)
     if arguments.what in ("all", "host"):
-        from tpinv.cli import bench_all, bench_host
+        from tpinv.cli import bench_all
 
         return {"all": bench_all, "host": bench_host}[arguments.what].run(arguments)
     if arguments.what == "collectives":
@@ -117,7 +118,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
     """ValueError naming the option whose number no measurement could have, or that names one twice."""
-    for name in ("tokens", "leaves", "batch", "keys", "shard_of", "milliseconds", "rounds", "ranks", "sizes", "tp", "num_layers"):
+    of_all = "leaves", "milliseconds", "rounds", "ranks", "sizes", "tp"
+    for name in (*of_all, "tokens", "batch", "keys", "shard_of", "num_layers", "steps", "calls", "part_seconds"):
         values = getattr(arguments, name)
         values = values if isinstance(values, list) else [values]
         option = f"--{name.replace('_', '-')}"

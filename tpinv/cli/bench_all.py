@@ -70,15 +70,24 @@ def run_parts(parts: dict[str, list[str]], out: Path, about: dict, console: Cons
             except subprocess.TimeoutExpired:
                 status = 124
             finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                _end(process)
         seconds = time.monotonic() - started
         about["commands"].append({"part": part, "command": " ".join(command), "status": status, "seconds": round(seconds, 1)})
         write_json(str(out / "about.json"), about)  # as they come: a run may be cut off
         failed += [part] if status else []
         console.print(f"{part}: {f'failed with status {status}, see {out}/{part}.log' if status else 'done'}, {seconds:.0f} s")
     return failed
+
+
+def _end(process: subprocess.Popen) -> None:
+    """A part that is still there: as by Ctrl-C, so that it ends its ranks, which are process groups of their own; then by force."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def commands(out: str, gpus: int) -> dict[str, list[str]]:

@@ -13,7 +13,8 @@ One directory, DIRECTORY/DATE-GPU-host, of one commit:
     summary.json        a line for each part: what it found
 
 Sizes above the number of GPUs share them where only bytes are compared, and are not timed. A part that cannot be run for want of a package is
-listed with its reason; one that fails does not stop the others, and the exit status is then 2 (1 if only bytes differed).
+listed with its reason; one that fails does not stop the others, and the exit status is then 2 (1 if only bytes differed). ``--parts`` names
+those to run, ``--steps``, ``--calls`` and ``--part-seconds`` say how much of each.
 """
 
 import argparse
@@ -31,8 +32,18 @@ from rich.console import Console
 from tpinv.cli.bench_all import ROOT, describe_machine, run_parts
 from tpinv.harness.outputs import write_json
 
-PART_SECONDS = 3600.0
+PARTS = (
+    "verify-megatron", "verify-te", "verify-torchtitan", "delays", "killed-rank", "step", "collectives", "verify-vllm", "serve",
+    "killed-server",
+)  # fmt: skip
 CHECKED = "verify", "delays", "killed"  # parts whose status 1 means: it ran, and what it checks does not hold
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", help=f"host: of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--steps", type=int, default=20, help="host: optimizer steps of what is verified (default 20)")
+    parser.add_argument("--calls", type=int, default=10_000, help="host: all-reduces among late ranks (default 10000)")
+    parser.add_argument("--part-seconds", type=float, default=3600.0, help="host: a part that takes longer is ended (default 3600)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,14 +52,18 @@ def run(arguments: argparse.Namespace) -> int:
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower().replace("nvidia", "")).strip("-")
     out = Path(arguments.out or "docs/benchmarks").resolve() / f"{datetime.date.today()}-{name}-x{gpus}-host"
     out.mkdir(parents=True, exist_ok=True)
-    parts, missing = commands(os.path.relpath(out, ROOT), gpus, sizes, installed)
+    parts, missing = commands(
+        os.path.relpath(out, ROOT), gpus, sizes, installed, arguments.steps, arguments.calls, arguments.part_seconds
+    )  # fmt: skip
+    if arguments.parts:
+        parts, missing = ({part: what for part, what in of.items() if _kind(part) in arguments.parts} for of in (parts, missing))
     about = describe_machine() | {"gpu_count": gpus, "sizes": sizes, "not_run": missing}
     console.print(f"{about['gpu']} x {gpus}, TP {sizes}, commit {about['commit']}{', changed' if about['changed'] else ''}; writing {out}")
     for part, why in missing.items():
         console.print(f"{part}: not run, {why}")
     if max(sizes) > gpus:
         os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")  # for bytes; torch asks for it in as many words
-    failed = run_parts(parts, out, about, console, PART_SECONDS)
+    failed = run_parts(parts, out, about, console, arguments.part_seconds)
     found = summary(out, about["commands"])
     write_json(str(out / "summary.json"), found)
     for line in found:
@@ -66,22 +81,33 @@ def default_sizes(gpus: int) -> list[int]:
 
 
 def installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package that it would be in
+        return False
 
 
-def commands(out: str, gpus: int, sizes: list[int], installed) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Arguments of python by the name of the part, and the parts that cannot be run with the reason. ``out`` is relative to the repository."""
+def _kind(part: str) -> str:
+    """One of PARTS: collectives-4 is of collectives."""
+    return "collectives" if part.startswith("collectives-") else part
+
+
+def commands(
+    out: str, gpus: int, sizes: list[int], installed, steps: int = 20, calls: int = 10_000, seconds: float = 3600.0
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Arguments of python by the name of the part, and the parts that cannot be run with the reason. ``out`` is relative to the repository;
+    ``seconds`` is what a part may take: late ranks end their calls before that."""
     tp, timed = ",".join(map(str, sizes)), [str(size) for size in sizes if size <= gpus]
     leaves = str(max(8, *sizes))
     verify = ["-m", "tpinv", "verify", "--device", "cuda", "--tp", tp, "--leaves", leaves, "--dtype", "bf16"]
-    trained = [*verify, "--sequence-parallel", "--steps", "20", "--timeout", "1200"]
+    trained = [*verify, "--sequence-parallel", "--steps", str(steps), "--timeout", "1200"]
     bench, faults = ["-m", "tpinv", "bench"], ["-m", "tpinv.harness.faults"]
-    wide = ["--hidden", "1024", "--num-layers", "2"]
+    wide, late = ["--hidden", "1024", "--num-layers", "2"], [*faults, "delays", "--ranks", str(sizes[-1])]
     parts = {
         "verify-megatron": ("megatron.core", [*trained, *wide, "--json", f"{out}/verify-megatron.json"]),
         "verify-te": ("transformer_engine", [*trained, *wide, "--spec", "te", "--json", f"{out}/verify-te.json"]),
         "verify-torchtitan": ("torchtitan", [*trained, "--framework", "torchtitan", "--json", f"{out}/verify-torchtitan.json"]),
-        "delays": ("torch", [*faults, "delays", "--ranks", str(sizes[-1]), "--calls", "10000", "--json", f"{out}/delays.json"]),
+        "delays": ("torch", [*late, "--calls", str(calls), "--seconds", f"{0.7 * seconds:g}", "--json", f"{out}/delays.json"]),
         "killed-rank": ("torch", [*faults, "killed-rank", "--ranks", str(sizes[-1]), "--json", f"{out}/killed-rank.json"]),
         "step": ("megatron.core", [*bench, "step", "--tp", *timed, "--leaves", leaves, "--rounds", "2", "--csv", f"{out}/step.csv"]),
     }

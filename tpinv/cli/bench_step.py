@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False, width=150)
     rows, kernels = [], []
     with RankPool() as pool:
-        for tp in arguments.tp:
+        for tp in sorted(arguments.tp, reverse=True):  # downwards, as verify's sizes and for their reason
             for leaves in [n for n in arguments.leaves if n % tp == 0]:
                 for turn in range(arguments.rounds):
                     for layers in ("stock", "tpinv"):
@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
                         kernels += [(layers, tp, leaves, *kernel) for kernel in result.pop("kernels", [])]
                         console.print(layers, f"TP={tp}", *(f"{name} {value:.6g}" for name, value in result.items()))
                         rows.append({"tp": tp, "sp": sp, **of_row, "round": turn, "layers": layers} | result)
+    rows.sort(key=lambda row: arguments.tp.index(row["tp"]))  # a stable sort: stock stays beside tpinv
     console.print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {datetime.date.today()}, tpinv bench {' '.join(sys.argv[2:])}"
     )

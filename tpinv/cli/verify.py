@@ -181,7 +181,10 @@ def _own_model(arguments: argparse.Namespace, sizes: tuple[int, ...]):
 
 
 def _compare_all(arguments: argparse.Namespace, sizes: tuple[int, ...], name: str, settings, console: Console) -> list[Row]:
-    layouts = [(size, sp) for size in sizes for sp in ((False, True) if arguments.sequence_parallel and size > 1 else (False,))]
+    # TP = 1 first, of which rank 0 keeps the recording; then the largest, so that every worker has shared memory as often as its peers of a
+    # smaller size: torch counts that per process, and ranks whose counts differ would wait for each other (collectives/symmetric.py).
+    downwards = [1, *sorted(set(sizes) - {1}, reverse=True)]
+    layouts = [(size, sp) for size in downwards for sp in ((False, True) if arguments.sequence_parallel and size > 1 else (False,))]
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True
     )
@@ -209,7 +212,7 @@ def _compare_all(arguments: argparse.Namespace, sizes: tuple[int, ...], name: st
                 console.print(f"{which}: {found}, {time.monotonic() - started:.0f} s")
             if row.loaded:
                 console.print(f"{which}: {row.loaded} initial tensors depended on TP; it started from those of TP=1")
-    return rows
+    return sorted(rows, key=lambda row: (row.layers, row.tp, row.sp))  # stock, then tpinv
 
 
 def _import(module: str, name: str):

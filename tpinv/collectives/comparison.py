@@ -136,7 +136,8 @@ def raise_for_peers(state: GroupState, comparing: bool = False) -> None:
                 raise _refused_by_peer(state, refusal)
         if state.board.has(number, [rank]):
             continue
-        if status["call"] > number and state.call not in state.known:  # this rank compares, and that one did not
+        # This rank compares, and that one did not. On a line it has announced the call, perhaps while this rank was looking around.
+        if status["call"] > number and state.call not in state.known and state.line is None:
             place = f"rank {rank} went past it to its call {status['call']}, {status['name']}, and had compared such a call before"
             raise fail(
                 state, ValueError(f"the ranks do not make the same calls: {where(state)} is new on rank {state.rank}; {place}. {_SAME}")

@@ -5,14 +5,17 @@
     python -m tpinv.harness.faults killed-server --ranks 2 --checkpoint DIRECTORY
 
 ``delays``: all-reduces of many sizes in random order, every rank late by a time of its own before each; every result has the bytes of the
-same sum over the process group. ``killed-rank``: one rank ends itself by SIGKILL in the middle of training; every other must raise.
+same sum over the process group. Ranks that share a GPU wait for one another's time slices, some milliseconds a call: ``--seconds`` ends the
+calls there, on all ranks at the same one. ``killed-rank``: one rank ends itself by SIGKILL in the middle of training; every other must raise.
 ``killed-server``: a worker of a vLLM engine is killed while it generates; the engine must raise.
 
 Exit status 0: as it should be; 1: it was not; 2: it could not be tried. Limits are in seconds.
 """
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -28,22 +31,24 @@ import torch
 import torch.distributed as dist
 
 import tpinv
-from tpinv.collectives import process_group, resolve, tree_all_reduce
+from tpinv.collectives import process_group, resolve, symmetric, tree_all_reduce
 from tpinv.harness.outputs import check_outputs
 from tpinv.testing import RankError, RankPool
 from tpinv.tree import ReductionTree
 
 SIZES = (1 << 10, 12_288, 1 << 15, 1 << 17, 1 << 20, 6 << 20)  # bytes of the bf16 result
 NODES = ("float32", "bfloat16")
+TURN = 100  # calls between two looks at the clock
 STEPS_BEFORE = 3  # that every rank finishes before one is killed
+START = 300  # seconds until then
 
 
 # -- late ranks -----------------------------------------------------------------------------------------------------------------------
 
 
-def delay(calls: int, device: str, seed: int = 0) -> dict:
-    """On every rank: ``calls`` all-reduces, each after a delay of up to 2 ms on the host or, on GPUs, in the stream. Counts results whose
-    bytes are not those of the process group's sum."""
+def delay(calls: int, device: str, seconds: float = math.inf, seed: int = 0) -> dict:
+    """On every rank: ``calls`` all-reduces, each after a delay of up to 2 ms on the host or, on GPUs, in the stream; fewer if ``seconds``
+    have passed on rank 0. Counts results whose bytes are not those of the process group's sum."""
     ranks = resolve()
     here = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
     shared, own = random.Random(seed), random.Random(1000 + seed + ranks.rank)
@@ -54,8 +59,8 @@ def delay(calls: int, device: str, seed: int = 0) -> dict:
             values = torch.randn(1, size // 2, generator=torch.Generator().manual_seed(size + ranks.rank)).to(here, getattr(torch, node))
             expected = process_group.all_reduce(values, tree, ranks, torch.bfloat16)
             messages.append((values, tree, expected.view(torch.int16)))
-    wrong, delayed, started = torch.zeros((), dtype=torch.int64, device=here), 0, time.monotonic()
-    for _ in range(calls):
+    wrong, delayed, made, started = torch.zeros((), dtype=torch.int64, device=here), 0, 0, time.monotonic()
+    for made in range(1, calls + 1):
         values, tree, expected = messages[shared.randrange(len(messages))]
         kind = own.random()
         if kind < 0.2:
@@ -64,12 +69,22 @@ def delay(calls: int, device: str, seed: int = 0) -> dict:
             torch.cuda._sleep(int(own.random() * 4e6))  # cycles: up to 2 ms
         delayed += kind < 0.4
         wrong += (tree_all_reduce(values, tree=tree, out_dtype=torch.bfloat16).view(torch.int16) != expected).any()
-    return {"calls": calls, "delayed": delayed, "wrong": int(wrong), "seconds": time.monotonic() - started}
+        if made % TURN == 0 and seconds < math.inf:
+            int(wrong)  # waits until the GPU has come this far
+            over = torch.tensor([time.monotonic() - started > seconds], dtype=torch.int64)
+            dist.broadcast(over, 0)
+            if int(over):
+                break
+    backend = symmetric.agreement(ranks, here)[1] if device == "cuda" else None
+    path = f"{backend.backend or 'ProcessGroup'}: {backend.reason}" if backend else "ProcessGroup"
+    return {"calls": made, "delayed": delayed, "wrong": int(wrong), "seconds": time.monotonic() - started, "path": path}
 
 
 def run_delays(arguments) -> dict:
     with RankPool() as pool:
-        found = pool.run(delay, arguments.ranks, arguments.calls, arguments.device, timeout=arguments.timeout, device=arguments.device)
+        found = pool.run(
+            delay, arguments.ranks, arguments.calls, arguments.device, arguments.seconds, timeout=arguments.timeout, device=arguments.device
+        )
     return {"ok": not any(rank["wrong"] for rank in found), "ranks": found}
 
 
@@ -82,9 +97,11 @@ def train_until_it_fails(directory: str, rank: int, size: int, device: str, time
         torch.cuda.set_device(rank % torch.cuda.device_count())
     own_gpu = device == "cuda" and size <= torch.cuda.device_count()
     store = dist.FileStore(os.path.join(directory, "store"), size)
+    # gloo tells a dead peer at once, so that its timeout is only for ranks that start late; NCCL waits for its own.
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if own_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
-    )
+        "cpu:gloo,cuda:nccl" if own_gpu else "gloo",
+        store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout if own_gpu else max(timeout, START)),
+    )  # fmt: skip
     tree = ReductionTree(size)
     generator = torch.Generator().manual_seed(rank)
     up = tpinv.ColumnParallelLinear(64 * size, 128 * size, bias=False, tree=tree, device=device)
@@ -109,6 +126,10 @@ def train_until_it_fails(directory: str, rank: int, size: int, device: str, time
     except Exception as error:  # what it is, is what this is about
         outcome["error"] = f"{type(error).__name__}: {str(error)[:300]}"
     outcome["raised"] = time.time()
+    if device == "cuda" and outcome["error"]:  # CUDA's word for a kernel that gave up says nothing; the kernel does
+        with contextlib.suppress(Exception):  # a group that never agreed on shared memory
+            shared = symmetric.workspace(resolve(), torch.device("cuda", torch.cuda.current_device()))
+            outcome["said"] = shared and shared.failure()
     Path(directory, f"{rank}.part").write_text(json.dumps(outcome))
     os.replace(Path(directory, f"{rank}.part"), Path(directory, f"{rank}.json"))
     os._exit(0)  # a process group with a dead member does not shut down in order
@@ -118,7 +139,8 @@ def run_killed_rank(arguments) -> dict:
     """Seconds from the kill to the error of every other rank. ok: all raised, within ``--timeout`` and 10 seconds."""
     size, limit = arguments.ranks, arguments.timeout + 10
     with tempfile.TemporaryDirectory(prefix="tpinv-") as directory:
-        environment = os.environ | {"TPINV_TIMEOUT": str(arguments.timeout)}
+        # No kernel is tuned, which may take a rank longer than its peers wait.
+        environment = os.environ | {"TPINV_TIMEOUT": str(arguments.timeout), "TPINV_TUNE": "0"}
         started = [
             subprocess.Popen(
                 [sys.executable, "-m", "tpinv.harness.faults", "rank", "--ranks", str(size), "--rank", str(rank), "--directory", directory]
@@ -128,7 +150,7 @@ def run_killed_rank(arguments) -> dict:
             for rank in range(size)
         ]
         try:
-            if started[-1].wait(300) != -signal.SIGKILL:
+            if started[-1].wait(START) != -signal.SIGKILL:
                 said = Path(directory, f"{size - 1}.json")
                 why = json.loads(said.read_text())["error"] if said.exists() else f"status {started[-1].returncode}"
                 raise RuntimeError(f"rank {size - 1} ended before it could be killed: {why}")
@@ -139,7 +161,7 @@ def run_killed_rank(arguments) -> dict:
                 except subprocess.TimeoutExpired:
                     continue
         except subprocess.TimeoutExpired:
-            raise RuntimeError(f"{size} ranks did not get through {STEPS_BEFORE} steps in 300 s") from None
+            raise RuntimeError(f"{size} ranks did not get through {STEPS_BEFORE} steps in {START} s") from None
         finally:
             for process in started:
                 process.kill()
@@ -149,7 +171,9 @@ def run_killed_rank(arguments) -> dict:
             path = Path(directory, f"{rank}.json")
             outcome = json.loads(path.read_text()) if path.exists() else {"error": None}
             seconds = round(outcome["raised"] - killed, 2) if outcome["error"] else None
-            found.append({"rank": rank, "error": outcome["error"], "seconds": seconds})
+            found.append(
+                {"rank": rank, "error": outcome["error"], "seconds": seconds} | ({"said": said} if (said := outcome.get("said")) else {})
+            )
     return {"ok": all(rank["error"] for rank in found), "limit": limit, "ranks": found}
 
 
@@ -235,6 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=max(2, torch.cuda.device_count()))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--calls", type=int, default=10_000)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="delays: make no more calls after these")
     parser.add_argument("--timeout", type=float, help="seconds that waiting ranks wait (default 20; delays: 900 for all)")
     parser.add_argument("--checkpoint", help="killed-server: a model's directory (default: a small random one)")
     parser.add_argument("--json", help="write what was found to this file")
@@ -253,8 +278,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    if chosen.ranks < 2 or chosen.calls < 1 or not 0 < chosen.timeout < float("inf"):
-        print(f"--ranks {chosen.ranks} must be at least 2, --calls {chosen.calls} and --timeout {chosen.timeout} above 0", file=sys.stderr)
+    if chosen.ranks < 2 or chosen.calls < 1 or not 0 < chosen.timeout < math.inf or not chosen.seconds > 0:
+        print(
+            f"--ranks {chosen.ranks} must be at least 2, --calls {chosen.calls}, --timeout {chosen.timeout} and --seconds {chosen.seconds} above 0",
+            file=sys.stderr,
+        )
         return 2
     if chosen.what == "rank":
         train_until_it_fails(chosen.directory, chosen.rank, chosen.ranks, chosen.device, chosen.timeout)

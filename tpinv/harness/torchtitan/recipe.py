@@ -41,6 +41,7 @@ OVERRIDE = "tpinv.integrations.torchtitan.invariant"
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 DTENSOR_FSDP = TORCH >= (2, 12)
 SPMD_FSDP = TORCH >= (2, 14)  # below, FSDP cannot shard the plain tensors of the default backend at TP > 1
+STOCK_TRAINS = DTENSOR_FSDP  # without FSDP nobody adds up the gradients of stock's replicated parameters, and its ranks drift apart
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from functools import partial
 
-from tpinv.harness.torchtitan.recipe import Run, build_model_config, build_trainer_config, own_trainer_config  # isort: skip  # before torchtitan
+from tpinv.harness.torchtitan.recipe import STOCK_TRAINS, Run, build_model_config, build_trainer_config, own_trainer_config  # isort: skip  # before torchtitan
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -57,6 +57,8 @@ class RecordingTrainer(Trainer):
         batches = list(zip(range(steps * self.gradient_accumulation_steps), self.dataloader, strict=False))
         record.parameters("initial", model)
         record.sharded("step0/logits", self.logits(batches[0][1][0]["input"]), -1)
+        if not self.config.override.imports and not STOCK_TRAINS:  # below torch 2.12 stock is only known by its logits
+            return
         iterator = self.batch_generator(batch for _, batch in batches)
         for self.step in range(1, steps + 1):
             step, self.losses = self.step - 1, []
