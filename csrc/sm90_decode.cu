@@ -26,6 +26,7 @@ typedef long long i64;
 
 constexpr int kBlock = BLOCK_KEYS, kLeaf = LEAF_KEYS, kLeafBlocks = kLeaf / kBlock, kNode = NODE_LEAVES;
 static_assert(kBlock == 64 && kLeafBlocks == 8, "a consumer warp takes one block of a leaf");
+static_assert(2 * STAGES >= kLeafBlocks, "a warp tells only two turns of a stage apart");
 constexpr int kIn = FP16 ? kFp16 : kBf16;
 constexpr int kRows = 8 * NT;
 constexpr int kConsumers = 256, kProducers = 128;
@@ -361,6 +362,8 @@ __device__ __forceinline__ void consume(const Params& a, Shared& s, u32 stages, 
             if (warp < blocks) {
                 Turn mine = turn;
                 mine.advance(warp);
+                // With fewer stages than blocks this one's may still wait for an earlier block, and a phase not begun looks like one that is over.
+                if (STAGES < kLeafBlocks && warp >= STAGES) barrier_wait(smem_address(&s.full[mine.stage]), mine.phase ^ 1);
                 barrier_wait(smem_address(&s.full[mine.stage]), mine.phase);
                 score_block(q, c, stages + mine.stage * kStageBytes, lane);
                 __syncwarp();
