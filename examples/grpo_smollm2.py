@@ -92,6 +92,23 @@ def keep_weights_of_cpu_engine() -> None:
             module.dispatch_cpu_unquantized_gemm = keep
 
 
+def shard_on_cpus() -> None:
+    """accelerate leaves FSDP to GPUs and takes DistributedDataParallel on CPUs; here it shards there as well."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    stock = AcceleratorState.__init__
+
+    def init(self, *arguments, fsdp_plugin=None, **keywords):
+        stock(self, *arguments, fsdp_plugin=fsdp_plugin, **keywords)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
 def make_trainer(arguments: argparse.Namespace):
     """A GRPOTrainer, stock or tpinv's, that trains with FSDP2 where there is more than one GPU."""
     prepare_environment()
@@ -109,6 +126,8 @@ def make_trainer(arguments: argparse.Namespace):
 
     path, gpu, processes = find_model(arguments.model), torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
     shard = processes > 1 and (gpu or arguments.fsdp)
+    if shard and not gpu:
+        shard_on_cpus()
     config = GRPOConfig(
         output_dir=os.path.join(path, "out"),
         max_steps=arguments.steps,
@@ -150,6 +169,8 @@ def make_trainer(arguments: argparse.Namespace):
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=tokenizer,
     )
+    if shard and not trainer.accelerator.is_fsdp2:
+        raise RuntimeError(f"accelerate made {trainer.accelerator.distributed_type} of it, and not FSDP2")
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.mixed_precision_policy.output_dtype is not None:
         # stock: accelerate would round log-probabilities to bfloat16, a difference that is not the engine's
