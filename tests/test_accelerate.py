@@ -1,7 +1,6 @@
 """A converted model trained with accelerate alone, FSDP2 with float32 parameters and bfloat16 computation: the bytes of one process on
 two, and a padded row's bytes are those it has alone. Stock layers in the same loop differ."""
 
-import contextlib
 import os
 import sys
 from pathlib import Path
@@ -77,28 +76,24 @@ def test_stock_rows_depend_on_padding(pool):
     assert all(compare(found[f"logits {step}"], found[f"alone {step}"]) for step in range(3))
 
 
-def shard_by_plan() -> str:
+def shard_by_plan(path: str) -> str:
     """What convert says to a model that transformers has sharded by its tp_plan."""
-    from test_transformers import build
+    from transformers import AutoModelForCausalLM
 
     from tpinv.integrations.transformers import convert
 
-    os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": "2", "LOCAL_RANK": str(dist.get_rank())} | RENDEZVOUS
-    import tempfile
-
-    from transformers import AutoModelForCausalLM
-
-    with tempfile.TemporaryDirectory() as path, contextlib.ExitStack():
-        build("llama").save_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto")
-        try:
-            convert(model, tree=ReductionTree(8))
-        except ValueError as error:
-            return str(error)
+    os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size()), "LOCAL_RANK": str(dist.get_rank())} | RENDEZVOUS
+    model = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto")
+    try:
+        convert(model, tree=ReductionTree(8))
+    except ValueError as error:
+        return str(error)
     return "converted"
 
 
-def test_a_model_sharded_by_tp_plan_is_refused(pool):
-    sys.path.insert(0, str(Path(__file__).parent))
-    for told in pool.run(shard_by_plan, 2, timeout=120):
+def test_a_model_sharded_by_tp_plan_is_refused(pool, tmp_path):
+    from test_transformers import build
+
+    build("llama").save_pretrained(tmp_path)
+    for told in pool.run(shard_by_plan, 2, str(tmp_path), timeout=120):
         assert "q_proj" in told and "load without tp_plan" in told

@@ -22,7 +22,7 @@ def serve(task: Task, tp: int, python: str | None, timeout: float) -> dict[str, 
     ]
     job = {
         "layers": task.layers, "leaves": task.leaves, "device": task.device, "model": task.path,
-        "dtype": {"bf16": "bfloat16", "fp32": "float32"}[task.dtype], "eager": True, "block": 32, "longest": task.length + 8,
+        "dtype": {"bf16": "bfloat16", "fp32": "float32"}[task.dtype], "eager": True, "block": 32, "memory": 0.2, "longest": task.length + 8,
         "requests": [asdict(request) for request in requests], "tp": tp, "python": python or sys.executable,
         "plan": Plan("together", (tuple((r.name, 0) for r in requests),), 4096, len(rows), prefix_cache=False, blocks=0).as_dict(),
     }  # fmt: skip
