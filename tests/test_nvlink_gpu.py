@@ -155,15 +155,21 @@ def test_fused_norm_has_the_bytes_of_the_separate_operations(p, rows, width, nod
 
 @pytest.fixture(scope="module")
 def pool():
-    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     with RankPool() as pool:
         yield pool
 
 
-def shared_memory() -> dict:
-    """On p processes over the GPUs there are: everything that does not show in one process."""
+def sharing_gpus():
+    """The default group of ranks that may share GPUs. Told to these processes alone: those of other tests take the ProcessGroup then."""
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     group = resolve()
     torch.cuda.set_device(group.rank % torch.cuda.device_count())
+    return group
+
+
+def shared_memory() -> dict:
+    """On p processes over the GPUs there are: everything that does not show in one process."""
+    group = sharing_gpus()
     device = torch.device("cuda", torch.cuda.current_device())
     tree, out = ReductionTree(24), {}
     data = leaf_values("exponents", tree, 48, 50)
@@ -228,8 +234,7 @@ def test_processes_over_shared_memory(pool, p):
 
 def refused() -> tuple[str, float]:
     """Rank 1 refuses a call that rank 0 knows, and is in: past the agreement, which over gloo would find it first."""
-    group = resolve()
-    torch.cuda.set_device(group.rank % torch.cuda.device_count())
+    group = sharing_gpus()
     tree = ReductionTree(2)
     values = torch.ones(1, 64, device="cuda")
     tree_all_reduce(values, tree=tree)
@@ -251,16 +256,14 @@ def refused() -> tuple[str, float]:
 
 def test_a_peer_that_refuses_the_call():
     """It does not take the timeout of 600 s."""
-    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     with RankPool() as pool:
-        message, seconds = pool.run(refused, 2, timeout=60)[0]
+        message, seconds = pool.run(refused, 2, timeout=120)[0]
     assert "rank 1 of 2 refused tree_all_reduce" in message and "of its own" in message, message
     assert seconds < 8
 
 
 def lonely() -> str:
-    group = resolve()
-    torch.cuda.set_device(group.rank % torch.cuda.device_count())
+    group = sharing_gpus()
     tree = ReductionTree(2)
     values = torch.ones(1, 64, device="cuda")
     tree_all_reduce(values, tree=tree)
@@ -282,7 +285,6 @@ def lonely() -> str:
 
 
 def test_a_peer_that_never_comes():
-    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     with RankPool() as pool:
-        message = pool.run(lonely, 2, timeout=60)[0]
+        message = pool.run(lonely, 2, timeout=120)[0]
     assert "rank 0 of 2 waited 2 s for rank 1 and gave up: word of block 0, seen 0, expected 3" in message, message
