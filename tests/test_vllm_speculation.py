@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import copy
+import json
 import random
 import sys
 import types
@@ -55,6 +56,24 @@ def job(checkpoint: str, tp: int, core: int, speculative: dict | None, environme
     }  # fmt: skip
 
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+WORKER, TWIN = "tpinv.integrations.vllm.self_draft.Worker", "tpinv.harness.vllm.self_drafts.TwinWorker"
+
+
+def self_draft(name: str) -> tuple[dict, dict]:
+    """speculative_config and environment."""
+    environment = {"TPINV_SELF_DRAFTS": json.dumps({"vocabulary": VOCABULARY, "shares": SHARES})}
+    return {"method": "custom_class", "model": name, "num_speculative_tokens": 5}, environment
+
+
+def mixed(given: dict) -> dict:
+    """Every second request waives the guarantee, if a draft has all that it asks for."""
+    for request in given["asked"][::2]:
+        if request["sampling"].keys() <= {"max_tokens", "ignore_eos", "temperature", "seed", "top_k"}:
+            request["sampling"] |= {"extra_args": {"deterministic": False}, "logprobs": None}
+    return given
+
+
 def eagle_head(directory) -> str:
     """A random one, which is nearly always wrong: a layer, and the product that halves its input of embedding and hidden state."""
     from safetensors.torch import save_file
@@ -85,35 +104,92 @@ def checkpoint(tmp_path_factory):
     return model.write(str(tmp_path_factory.mktemp("models") / "llama"), model.Spec(), torch.bfloat16)
 
 
-@pytest.mark.timeout(1500)
-def test_the_bytes_of_decoding_without_speculation(checkpoint, tmp_path):
-    """Drafts by an n-gram, by an EAGLE head, by the same model with vLLM's own layers, and by what knows the answers and is wrong 0, 10, 50 or 100 % of the
-    time; greedy, seeded, top-k, top-p, penalties, stops; chunked prefill, preemption; TP = 1 and 2."""
+@pytest.fixture(scope="module")
+def plain(checkpoint, tmp_path_factory):
+    """Every request alone, without speculation."""
+    found = run_job(job(checkpoint, 1, 0, None), str(tmp_path_factory.mktemp("plain") / "plain"), 600)
+    assert len(found["answers"]) == 16 and {len(answer["tokens"]) > 1 for answer in found["answers"].values()} == {True}
+    produced = sum(len(answer["tokens"]) for answer in found["answers"].values())
+    assert found["counts"]["steps"] >= produced > 350
+    return found
+
+
+def run_two_at_a_time(jobs: dict[str, dict], directory) -> dict[str, dict]:
+    """The second of each two on another core."""
+    names = list(jobs)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        plain = pool.submit(run_job, job(checkpoint, 1, 0, None), str(tmp_path / "plain"), 600)
-        own = {"method": "draft_model", "model": checkpoint, "num_speculative_tokens": 3}
-        drafted = pool.submit(run_job, job(checkpoint, 1, 1, own), str(tmp_path / "model"), 600)
-        plain, found = plain.result(), {"draft_model": drafted.result()}
-        answers = [(r["prompt"], plain["answers"][r["name"]]["tokens"], SHARES[i % 4]) for i, r in enumerate(asked(1))]
-        environment = drafts.write(str(tmp_path / "drafts.json"), answers, VOCABULARY)
-        ngram = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-        known = {"method": "custom_class", "model": "tpinv.harness.vllm.drafts.KnownAnswers", "num_speculative_tokens": 8}
-        head = {"method": "eagle", "model": eagle_head(tmp_path / "head"), "num_speculative_tokens": 2}
-        found |= {"ngram": pool.submit(run_job, job(checkpoint, 1, 0, ngram), str(tmp_path / "ngram"), 600)}
-        found["eagle"] = run_job(job(checkpoint, 1, 1, head), str(tmp_path / "eagle"), 600)
-        found["ngram"] = found["ngram"].result()
-        found["known answers"] = run_job(job(checkpoint, 2, 0, known, environment), str(tmp_path / "known"), 600)
-    assert len(plain["answers"]) == 16 and {len(answer["tokens"]) > 1 for answer in plain["answers"].values()} == {True}
-    for name, result in found.items():
-        for request, expected in plain["answers"].items():
-            for what, value in expected.items():
-                assert result["answers"][request][what] == value, f"{name}: {what} of {request}"
-    produced = sum(len(answer["tokens"]) for answer in plain["answers"].values())
-    assert plain["counts"]["steps"] >= produced > 350
-    # Eight at a time: without drafts, a request takes a step for each of its tokens.
+        runs = {
+            name: pool.submit(run_job, jobs[name] | {"first_core": i % 2}, str(directory / f"{i}"), 900) for i, name in enumerate(names)
+        }
+        return {name: run.result() for name, run in runs.items()}
+
+
+def differing(found: dict, expected: dict, names=None) -> list[str]:
+    """request: what, of all that was answered."""
+    pairs = [(r, what) for r in names or expected["answers"] for what in expected["answers"][r]]
+    return [f"{r}: {what}" for r, what in pairs if found["answers"][r][what] != expected["answers"][r][what]]
+
+
+@pytest.mark.timeout(1800)
+def test_the_bytes_of_decoding_without_speculation(checkpoint, plain, tmp_path):
+    """Drafts by an n-gram, by an EAGLE head, by the same model with vLLM's own layers, and by what knows the answers and is wrong 0, 10, 50 or
+    100 % of the time; greedy, seeded, top-k, top-p, penalties, stops; chunked prefill, preemption; TP = 1 and 2."""
+    answers = [(r["prompt"], plain["answers"][r["name"]]["tokens"], SHARES[i % 4]) for i, r in enumerate(asked(1))]
+    environment = drafts.write(str(tmp_path / "drafts.json"), answers, VOCABULARY)
+    known = {"method": "custom_class", "model": "tpinv.harness.vllm.drafts.KnownAnswers", "num_speculative_tokens": 8}
+    head = {"method": "eagle", "model": eagle_head(tmp_path / "head"), "num_speculative_tokens": 2}
+    jobs = {
+        "draft_model": job(checkpoint, 1, 0, {"method": "draft_model", "model": checkpoint, "num_speculative_tokens": 3}),
+        "ngram": job(checkpoint, 1, 0, NGRAM),
+        "eagle": job(checkpoint, 1, 0, head),
+        "known answers": job(checkpoint, 2, 0, known, environment),
+    }
+    found = run_two_at_a_time(jobs, tmp_path)
     print({name: result["counts"] for name, result in found.items()})
+    assert {name: differing(result, plain) for name, result in found.items()} == dict.fromkeys(found, [])
     assert found["known answers"]["counts"]["kept"] > 100 and found["draft_model"]["counts"]["kept"] > 50
     assert sum(result["counts"]["preemptions"] for result in found.values())
+
+
+@pytest.mark.timeout(1800)
+def test_a_self_draft(checkpoint, plain, tmp_path):
+    """The target's own modules with fast arithmetic, into the requests' own slots, exchanged for wrong tokens 0, 10, 50 and 100 % of the time:
+    the bytes of decoding without, at TP = 2 beside requests that waive them, and with fp8 weights. And two twins: an invariant step that
+    leaves the draft's keys and values where they are, and requests that waive."""
+    spoiled, fp8 = (self_draft(f"tpinv.harness.vllm.self_drafts.{name}") for name in ("Spoiled", "SpoiledFp8"))
+    jobs = {
+        "mixed, TP = 2": mixed(job(checkpoint, 2, 0, *spoiled)),
+        "fp8": job(checkpoint, 1, 0, *fp8),
+        "keeps drafts": job(checkpoint, 1, 0, *spoiled),
+    }
+    for name, given in jobs.items():
+        given["arguments"]["worker_cls"] = TWIN if name == "keeps drafts" else WORKER
+    waived = [request["name"] for request in jobs["mixed, TP = 2"]["asked"] if "extra_args" in request["sampling"]]
+    kept = [name for name in plain["answers"] if name not in waived]
+    found = run_two_at_a_time(jobs, tmp_path)
+    print({name: result["counts"] for name, result in found.items()})
+    assert len(waived) == 4 and differing(found["mixed, TP = 2"], plain, kept) == []
+    assert differing(found["fp8"], plain) == []
+    assert found["fp8"]["counts"]["kept"] > 50 and found["mixed, TP = 2"]["counts"]["kept"] > 100
+    # Each answer of a request that waives has the length that was asked for, and some have other tokens than plain decoding's.
+    mine, theirs = ([answers["answers"][name]["tokens"] for name in waived] for answers in (found["mixed, TP = 2"], plain))
+    assert [len(tokens) for tokens in mine] == [len(tokens) for tokens in theirs] and mine != theirs
+    broken = differing(found["keeps drafts"], plain)
+    print(f"the twin: {len(broken)} differ")
+    assert {"kv", "log_probs"} <= {what.split(": ")[1] for what in broken}
+
+
+@pytest.mark.timeout(900)
+def test_stock_speculation_changes_bytes(checkpoint, tmp_path):
+    """The twin in the engine: stock vLLM, greedy requests, with an n-gram against each alone without."""
+    jobs = {"plain": job(checkpoint, 1, 0, None), "ngram": job(checkpoint, 1, 0, NGRAM)}
+    for given in jobs.values():
+        given["asked"] = [request for request in given["asked"] if request["sampling"]["temperature"] == 0]
+        given |= {"layers": "stock", "kv": False}
+    found = run_two_at_a_time(jobs, tmp_path)
+    broken = differing(found["ngram"], found["plain"])
+    print(f"stock: {broken}")
+    assert "log_probs" in {what.split(": ")[1] for what in broken}
 
 
 # -- the acceptance, without an engine -----------------------------------------------------------------------------------------------

@@ -127,6 +127,7 @@ def install() -> None:
     from vllm.v1.sample import logits_processor, rejection_sampler
     from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
+    from tpinv.integrations.vllm import fast, waived
     from tpinv.integrations.vllm.sampling import RequestKeys
 
     build = logits_processor.build_logitsprocs
@@ -158,6 +159,8 @@ def install() -> None:
     rejection_sampler.apply_top_k_top_p = inference.keep_top
     rejection_sampler.expand_batch_to_tokens = expand_to_drafts
     _wrap(SpecDecodeBaseProposer, load_model=building_drafter, propose=drafting, dummy_run=drafting)
+    fast.install()
+    waived.install()
     _install_second_runner()
 
 

@@ -4,6 +4,7 @@ python -m tpinv.harness.vllm.speculate JOB.json RESULT.json    in a process of i
 the requests (name, prompt, arguments of SamplingParams, the step before which it arrives).
 """
 
+import fcntl
 import functools
 import hashlib
 import json
@@ -20,6 +21,7 @@ def main(job_path: str, result_path: str) -> None:
     with open(job_path, encoding="utf-8") as file:
         job = json.load(file)
     os.environ.update(serve_plan._environment(job))
+    turn = Turn(job.get("locks", []))
     started = time.monotonic()
     llm = serve_plan._engine(job, Plan(**job["plan"]))
     start = time.monotonic() - started
@@ -27,18 +29,49 @@ def main(job_path: str, result_path: str) -> None:
         from tpinv.integrations.vllm import assert_active
 
         assert_active(llm)
+    while "wait_for" in job and not os.path.exists(job["wait_for"]):
+        time.sleep(0.2)
     started = time.monotonic()
     answers, counts = serve(llm, job["asked"], job["kv"])
     result = {"answers": answers, "counts": counts, "start": start, "seconds": time.monotonic() - started}
-    result |= {"speed": speed(llm, **job["speed"])} if "speed" in job else {}
-    with open(result_path, "w", encoding="utf-8") as file:
+    write(f"{result_path}.answers", result)
+    if "speed" in job and turn.alone(job.get("until", float("inf"))):
+        result["speed"] = speed(llm, **job["speed"])
+    write(result_path, result)
+
+
+def write(path: str, result: dict) -> None:
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
         json.dump(result, file)
+    os.replace(f"{path}.new", path)
+
+
+class Turn:
+    """Engines that share GPUs: all may start and answer at once, and one at a time is timed. ``locks``: a file for each GPU."""
+
+    def __init__(self, locks: list[str]):
+        self.files = [open(path, "a", encoding="utf-8") for path in locks]  # noqa: SIM115 - held as long as the process
+        for file in self.files:
+            fcntl.flock(file, fcntl.LOCK_SH)
+
+    def alone(self, until: float) -> bool:
+        """Waits until nobody else starts or answers there; False after the time ``until``."""
+        for file in self.files:
+            fcntl.flock(file, fcntl.LOCK_UN)
+        for file in self.files:
+            while time.time() < until:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.1)
+        return time.time() < until
 
 
 def serve(llm, asked: list[dict], kv: bool) -> tuple[dict, dict]:
     """Answers by name: tokens, log_probs, candidates (serve_plan) and ``kv``, a digest of every position's keys and values, all layers and
-    heads, up to the one before the last token, which no step has computed. And counts: steps, preemptions, drafts
-    that were kept (those of a request's last step are not counted)."""
+    heads, up to the one before the last token, which no step has computed. And counts: steps, preemptions, drafts that were kept (those of a
+    request's last step are not counted), drafts of the scheduled steps and how many of them were accepted."""
     from vllm import SamplingParams
 
     engine, waiting, answers, pages = llm.llm_engine, sorted(asked, key=lambda request: request["step"]), {}, {}
@@ -46,18 +79,22 @@ def serve(llm, asked: list[dict], kv: bool) -> tuple[dict, dict]:
     by_name = {request["name"]: request for request in asked}
     scheduler = engine.engine_core.engine_core.scheduler
     preempted: dict[str, int] = {}
-    update = scheduler.update_from_output
+    update, decided = scheduler.update_from_output, {"drafted": 0, "accepted": 0}
 
-    def update_from_output(*arguments):
+    def update_from_output(scheduled, output):
         """When all blocks of a step are taken, and none of a finished request's is given back."""
         pages.update(_blocks(scheduler))
-        return update(*arguments)
+        for name, tokens in zip(output.req_ids, output.sampled_token_ids, strict=True):
+            drafts = scheduled.scheduled_spec_decode_tokens.get(name, ())
+            decided["drafted"] += len(drafts)
+            decided["accepted"] += len(tokens) - 1 if drafts else 0
+        return update(scheduled, output)
 
     scheduler.update_from_output = update_from_output
     while waiting or engine.has_unfinished_requests():
         while waiting and (waiting[0]["step"] <= step or not engine.has_unfinished_requests()):
             request = waiting.pop(0)
-            sampling = SamplingParams(logprobs=3, detokenize=False, **request["sampling"])
+            sampling = SamplingParams(**{"logprobs": 3, "detokenize": False} | request["sampling"])
             engine.add_request(request["name"], {"prompt_token_ids": request["prompt"]}, sampling)
         before = _produced(scheduler)
         outputs = engine.step()
@@ -65,48 +102,58 @@ def serve(llm, asked: list[dict], kv: bool) -> tuple[dict, dict]:
         for output in outputs:
             if output.finished:
                 name = output.request_id
-                answers[name] = serve_plan._answer(output)
+                answers[name] = serve_plan._answer(output) if output.outputs[0].logprobs else {"tokens": list(output.outputs[0].token_ids)}
                 if kv:
                     length = len(by_name[name]["prompt"]) + len(answers[name]["tokens"]) - 1
                     answers[name]["kv"] = _digests(llm, pages[tuple(by_name[name]["prompt"])], length)
         for name, state in scheduler.requests.items():
             preempted[name] = state.num_preemptions
         step += 1
-    return answers, {"steps": step, "preemptions": sum(preempted.values()), "kept": kept}
+    return answers, {"steps": step, "preemptions": sum(preempted.values()), "kept": kept} | decided
 
 
-def speed(llm, vocabulary: int, prompt: int, answer: int, batches: list[int], drafts_at: str | None, shares: list[float]) -> dict:
+def speed(
+    llm, vocabulary: int, prompt: int, answer: int, batches: list[int], drafts_at: str | None = None, shares=(), deterministic=()
+) -> dict[str, dict[str, float]]:
     """Tokens a second of greedy decoding, without the prefill: batch size -> as drafts are; with ``drafts_at``, where KnownAnswers reads,
-    also for each share of wrong drafts. The faster of two runs, after one that warms up."""
+    also for each share of wrong drafts; for each share of deterministic requests, where the others waive the guarantee. The faster of two
+    runs, after one that warms up."""
     from vllm import SamplingParams
 
     draw, found = random.Random(2), {}
     for batch in batches:
         prompts = [{"prompt_token_ids": [draw.randrange(3, vocabulary) for _ in range(prompt)]} for _ in range(batch)]
-        measure = functools.partial(_decode_seconds, llm, prompts, SamplingParams(temperature=0, ignore_eos=True, detokenize=False), answer)
-        seconds, answers = measure()
-        found[f"batch {batch}"] = {"as it is": batch * (answer - 1) / seconds}
+        settings = lambda extra: SamplingParams(temperature=0, ignore_eos=True, detokenize=False, extra_args=extra)  # noqa: E731
+        measure = functools.partial(_decode_seconds, llm, prompts, answer=answer)
+        seconds, answers = measure([settings(None) for _ in range(batch)])
+        mine = found[f"batch {batch}"] = {"as it is": batch * (answer - 1) / seconds}
         for share in shares if drafts_at else []:
             drafts.write(
                 drafts_at, [(p["prompt_token_ids"], a, share) for p, a in zip(prompts, answers, strict=True)], vocabulary, shortest=99
             )
-            seconds, again = measure()
-            found[f"batch {batch}"][f"{share:.0%} wrong"] = batch * (answer - 1) / seconds
-            found[f"batch {batch}"]["answers that differ"] = found[f"batch {batch}"].get("answers that differ", 0) + sum(
-                a != b for a, b in zip(answers, again, strict=True)
+            seconds, again = measure([settings(None) for _ in range(batch)])
+            mine[f"{share:.0%} wrong"] = batch * (answer - 1) / seconds
+            mine["answers that differ"] = mine.get("answers that differ", 0) + sum(a != b for a, b in zip(answers, again, strict=True))
+        for share in deterministic:
+            kept = [i < round(share * batch) for i in range(batch)]
+            seconds, again = measure([settings(None if keeps else {"deterministic": False}) for keeps in kept])
+            mine[f"{share:.0%} deterministic"] = batch * (answer - 1) / seconds
+            mine["answers that differ"] = mine.get("answers that differ", 0) + sum(
+                a != b for a, b, keeps in zip(answers, again, kept, strict=True) if keeps
             )
-        print(f"batch {batch}: {found[f'batch {batch}']}", flush=True)
+        print(f"batch {batch}: {mine}", flush=True)
     return found
 
 
-def _decode_seconds(llm, prompts: list[dict], sampling, answer: int) -> tuple[float, list[list[int]]]:
+def _decode_seconds(llm, prompts: list[dict], samplings: list, answer: int) -> tuple[float, list[list[int]]]:
     best = {}
     for tokens in (1, answer):
-        sampling.max_tokens = tokens
+        for sampling in samplings:
+            sampling.max_tokens = tokens
         for run in range(3):
             llm.reset_prefix_cache()
             started = time.monotonic()
-            outputs = llm.generate(prompts, sampling, use_tqdm=False)
+            outputs = llm.generate(prompts, samplings, use_tqdm=False)
             best[tokens] = min(best.get(tokens, float("inf")), time.monotonic() - started) if run else float("inf")
     return best[answer] - best[1], [list(output.outputs[0].token_ids) for output in outputs]
 
