@@ -128,6 +128,18 @@ def test_loss_is_that_of_transformers_to_rounding():
     assert abs(ours.item() - exact.item()) < 1e-5
 
 
+def test_the_padding_row_gets_no_gradient():
+    x = ids()
+    x[:, ::5] = 7
+    grads = []
+    for model in (build("llama", pad_token_id=7), convert(build("llama", pad_token_id=7), tree=TREE)):
+        assert model.model.embed_tokens.padding_idx == 7
+        model(x, labels=x, use_cache=False).loss.backward()
+        grads.append(model.model.embed_tokens.weight.grad)
+    assert not grads[1][7].any() and grads[1].any()
+    assert torch.allclose(*grads, rtol=1e-3, atol=1e-6)
+
+
 def test_rope_in_float32_differs_in_bfloat16_alone():
     x = ids()
     with torch.no_grad():
@@ -263,7 +275,7 @@ def stock_rotary(config):
 def other_model(old, leaves: int = 8):
     """Converted, of the same class, with rope of another base."""
     rope = {"rope_type": "default", "rope_theta": 5e5}
-    kind = "qwen3" if "Qwen3" in type(old).__name__ else "llama"
+    kind = "qwen3" if "Qwen3" in type(old).__name__ else "llama"  # of a linear either will do
     return convert(build(kind, tie_word_embeddings=False, rope_parameters=rope), tree=ReductionTree(leaves))
 
 
@@ -289,6 +301,9 @@ CHANGES = {
     "rotary_emb (LlamaRotaryEmbedding)": exchange("model.rotary_emb", lambda old: stock_rotary(old.config)),
     "rotary_emb (TPInvariantLlamaRotaryEmbedding) comes from elsewhere": exchange("model.rotary_emb", lambda old: type(old)(old.config)),
     "its config is not": exchange("model.rotary_emb", lambda old: other_model(old).model.rotary_emb),
+    "its config is not ": exchange("model.layers.1.self_attn", lambda old: other_model(old.q_proj).model.layers[1].self_attn),
+    "has variance_epsilon": lambda model: setattr(model.model.layers[1].input_layernorm, "variance_epsilon", 1e-3),
+    "has scaling": lambda model: setattr(model.model.layers[0].self_attn, "scaling", 1.0),
     "its tree is": exchange("model.layers.0.mlp.down_proj", lambda old: other_model(old, 16).model.layers[0].mlp.down_proj),
     "loss_function is": lambda model: setattr(model, "loss_function", torch.nn.functional.cross_entropy),
 }

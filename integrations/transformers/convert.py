@@ -138,6 +138,10 @@ def _check_modules(model: nn.Module) -> list[str]:
             faults += guard.wrong_frequencies(place, module)
         elif kind not in CONTAINERS and kind not in REPLACEMENTS:
             faults.append(f"{place} is not covered; convert before wrapping, adapters and quantisation")
+        if kind is nn.Embedding and (module.max_norm is not None or module.scale_grad_by_freq or module.sparse):
+            faults.append(f"{place}: max_norm, scale_grad_by_freq and sparse are not covered; leave them at their defaults")
+        if isinstance(module, (llama.LlamaRMSNorm, qwen3.Qwen3RMSNorm)) and module.variance_epsilon != model.config.rms_norm_eps:
+            faults.append(f"{place} has variance_epsilon={module.variance_epsilon}, the config {model.config.rms_norm_eps}")
         if module._forward_hooks or module._forward_pre_hooks:
             faults.append(f"{place} has forward hooks, which may compute anything; remove them")
         if "forward" in module.__dict__:

@@ -90,16 +90,28 @@ def find_faults(model: nn.Module) -> Iterator[str]:
             yield f"{place} comes from elsewhere: its tree is {getattr(module, 'tree', None)}, the model's {tree}"
         elif last in ("lm_head", "embed_tokens") and len(module.weight) != vocabulary:
             yield f"{place} has {len(module.weight)} rows, and convert found {vocabulary}; resize the embeddings before convert"
-        elif isinstance(module, ROTARY):
-            if module.inv_freq.dtype != torch.float32:
-                yield f"{place}: a cast of the model rounded rope's frequencies to {module.inv_freq.dtype}; cast it before convert"
-            if module.config is not model.config or module.rope_dtype != rope_dtype:
-                yield f"{place} comes from elsewhere: its config is not the model's"
+        elif getattr(module, "config", model.config) is not model.config:
+            yield f"{place} comes from elsewhere: its config is not the model's"
+        else:
+            yield from _changed_settings(module, place, rope_dtype, model.config)
         yield from (f"{place} has the hook {hook}, which may compute anything; remove it" for hook in foreign_hooks(module))
     loss = getattr(model, "loss_function", None) if hasattr(model, "lm_head") else None
     if loss is not None and getattr(loss, "func", None) is not layers.causal_lm_loss:
         yield f"loss_function is {loss}; the one that convert set is tpinv's"
     yield from patched()
+
+
+def _changed_settings(module: nn.Module, place: str, rope_dtype: str, config) -> Iterator[str]:
+    """Attributes that another module of the same class may have otherwise."""
+    if isinstance(module, ROTARY):
+        if module.inv_freq.dtype != torch.float32:
+            yield f"{place}: a cast of the model rounded rope's frequencies to {module.inv_freq.dtype}; cast it before convert"
+        if module.rope_dtype != rope_dtype:
+            yield f"{place} comes from elsewhere: it rotates in {module.rope_dtype}, the model in {rope_dtype}"
+    elif isinstance(module, layers._RMSNorm) and module.variance_epsilon != config.rms_norm_eps:
+        yield f"{place} has variance_epsilon={module.variance_epsilon}, the config {config.rms_norm_eps}"
+    elif isinstance(module, layers._Attention) and (module.scaling != module.head_dim**-0.5 or module.attention_dropout):
+        yield f"{place} has scaling={module.scaling}, attention_dropout={module.attention_dropout}; they were 1 / sqrt(head_dim) and 0"
 
 
 def restore_frequencies(rotary: nn.Module) -> None:

@@ -31,10 +31,13 @@ class TPInvariantRowLinear(nn.Linear):
 
 
 class TPInvariantEmbedding(nn.Embedding):
-    """The gradient of a row is a chain over its tokens, in their order."""
+    """The gradient of a row is a chain over its tokens, in their order; that of the row ``padding_idx`` is zero, as torch has it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.vocab_parallel_embedding(input, self.weight, group=ALONE)
+        embedded = functional.vocab_parallel_embedding(input, self.weight, group=ALONE)
+        if self.padding_idx is None or not embedded.requires_grad:
+            return embedded
+        return torch.where((input == self.padding_idx).unsqueeze(-1), embedded.detach(), embedded)
 
 
 class _RMSNorm:
