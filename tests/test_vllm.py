@@ -129,6 +129,7 @@ def test_what_is_covered_passes(config, asked):
         (lambda c: setattr(c.compilation_config, "mode", 3), "compilation mode 3"),
         (lambda c: setattr(c.model_config.model_arch_config, "architectures", ["MixtralForCausalLM"]), "MixtralForCausalLM"),
         (lambda c: setattr(c.model_config, "dtype", torch.float64), "dtype=torch.float64"),
+        (lambda c: setattr(c.model_config, "model_impl", "transformers"), "model_impl='transformers'"),
     ],
 )
 def test_what_is_not_covered_is_refused_with_the_fix(config, asked, change, match):
@@ -141,6 +142,17 @@ def test_what_is_not_covered_is_refused_with_the_fix(config, asked, change, matc
     with pytest.raises(ValueError, match=match) as error:
         check(found)
     assert ";" in str(error.value)  # rule and value; fix
+
+
+def test_a_model_class_that_another_plugin_has_replaced_is_refused(config, asked, monkeypatch):
+    """Nothing would check what it builds."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    found = config()
+    for name in ModelRegistry.models.keys() & {"LlamaForCausalLM"}:
+        monkeypatch.setitem(ModelRegistry.models, name, types.SimpleNamespace(module_name="another.plugin"))
+    with pytest.raises(ValueError, match="LlamaForCausalLM in vLLM's registry is not tpinv's.*VLLM_PLUGINS=tpinv"):
+        check(found)
 
 
 def test_vllms_own_mode_is_refused(config, asked, monkeypatch):
@@ -249,6 +261,12 @@ def test_doctor(monkeypatch):
     assert [text for fine, text in doctor.findings() if not fine] == [
         "VLLM_PLUGINS='other' switches the plugin off; add tpinv to it, or unset it"
     ]
+    monkeypatch.delenv("VLLM_PLUGINS")
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    monkeypatch.setenv(options.BREAKABLE, "0")
+    monkeypatch.setenv(options.REPORTS, "/dev/null")
+    wrong = [text for fine, text in doctor.findings() if not fine]
+    assert [text.split("=")[0] for text in wrong] == ["VLLM_BATCH_INVARIANT", options.BREAKABLE, options.REPORTS]
 
 
 def test_without_options_nothing_is_touched(monkeypatch):

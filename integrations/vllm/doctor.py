@@ -37,8 +37,10 @@ def findings() -> list[tuple[bool, str]]:
     if wanted is None:
         return [*found, (False, f"{options.VARIABLE} is not set, so that vLLM stays stock; set it to '{{\"leaves\": 8}}'")]
     found.append((True, f"{options.VARIABLE}: {options.tree().fingerprint}"))
+    if wrong := _settings():
+        return found + wrong
     try:
-        from tpinv.integrations.vllm import register
+        from tpinv.integrations.vllm import install, register
 
         register()
         from vllm.model_executor.custom_op import op_registry_oot
@@ -46,6 +48,10 @@ def findings() -> list[tuple[bool, str]]:
         from tpinv.integrations.vllm import layers
     except Exception as error:  # whatever it is, vLLM's processes would meet it, and might only log it
         return [*found, (False, f"the plugin fails: {type(error).__name__}: {error}")]
+    if version.split("+")[0] not in install.TESTED:
+        found.append(
+            (False, f"vLLM {version} is not one of {', '.join(install.TESTED)}; run tpinv verify --framework vllm before you rely on it")
+        )
     missing = [name for name, replacement in layers.REPLACED.items() if op_registry_oot.get(name) is not replacement]
     found.append(
         (
@@ -53,6 +59,22 @@ def findings() -> list[tuple[bool, str]]:
             f"{len(layers.REPLACED)} classes are replaced" if not missing else f"{missing} are not replaced; another plugin has them",
         )
     )
+    return found
+
+
+def _settings() -> list[tuple[bool, str]]:
+    """Variables that an engine would refuse, or that would leave it stock, found before it takes a minute to start."""
+    found = []
+    if os.environ.get("VLLM_BATCH_INVARIANT", "0") == "1":
+        found.append((False, "VLLM_BATCH_INVARIANT=1 replaces operations underneath tpinv's own, and is refused; unset it"))
+    if os.environ.get(options.BREAKABLE, "1") != "1":
+        text = f"{options.BREAKABLE}={os.environ[options.BREAKABLE]!r}: CUDA graphs without torch.compile would not break at attention, and are"
+        found.append((False, f"{text} refused; unset it, or set enforce_eager=True"))
+    directory = os.environ.get(options.REPORTS)
+    if directory is not None and os.path.exists(directory) and not (os.path.isdir(directory) and os.access(directory, os.W_OK)):
+        found.append(
+            (False, f"{options.REPORTS}={directory!r} is no directory that can be written, so that no worker could report; name one")
+        )
     return found
 
 

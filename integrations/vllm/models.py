@@ -8,10 +8,10 @@ from vllm.model_executor.models.registry import ModelRegistry
 
 from tpinv.integrations.vllm.rules import ARCHITECTURES
 
-_MODULE = "tpinv.integrations.vllm.checked_models"
+MODULE = "tpinv.integrations.vllm.checked_models"
 
 
 def register() -> None:
     """By name: vLLM imports model classes late, so that a process which forks has not touched CUDA."""
     for name in ARCHITECTURES:
-        ModelRegistry.register_model(name, f"{_MODULE}:{name}")
+        ModelRegistry.register_model(name, f"{MODULE}:{name}")

@@ -16,7 +16,9 @@ def directory() -> Path:
     """Where reports go; made on first use and inherited by the processes that are started later."""
     if options.REPORTS not in os.environ:
         os.environ[options.REPORTS] = tempfile.mkdtemp(prefix="tpinv-vllm-")
-    return Path(os.environ[options.REPORTS])
+    path = Path(os.environ[options.REPORTS])
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def write(vllm_config, rank: int, report: dict) -> None:

@@ -25,6 +25,19 @@ def _rules(config, tree):
         f"architectures={architectures} are not covered",
         f"use a model of {', '.join(ARCHITECTURES)}",
     )
+    implementation = get(model, "model_impl", "auto")
+    implementation = str(getattr(implementation, "value", implementation))
+    yield (
+        implementation in ("auto", "vllm"),
+        f"model_impl={implementation!r} builds the model of classes that are not checked",
+        "leave it at 'auto', or set 'vllm'",
+    )
+    others = [name for name in architectures if name in ARCHITECTURES and _is_anothers(name)]
+    yield (
+        not others,
+        f"the class of {', '.join(others)} in vLLM's registry is not tpinv's: another plugin has taken its place, and nothing would be checked",
+        "set VLLM_PLUGINS=tpinv",
+    )
     dtypes = (torch.bfloat16, torch.float16) if on_gpu else (torch.bfloat16, torch.float16, torch.float32)
     yield model.dtype in dtypes, f"dtype={model.dtype} is not covered on {config.device_config.device_type}", f"use one of {dtypes}"
     tp = parallel.tensor_parallel_size
@@ -99,6 +112,17 @@ def _rules(config, tree):
     rope = get(text, "rope_parameters") or get(text, "rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "default"
     yield kind in _ROPE, f"rope_type={kind!r} is not covered", f"use a model with one of {', '.join(_ROPE)}"
+
+
+def _is_anothers(architecture: str) -> bool:
+    """Whether vLLM builds neither our subclass nor its own class for it. (Ours checks the model it has built.)"""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    from tpinv.integrations.vllm import models
+
+    registered = ModelRegistry.models.get(architecture)
+    module = getattr(registered, "module_name", None) or getattr(getattr(registered, "model_cls", None), "__module__", "")
+    return module != models.MODULE and not module.startswith("vllm.model_executor.models.")
 
 
 def _breaks_at_attention() -> bool:

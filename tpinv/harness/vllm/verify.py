@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tpinv.harness.vllm import schedule
+from tpinv.harness.vllm.starter import starter
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 COLUMNS = (
@@ -220,26 +221,23 @@ def _run_all(jobs: list[dict], directory: str, settings: Settings, console: Cons
 
 
 def run_job(job: dict, path: str, timeout: float) -> dict:
-    """One engine in a process group of its own. RuntimeError with the end of its output if it fails or takes too long."""
+    """One engine in a process group of its own, on a CPU out of a process that has imported vLLM already. RuntimeError with the end of its output if it fails or takes too long."""
     with open(f"{path}.json", "w", encoding="utf-8") as file:
         json.dump(job, file)
-    command = [
-        job.get("python", sys.executable),
-        "-m",
-        f"tpinv.harness.vllm.{job.get('module', 'serve_plan')}",
-        f"{path}.json",
-        f"{path}.out",
-    ]
+    module, arguments = f"tpinv.harness.vllm.{job.get('module', 'serve_plan')}", [f"{path}.json", f"{path}.out"]
     environment = os.environ | {"PYTHONWARNINGS": "ignore"}
     with open(f"{path}.log", "w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
+        if job["device"] == "cpu" and "python" not in job:
+            process = starter().start(module, arguments, f"{path}.log", environment)
+        else:
+            command = [job.get("python", sys.executable), "-m", module, *arguments]
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
             pass
         finally:
-            if process.poll() is None or not os.path.exists(f"{path}.out"):
-                _end(process.pid)
+            _end(process.pid)  # also after the answers: an engine's own processes do not all end with it
             process.wait()
         log.seek(0)
         output = log.read()
