@@ -280,17 +280,30 @@ def run(problem: Problem, config: TritonConfig, masked: bool = False) -> None:
     )  # fmt: skip
 
 
+_PROGRAMS = 132  # that keep a GPU busy: multiprocessors of an H100
+
+
+def _parts(problem: Problem, rows: int, cols: int) -> tuple[int, ...]:
+    """Into how many parts the leaves of a tile may be cut: the fewest that keep a GPU busy, twice as many, and half. With few rows a product
+    takes as long as its weights take to arrive, which wants many loads under way."""
+    tiles, every = ceil_div(problem.rows, rows) * ceil_div(problem.cols, cols), sorted(problem.splits)
+    enough = next((n for n in every if tiles * n >= _PROGRAMS), every[-1])
+    return tuple(dict.fromkeys(n for n in (enough, 2 * enough, enough // 2) if n in problem.splits))
+
+
 def candidates(problem: Problem) -> list[TritonConfig]:
-    """Configurations worth timing for ``problem``."""
-    rows, parts = problem.rows, tuple(problem.splits)
+    """Configurations worth timing for ``problem``, likely winners first."""
+    rows = problem.rows
     tile = max(16, 1 << (rows - 1).bit_length())
     if problem.a.element_size() == 4:
-        shapes = [(min(tile, 64), 64, 32, 4, 3, False, parts if rows <= 64 else (1,))]
-        shapes += [(128, 64, 32, 8, 3, False, (1,))] if rows > 64 else []
+        shapes = [(min(tile, 64), 64, 32, 4, 3, False)] + ([(128, 64, 32, 8, 3, False)] if rows > 64 else [])
     elif rows <= 16:
-        shapes = [(tile, 64, 128, 4, 4, True, parts[:3]), (tile, 32, 128, 4, 5, False, parts[:2])]
+        shapes = [(tile, 64, 128, 4, 4, True), (tile, 32, 128, 4, 5, False)]
+    elif rows <= 64:
+        shapes = [(tile, 64, 128, 4, 4, True), (tile, 32, 128, 4, 4, False), (tile, 64, 128, 4, 3, False)]
     elif rows <= 128:
-        shapes = [(tile, 32, 128, 4, 4, False, parts[:1]), (tile, 64, 128, 4, 3, False, parts[:3])]
+        shapes = [(tile, 64, 128, 4, 3, False), (tile, 32, 128, 4, 4, False), (tile, 128, 64, 8, 4, False)]
     else:
-        shapes = [(128, 128, 64, 8, 3, False, (1,)), (128, 64, 64, 4, 4, False, (1,)), (64, 64, 64, 4, 3, False, parts[:2])]
-    return [TritonConfig(m, n, k, warps, stages, part, swap) for m, n, k, warps, stages, swap, split in shapes for part in split]
+        shapes = [(128, 128, 64, 8, 3, False), (128, 64, 64, 4, 4, False), (64, 64, 64, 4, 3, False)]
+    split = rows <= (64 if problem.a.element_size() == 4 else 128)
+    return [TritonConfig(*shape[:5], n, shape[5]) for shape in shapes for n in (_parts(problem, *shape[:2]) if split else (1,))]
