@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-NAMES = ["interpreted_step", "interpreted_kernels", "interpreted_attention"]
+NAMES = ["interpreted_step", "interpreted_kernels", "interpreted_attention", "interpreted_attention_options"]
 
 
 @pytest.fixture(scope="module")

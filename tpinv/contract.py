@@ -29,6 +29,12 @@ ATTENTION_LEAF = 512  # keys
 ATTENTION_NODE = 8  # leaves
 ATTENTION_ROW = (1, 8, 16, 32, 2, 4)  # the sum over a block's keys: columns in this distance are added, in this order
 
+# tanh of a capped score: t = clamp(t, +-LIMIT), z = t^2, t P(z) / Q(z), clamped to +-1; P and Q by Horner's rule in fma, lowest coefficient
+# last. Within 4e-7 of tanh (TANH_P, TANH_Q: a minimax quotient of relative error 2e-8, rounded to float32).
+TANH_LIMIT = 9.0
+TANH_P = (1.0, 0.1338101327419281, 0.0034955739974975586, 2.0608851627912372e-05, 1.3354352290662064e-08)
+TANH_Q = (1.0, 0.46714329719543457, 0.025876928120851517, 0.00032856117468327284, 7.776429242767335e-07)
+
 # Its backward. Bytes of an element -> head width up to -> (queries, keys) of a block of dq, (keys, queries) of one of dk and dv.
 ATTENTION_BLOCKS = {
     2: {
@@ -66,6 +72,12 @@ LEAVES_OF_KEYS = Order(
     "leaves of keys",
     "FlashAttention-2's recurrence in fp32 over blocks of keys, by leaves; leaves of a node in a chain, nodes by the left-complete tree",
     (ATTENTION_BLOCK, ATTENTION_LEAF, ATTENTION_NODE, ATTENTION_ROW),
+)
+LEAVES_OF_SOME_KEYS = Order(
+    "leaves of some keys",
+    "leaves of keys at the same places, whatever a sliding window hides; a capped score is cap tanh(score scale / cap), tanh a quotient of "
+    "polynomials in fixed IEEE operations; a sink is merged last, as one more key without a value",
+    (LEAVES_OF_KEYS.constants, TANH_LIMIT, TANH_P, TANH_Q),
 )
 BLOCKS = Order(
     "blocks",
@@ -132,12 +144,21 @@ VOCABULARY = Sum(
 ATTENTION_OUT = Sum("core_attention, packed_attention, paged_attention", "out", "keys", "-", LEAVES_OF_KEYS, NO_TREE)
 ATTENTION_DQ = Sum("core_attention, packed_attention", "dquery", "keys", "-", BLOCKS, NO_TREE)
 ATTENTION_DKV = Sum("core_attention, packed_attention", "dkey, dvalue", "queries, then heads of a group", "-", BLOCKS, NO_TREE)
+ATTENTION_SOME = Sum(
+    "core_attention, packed_attention, paged_attention",
+    "out with sliding_window, softcap or sinks",
+    "keys, and a sink",
+    "-",
+    LEAVES_OF_SOME_KEYS,
+    NO_TREE,
+)
+ATTENTION_DSINKS = Sum("core_attention, packed_attention", "dsinks", "queries of the batch", "-", PAIRS, NO_TREE)
 COLLECTIVE = Sum("tree_all_reduce, tree_reduce_scatter", "sum", "leaves of the caller's", "the group", CHAIN, BY_TREE)
 GRAD_NORM = Sum("grad_norm, clip_grad_norm_", "sum of squares", "all gradients", "any sharding", EXACT, NO_TREE)
 
 SUMS = (
     COLUMN_Y, COLUMN_DX, COLUMN_DW, COLUMN_DB, ROW_Y, ROW_DX, ROW_DW, ROW_DB, NORM_ROW, NORM_DW, EMBEDDING_DW, VOCABULARY,
-    ATTENTION_OUT, ATTENTION_DQ, ATTENTION_DKV, COLLECTIVE, GRAD_NORM,
+    ATTENTION_OUT, ATTENTION_DQ, ATTENTION_DKV, ATTENTION_SOME, ATTENTION_DSINKS, COLLECTIVE, GRAD_NORM,
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ first use. ops/paged_attention.py is the same over a paged cache.
 """
 
 import functools
+import operator
 import weakref
 
 import torch
@@ -18,10 +19,23 @@ from tpinv.ops import products
 from tpinv.ops.registry import register
 from tpinv.ops.shapes import unit_stride
 from tpinv.reference import attention as reference_attention
-from tpinv.reference.attention import Pack
+from tpinv.reference import attention_backward as reference_backward
+from tpinv.reference.attention import LOG2E, Options, Pack
+
+MOST_WINDOW = 1 << 30  # keys: no sequence is longer, and positions are counted in 32 bits
 
 
-def core_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = True, scale: float | None = None) -> Tensor:
+def core_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """softmax(query key^T scale) value, by head.
 
     Args:
@@ -29,16 +43,23 @@ def core_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = 
             float32, bfloat16 or float16.
         causal: query i sees keys up to i + sk - sq, which must not be negative.
         scale: default 1 / sqrt(d); above 0.
+        sliding_window: a query sees its last so many keys, its own the last of them (transformers' number; FlashAttention's window_size is
+            (sliding_window - 1, 0)). Causal attention alone. Default: all keys.
+        softcap: scores are softcap * tanh(query key^T scale / softcap). Default: no cap.
+        sinks: [h], float32, bfloat16 or float16: the logit, neither scaled nor capped, of one more key per head without a value. Default: none.
 
     Returns:
-        [sq, b, h, d]. Gradients sum over keys (dq), over queries and the heads of a group (dk, dv): all of them on this rank, in an order
-        that depends on positions and d alone.
+        [sq, b, h, d]. Gradients sum over keys (dq), over queries and the heads of a group (dk, dv), over queries and batch (dsinks): all of
+        them on this rank, in an order that depends on positions and d alone.
 
     Raises:
         ValueError: tensors that do not fit or are not on one device, another scale, or a machine on which the probe finds other bits than
             it should.
     """
-    return CORE(query, key, value, _scale(query, scale), causal)[0]
+    scale = _scale(query, scale)
+    if sliding_window is None and softcap is None and sinks is None:
+        return CORE(query, key, value, scale, causal)[0]
+    return CORE_WITH_OPTIONS(query, key, value, sinks, scale, causal, *option_numbers(sliding_window, softcap))[0]
 
 
 def packed_attention(
@@ -54,11 +75,15 @@ def packed_attention(
     cu_seqlens_kv_padded: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """:func:`core_attention` of n sequences that lie one behind another; each has the bytes, of its gradients too, that it has alone.
 
     Args:
-        query: [t, h, d]; key, value: [u, g, d]. Strides, dtypes, g, scale and causal (in each sequence) as in core_attention.
+        query: [t, h, d]; key, value: [u, g, d]. Strides, dtypes, g, scale, causal (in each sequence) and all after it as in
+            core_attention; dsinks sums over the rows of all sequences.
         cu_seqlens_q, cu_seqlens_kv: int32 [n + 1], where the query is. Sequence i has cu_seqlens[i + 1] - cu_seqlens[i] rows; none are legal.
         max_seqlen_q, max_seqlen_kv: no sequence is longer; the default, t and u, starts programs that have nothing to do.
         cu_seqlens_q_padded, cu_seqlens_kv_padded: sequence i starts at row cu_seqlens_padded[i]; default cu_seqlens, no padding.
@@ -74,7 +99,48 @@ def packed_attention(
     first_k = cu_seqlens_kv if cu_seqlens_kv_padded is None else cu_seqlens_kv_padded
     longest_q, longest_k = len(query) if max_seqlen_q is None else max_seqlen_q, len(key) if max_seqlen_kv is None else max_seqlen_kv
     cumulative = cu_seqlens_q, cu_seqlens_kv, first_q, first_k
-    return PACKED(query, key, value, *cumulative, longest_q, longest_k, _scale(query, scale), causal)[0]
+    settings = longest_q, longest_k, _scale(query, scale), causal
+    if sliding_window is None and softcap is None and sinks is None:
+        return PACKED(query, key, value, *cumulative, *settings)[0]
+    return PACKED_WITH_OPTIONS(query, key, value, *cumulative, sinks, *settings, *option_numbers(sliding_window, softcap))[0]
+
+
+def option_numbers(sliding_window: int | None, softcap: float | None) -> tuple[int, float]:
+    """What operators take, where 0 is none. ValueError for what is no option: 0, too, is a mistake of who names it."""
+    if sliding_window is not None:
+        if isinstance(sliding_window, bool | Tensor) or not hasattr(sliding_window, "__index__") or sliding_window < 1:
+            raise ValueError(
+                f"sliding_window={sliding_window!r} must be a whole number of keys, the query's own among them, hence at least 1; pass None "
+                "for all keys"
+            )
+    if softcap is not None:
+        if isinstance(softcap, bool | Tensor | str) or not hasattr(softcap, "__float__") or not softcap > 0:
+            raise ValueError(f"softcap={softcap!r} must be a number above 0; pass None for scores without a cap")
+    return operator.index(sliding_window or 0), float(softcap or 0.0)
+
+
+def options_of(sinks: Tensor | None, sliding_window: int, softcap: float) -> Options:
+    """Inverse of :func:`option_numbers`."""
+    sinks = None if sinks is None else sinks.contiguous()
+    return Options(min(sliding_window, MOST_WINDOW) or None, softcap or None, sinks)
+
+
+def check_options(query: Tensor, sinks: Tensor | None, scale: float, causal: bool, sliding_window: int, softcap: float) -> None:
+    """The errors of sliding_window, softcap and sinks. query [..., h, d]"""
+    if sliding_window < 0:
+        raise ValueError(f"sliding_window={sliding_window} must be a number of keys, or 0 for all")
+    if sliding_window and not causal:
+        raise ValueError(f"sliding_window={sliding_window} with causal=False is not covered: a window ends at the query's own key")
+    if softcap and not all(2.0**-126 <= x < 2.0**127 for x in (softcap, scale / softcap, softcap * LOG2E)):
+        raise ValueError(f"softcap={softcap} with scale={scale} must be above 0 and finite in float32, and so must scale / softcap")
+    if sinks is not None:
+        heads = query.shape[-2]
+        if sinks.shape != (heads,) or sinks.dtype not in reference.SUPPORTED_DTYPES or sinks.device != query.device:
+            supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in reference.SUPPORTED_DTYPES)
+            raise ValueError(
+                f"sinks {tuple(sinks.shape)} {sinks.dtype} on {sinks.device} must be one logit for each of the query's {heads} heads, "
+                f"{supported}, on {query.device}"
+            )
 
 
 def _scale(query: Tensor, scale: float | None) -> float:
@@ -126,7 +192,7 @@ def backend(query: Tensor) -> tuple:
         from tpinv.kernels.attention import backward, forward  # needs Triton
 
         return forward.forward, backward.backward
-    return reference_attention.forward, reference_attention.backward
+    return reference_attention.forward, reference_backward.backward
 
 
 _asserted: list = [(), None]  # the last pack: its tensors, weakly, and what was asserted of them
@@ -159,9 +225,17 @@ def _assert_lengths(pack, q_rows: int, k_rows: int, causal: bool) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def require_invariant(device: torch.device, dtype: torch.dtype, width: int, causal: bool = True, packed: bool = False) -> None:
+def require_invariant(
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    causal: bool = True,
+    packed: bool = False,
+    options: tuple[bool, bool, bool] = (False, False, False),
+) -> None:
     """ValueError unless, on this machine, a slice of heads and batch gives the bytes it has in the whole, a second run those of the first,
-    and the last rows, over all keys, those they have among the others. ``packed``: and a sequence of a pack those it has alone."""
+    and the last rows, over all keys, those they have among the others. ``packed``: and a sequence of a pack those it has alone. ``options``: with a window, a cap, sinks.
+    """
     generator = torch.Generator(device).manual_seed(0)
     length = ATTENTION_LEAF + 61 if device.type == "cuda" else 130
     forward, backward = backend(torch.empty(0, device=device))
@@ -169,15 +243,18 @@ def require_invariant(device: torch.device, dtype: torch.dtype, width: int, caus
     def make(heads: int) -> Tensor:
         return torch.randn(length, 2, heads, width, device=device, generator=generator).to(dtype)
 
+    def settings(query: Tensor) -> Options:
+        return probed(options, query.shape[2], device)
+
     def run(*inputs, pack=None):
-        out, lse = forward(*inputs[:3], 1.0, causal, pack)
-        return out, *backward(*inputs[:3], out, lse, inputs[3], 1.0, causal, pack)
+        out, lse = forward(*inputs[:3], 1.0, causal, pack, settings(inputs[0]))
+        return out, *backward(*inputs[:3], out, lse, inputs[3], 1.0, causal, pack, settings(inputs[0]))[:3]
 
     for groups in (2, 8):
         inputs = make(8), make(groups), make(groups), make(8)
         last_group = [t[:, 1:, -t.shape[2] // groups :] for t in inputs]  # of the second sequence
         whole, again, part = run(*inputs), run(*inputs), run(*last_group)
-        rows = forward(inputs[0][-3:], *inputs[1:3], 1.0, causal)[0]
+        rows = forward(inputs[0][-3:], *inputs[1:3], 1.0, causal, None, settings(inputs[0]))[0]
         compared = {
             "runs": (whole, again),
             "heads": ([t[:, 1:, -p.shape[2] :] for t, p in zip(whole, part, strict=True)], part),
@@ -194,6 +271,13 @@ def require_invariant(device: torch.device, dtype: torch.dtype, width: int, caus
                         f"attention is not invariant on {device_name(device)} for {dtype} heads of width {width}: {name} "
                         f"differs between {what}; compute attention on another machine, and report this"
                     )
+
+
+def probed(options: tuple[bool, bool, bool], heads: int, device: torch.device) -> Options:
+    """What a probe computes with, of the last ``heads`` of 8."""
+    window, softcap, sinks = options
+    logits = torch.arange(8, device=device)[8 - heads :] - 4.0
+    return Options(77 if window else None, 5.0 if softcap else None, logits if sinks else None)
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
@@ -245,6 +329,51 @@ def _fake_packed(query, *_) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty(1, query.shape[1], query.shape[0], dtype=torch.float32)
 
 
+def _check_with(query, key, value, sinks, scale, causal, sliding_window, softcap) -> None:
+    check(query, key, value, scale, causal)
+    check_options(query, sinks, scale, causal, sliding_window, softcap)
+
+
+def _forward_with(query, key, value, sinks, scale, causal, *numbers) -> tuple[Tensor, Tensor]:
+    options = options_of(sinks, *numbers)
+    require_invariant(query.device, query.dtype, query.shape[-1], causal, False, options.kinds)
+    return backend(query)[0](*map(unit_stride, (query, key, value)), scale, causal, None, options)
+
+
+def _backward_with(dout, query, key, value, sinks, out, lse, needs, scale, causal, *numbers) -> tuple[Tensor | None, ...]:
+    inputs = (*map(unit_stride, (query, key, value)), out, lse, unit_stride(dout))
+    gradients = backend(query)[1](*inputs, scale, causal, None, options_of(sinks, *numbers))
+    return (*gradients, None) if sinks is None else gradients
+
+
+def _check_packed_with(query, key, value, cu_q, cu_k, first_q, first_k, sinks, longest_q, longest_k, scale, causal, *numbers) -> None:
+    check_packed(query, key, value, cu_q, cu_k, first_q, first_k, longest_q, longest_k, scale, causal)
+    check_options(query, sinks, scale, causal, *numbers)
+
+
+def _forward_packed_with(query, key, value, cu_q, cu_k, first_q, first_k, sinks, longest_q, longest_k, scale, causal, *numbers):
+    options = options_of(sinks, *numbers)
+    require_invariant(query.device, query.dtype, query.shape[-1], causal, True, options.kinds)
+    pack = _pack(cu_q, cu_k, first_q, first_k, longest_q, longest_k)
+    _assert_lengths(pack, len(query), len(key), causal)
+    out, lse = backend(query)[0](*(unit_stride(t).unsqueeze(1) for t in (query, key, value)), scale, causal, pack, options)
+    return out.squeeze(1), lse
+
+
+def _backward_packed_with(
+    dout, query, key, value, sinks, out, lse, cu_q, cu_k, first_q, first_k, needs, longest_q, longest_k, scale, causal, *numbers
+) -> tuple[Tensor | None, ...]:
+    query, key, value, out, dout = (unit_stride(t).unsqueeze(1) for t in (query, key, value, out, dout))
+    pack = _pack(cu_q, cu_k, first_q, first_k, longest_q, longest_k)
+    options = options_of(sinks, *numbers)
+    dq, dk, dv, *dsinks = backend(query)[1](query, key, value, out, lse, dout, scale, causal, pack, options)
+    return *(gradient.squeeze(1) for gradient in (dq, dk, dv)), *(dsinks or [None])
+
+
+def _fake_backward_with(dout, query, key, value, sinks, *_) -> list[Tensor | None]:
+    return [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value, sinks)]
+
+
 CORE = register(
     "core_attention(Tensor query, Tensor key, Tensor value, float scale, bool causal) -> (Tensor out, Tensor lse)",
     check=check,
@@ -263,4 +392,27 @@ PACKED = register(
     backward=_backward_packed,
     kept="query key value out lse cu_seqlens_q cu_seqlens_kv first_q first_kv",
     gradients="query key value",
+)
+# The same with options. Operators of their own: those without have the arguments, and cost the host, what they did before there were any.
+_NUMBERS = "float scale, bool causal, int sliding_window, float softcap) -> (Tensor out, Tensor lse)"
+CORE_WITH_OPTIONS = register(
+    f"core_attention_with_options(Tensor query, Tensor key, Tensor value, Tensor? sinks, {_NUMBERS}",
+    check=_check_with,
+    forward=_forward_with,
+    fake=_fake,
+    backward=_backward_with,
+    kept="query key value sinks out lse",
+    gradients="query key value sinks",
+    fake_backward=_fake_backward_with,
+)
+PACKED_WITH_OPTIONS = register(
+    "packed_attention_with_options(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_kv, Tensor first_q, "
+    f"Tensor first_kv, Tensor? sinks, SymInt max_seqlen_q, SymInt max_seqlen_kv, {_NUMBERS}",
+    check=_check_packed_with,
+    forward=_forward_packed_with,
+    fake=_fake_packed,
+    backward=_backward_packed_with,
+    kept="query key value sinks out lse cu_seqlens_q cu_seqlens_kv first_q first_kv",
+    gradients="query key value sinks",
+    fake_backward=_fake_backward_with,
 )

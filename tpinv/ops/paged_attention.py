@@ -18,6 +18,7 @@ from tpinv.contract import ATTENTION_LEAF, ATTENTION_NODE
 from tpinv.ops import attention, products
 from tpinv.ops.shapes import unit_stride
 from tpinv.reference import attention as reference_attention
+from tpinv.reference.attention import PLAIN
 
 CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SMALLEST_PAGE = 16
@@ -36,6 +37,9 @@ def paged_attention(
     causal: bool = True,
     scale: float | None = None,
     out: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """softmax(query key^T scale) value of n requests, whose keys and values lie in pages. No gradient.
 
@@ -53,6 +57,7 @@ def paged_attention(
         causal: a query sees keys up to its own position; otherwise all keys of its request.
         scale: default 1 / sqrt(d); above 0.
         out: [t, h, d] in the query's dtype, contiguous in d, which is filled and returned.
+        sliding_window, softcap, sinks: as in core_attention. Pages that lie before the window of a request's first query are not looked at.
 
     Returns:
         [t, h, d]. Rows of no request are zero.
@@ -71,9 +76,12 @@ def paged_attention(
     if max_seq_len is None and block_table.dim() == 2 and key_cache.dim() == 4:
         max_seq_len = block_table.shape[1] * key_cache.shape[1]
     arguments = block_table, seq_lens, query_start_loc, max_query_len, max_seq_len or 0, scale, causal
+    options = ()
+    if sliding_window is not None or softcap is not None or sinks is not None:
+        options = (sinks, *attention.option_numbers(sliding_window, softcap))
     if out is None:
-        return torch.ops.tpinv.paged_attention(query, key_cache, value_cache, *arguments)
-    torch.ops.tpinv.paged_attention_out(query, key_cache, value_cache, *arguments, out)
+        return torch.ops.tpinv.paged_attention(query, key_cache, value_cache, *arguments, *options)
+    torch.ops.tpinv.paged_attention_out(query, key_cache, value_cache, *arguments, out, *options)
     return out
 
 
@@ -133,7 +141,7 @@ def check(query, key_cache, value_cache, block_table, seq_lens, query_start_loc,
         raise ValueError(f"out {out.dtype} {tuple(out.shape)} on {out.device} must be like query and have unit stride in d")
 
 
-def _check_lengths(query, key_cache, block_table, seq_lens, query_start_loc, causal) -> None:
+def _check_lengths(query, key_cache, block_table, seq_lens, query_start_loc, causal, window=None) -> None:
     """On a CPU, where numbers can be read."""
     starts, lengths, (pages, size) = query_start_loc.tolist(), seq_lens.tolist(), key_cache.shape[:2]
     counts = [after - before for before, after in zip(starts, starts[1:], strict=False)]
@@ -145,7 +153,7 @@ def _check_lengths(query, key_cache, block_table, seq_lens, query_start_loc, cau
                 f"request {i} has {count} queries and seq_len {length}: it must be at least the queries and at most the "
                 f"{block_table.shape[1]} x {size} positions of its row of block_table"
             )
-        used = block_table[i, : -(-length // size)]
+        used = block_table[i, reference_attention.first_seen(count, length, window) // size : -(-length // size)]
         if count and len(used) and not 0 <= int(used.min()) <= int(used.max()) < pages:
             raise ValueError(f"request {i} names pages {used.tolist()} of a cache of {pages}")
 
@@ -168,27 +176,36 @@ def _check_append(key, value, key_cache, value_cache, slot_mapping) -> None:
 # -- operators ----------------------------------------------------------------------------------------------------------------------
 
 
-def _paged_out(query, key_cache, value_cache, block_table, seq_lens, query_start_loc, max_query_len, max_seq_len, scale, causal, out):
+def _paged_out(
+    query, key_cache, value_cache, block_table, seq_lens, query_start_loc, max_query_len, max_seq_len, scale, causal, out, sinks=None,
+    sliding_window=0, softcap=0.0,
+):  # fmt: skip
     check(query, key_cache, value_cache, block_table, seq_lens, query_start_loc, scale, out)
-    require_paged(query.device, query.dtype, query.shape[2])
-    _compute(query, key_cache, value_cache, block_table, seq_lens, query_start_loc, max_query_len, max_seq_len, scale, causal, out)
+    attention.check_options(query, sinks, scale, causal, sliding_window, softcap)
+    options = attention.options_of(sinks, sliding_window, softcap)
+    where = query.device, query.dtype, query.shape[2]
+    require_paged(*where, options.kinds) if options.given else require_paged(*where)  # what an engine asked ahead must be found
+    numbers = block_table, seq_lens, query_start_loc, max_query_len, max_seq_len
+    _compute(query, key_cache, value_cache, *numbers, scale, causal, out, options)
 
 
 def _paged(query, *arguments):
     out = query.new_empty(query.shape)
-    _paged_out(query, *arguments, out)
+    _paged_out(query, *arguments[:9], out, *arguments[9:])
     return out
 
 
-def _compute(query, key_cache, value_cache, block_table, seq_lens, query_start_loc, max_query_len, max_seq_len, scale, causal, out):
+def _compute(
+    query, key_cache, value_cache, block_table, seq_lens, query_start_loc, max_query_len, max_seq_len, scale, causal, out, options=PLAIN
+):
     query, numbers = unit_stride(query), (unit_stride(block_table), seq_lens.contiguous(), query_start_loc.contiguous())
     if products.on_gpu(query):
         from tpinv.kernels.attention import paged  # needs Triton
 
-        paged.forward(query, key_cache, value_cache, *numbers, max_query_len, max_seq_len, scale, causal, out)
+        paged.forward(query, key_cache, value_cache, *numbers, max_query_len, max_seq_len, scale, causal, out, options=options)
     else:
-        _check_lengths(query, key_cache, *numbers, causal)
-        reference_attention.paged_forward(query, key_cache, value_cache, *numbers, scale, causal, out)
+        _check_lengths(query, key_cache, *numbers, causal, options.window)
+        reference_attention.paged_forward(query, key_cache, value_cache, *numbers, scale, causal, out, options)
 
 
 def _append(key, value, key_cache, value_cache, slot_mapping):
@@ -210,9 +227,10 @@ _INPUTS = (
     "Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, Tensor query_start_loc, "
     "SymInt max_query_len, SymInt max_seq_len, float scale, bool causal"
 )
+_OPTIONS = "Tensor? sinks=None, int sliding_window=0, float softcap=0.0"
 for _signature, _function, _fake in (
-    (f"paged_attention({_INPUTS}) -> Tensor", _paged, lambda query, *_: query.new_empty(query.shape)),
-    (f"paged_attention_out({_INPUTS}, Tensor(a!) out) -> ()", _paged_out, lambda *_: None),
+    (f"paged_attention({_INPUTS}, {_OPTIONS}) -> Tensor", _paged, lambda query, *_: query.new_empty(query.shape)),
+    (f"paged_attention_out({_INPUTS}, Tensor(a!) out, {_OPTIONS}) -> ()", _paged_out, lambda *_: None),
     (
         "append_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping) -> ()",
         _append,
@@ -229,15 +247,20 @@ for _signature, _function, _fake in (
 
 
 @functools.lru_cache(maxsize=64)
-def require_paged(device: torch.device, dtype: torch.dtype, width: int) -> None:
+def require_paged(device: torch.device, dtype: torch.dtype, width: int, options: tuple[bool, bool, bool] = (False, False, False)) -> None:
     """ValueError unless, on this machine, a decode, a chunk of queries and another request's company give a row the bytes that
-    core_attention gives it in one prefill, over shuffled pages with NaN behind the last position."""
+    core_attention gives it in one prefill, over shuffled pages with NaN behind the last position. ``options``: with a window, a cap, sinks."""
     length = (4 * ATTENTION_NODE + 2) * ATTENTION_LEAF + 333 if device.type == "cuda" else ATTENTION_LEAF + 70
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = (torch.randn(length, heads, width, device=device, generator=generator).to(dtype) for heads in (4, 2, 2))
-    whole = attention.backend(q)[0](*(t.unsqueeze(1) for t in (q, k, v)), 1.0, True)[0].squeeze(1)
+    given = attention.probed(options, 4, device)
+
+    def prefill(length: int) -> Tensor:
+        return attention.backend(q)[0](*(t[:length].unsqueeze(1) for t in (q, k, v)), 1.0, True, None, given)[0].squeeze(1)
+
+    whole = prefill(length)
     short = 133  # which one kernel computes, and the long one another, if it is longer than a node
-    if not attention.same_bytes(whole[:short], attention.backend(q)[0](*(t[:short].unsqueeze(1) for t in (q, k, v)), 1.0, True)[0][:, 0]):
+    if not attention.same_bytes(whole[:short], prefill(short)):
         raise ValueError(
             f"attention is not invariant on {attention.device_name(device)}: the first {short} rows differ from those of {length}"
         )
@@ -255,7 +278,7 @@ def require_paged(device: torch.device, dtype: torch.dtype, width: int) -> None:
             numbers = ([length, short], [0, queries, queries + 1])
             lengths, starts = (torch.tensor(x, dtype=torch.int32, device=device) for x in numbers)
             out = torch.empty_like(mine)
-            _compute(mine, *caches, table, lengths, starts, queries, length, 1.0, True, out)
+            _compute(mine, *caches, table, lengths, starts, queries, length, 1.0, True, out, given)
             if not attention.same_bytes(out, torch.cat([whole[length - queries :], whole[short - 1 : short]])):
                 raise ValueError(
                     f"paged attention is not invariant on {attention.device_name(device)} for {dtype} heads of width {width}: {queries} "

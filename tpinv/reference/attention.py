@@ -14,6 +14,12 @@ What one row (a query of one head) is, the contract, for keys counted from the s
 of may be skipped or not: a row has the same bytes in a prefill, in any chunk of it, and alone. A zero result is +0.0, whatever
 its terms were. So a prefill may run through the keys while a decode computes leaves apart and merges them.
 
+Options change what a row sees and what its scores are, and no place of any key (:class:`Options`):
+
+    window  a row sees its last ``window`` keys, its own the last of them. Blocks, leaves and nodes before them are hidden as those behind are
+    softcap what was s scale above is u (softcap log2(e)) with u = :func:`tanh` (s (scale / softcap)), whose every operation IEEE 754 fixes
+    sinks   one more key per head, with the score sink log2(e) and the value 0, merged behind the root of the tree
+
 On a CPU every product is one step of 64 rows by 64 keys by the head's width (a multiple of 16, filled up with zeros), from contiguous
 copies: what a BLAS does then depends on the values alone. Rows of a group of query heads fill such a tile together, since a row's place in
 it does not matter. fma is computed in float64 and rounded. exp2 is torch's, called on whole vectors by one thread, since its scalar code
@@ -31,8 +37,7 @@ import torch
 from torch import Tensor
 
 from tpinv.contract import ATTENTION_BLOCK as BLOCK
-from tpinv.contract import ATTENTION_LEAF, ATTENTION_NODE
-from tpinv.reference import row_sum
+from tpinv.contract import ATTENTION_LEAF, ATTENTION_NODE, TANH_LIMIT, TANH_P, TANH_Q
 from tpinv.tree import ReductionTree
 
 LOG2E = 1.4426950408889634
@@ -61,6 +66,30 @@ class Pack(NamedTuple):
     longest_k: int
 
 
+class Options(NamedTuple):
+    """``window`` keys that a causal row sees, None: all; ``softcap`` of scores, None: none; ``sinks`` [h], the logits of no key, None: none."""
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def kinds(self) -> tuple[bool, bool, bool]:
+        """Which of them are given."""
+        return tuple(option is not None for option in self)
+
+    @property
+    def given(self) -> bool:
+        return any(self.kinds)
+
+    def factors(self, scale: float) -> tuple[float | None, float]:
+        """What a score is multiplied by before tanh, None without, and what a score, or that tanh, is multiplied by in powers of two."""
+        return (None, scale * LOG2E) if self.softcap is None else (scale / self.softcap, self.softcap * LOG2E)
+
+
+PLAIN = Options()
+
+
 # -- arithmetic ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -68,6 +97,17 @@ def fma(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:
     """a b + c, rounded once to float32 (but for a tie that float64 makes, once in some 2^29)."""
     b = b.double() if isinstance(b, Tensor) else torch.tensor(b, dtype=torch.float32).double()
     return (a.double() * b).add_(c.double()).float()
+
+
+def tanh(x: Tensor) -> Tensor:
+    """tanh of float32, by the operations of contract.TANH_P."""
+    x = x.clamp(-TANH_LIMIT, TANH_LIMIT)
+    z = x * x
+    (*low_p, p), (*low_q, q) = TANH_P, TANH_Q
+    p, q = torch.full_like(z, p), torch.full_like(z, q)
+    for of_p, of_q in zip(reversed(low_p), reversed(low_q), strict=True):
+        p, q = (fma(t, z, torch.tensor(one, dtype=torch.float32, device=x.device)) for t, one in ((p, of_p), (q, of_q)))
+    return (x * p / q).clamp_(-1.0, 1.0)
 
 
 def exp2(x: Tensor) -> Tensor:
@@ -127,14 +167,17 @@ def tiles(x: Tensor, rows: int = TILE) -> Tensor:
 
 
 class Keys(NamedTuple):
-    """What rows of tiles see. ``seen`` [T, 64]: each row sees that many keys from the first on, not fewer than the row before it."""
+    """What rows of tiles see. ``seen`` [T, 64]: each row sees that many keys from the first on, not fewer than the row before it, and of them,
+    with a window, the last ``window``."""
 
     seen: Tensor
     first: list[int]  # the first tile that sees anything of each block
-    whole: list[int]  # the first tile whose rows all see all of it
+    whole: list[int]  # the first tile whose rows all see all of it, if there is no window
+    past: list[int]  # the first tile behind them that sees nothing of it
+    window: int | None
 
     @staticmethod
-    def of(seen: Sequence[int] | Tensor, blocks: int) -> "Keys":
+    def of(seen: Sequence[int] | Tensor, blocks: int, window: int | None = None) -> "Keys":
         seen = torch.as_tensor(seen, dtype=torch.int64)
         filled = seen.new_full((max(1, -(-len(seen) // TILE)) * TILE,), int(seen[-1]) if len(seen) else 0)
         filled[: len(seen)] = seen
@@ -142,32 +185,46 @@ class Keys(NamedTuple):
         start = torch.arange(blocks) * BLOCK
         first = torch.searchsorted(filled.amax(1), start, right=True)
         whole = torch.searchsorted(filled.amin(1), start + BLOCK)
-        return Keys(filled, first.tolist(), whole.tolist())
+        past = torch.full_like(first, len(filled))
+        if window is not None:
+            past = torch.searchsorted(filled.amin(1) - window, start + BLOCK).clamp(min=first)
+        return Keys(filled, first.tolist(), whole.tolist(), past.tolist(), window)
+
+    def tiles(self, block: int) -> slice:
+        """Those that see anything of ``block``."""
+        return slice(self.first[block], self.past[block])
 
     def hide(self, scores: Tensor, block: int, value: float) -> None:
-        """scores [G, T - first, 64, 64] of ``block``: ``value`` where a row does not see the key."""
-        first, whole = self.first[block], self.whole[block]
-        if whole > first:
+        """scores [G, T of :meth:`tiles`, 64, 64] of ``block``: ``value`` where a row does not see the key."""
+        tiles = self.tiles(block)
+        first, until = tiles.start, self.whole[block] if self.window is None else tiles.stop
+        if until > first:
             key = block * BLOCK + torch.arange(BLOCK, device=scores.device)
-            hidden = key >= self.seen[first:whole].to(scores.device).unsqueeze(-1)
-            scores[:, : whole - first].masked_fill_(hidden, value)
+            seen = self.seen[first:until].to(scores.device).unsqueeze(-1)
+            hidden = key >= seen
+            if self.window is not None:
+                hidden |= key < seen - self.window
+            scores[:, : until - first].masked_fill_(hidden, value)
 
 
 # -- forward ------------------------------------------------------------------------------------------------------------------------
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Sequence[int] | Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """q [G, N, d], k and v [G, m, d], row i sees the first seen[i] keys, seen in increasing order -> out [G, N, d], lse fp32 [G, N].
-    A row that sees none is zero, its lse -inf."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Sequence[int] | Tensor, scale: float, inner: float | None = None, window: int | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q [G, N, d], k and v [G, m, d], row i sees the first seen[i] keys, seen in increasing order, or the last ``window`` of them -> out
+    [G, N, d], lse fp32 [G, N]. ``inner``, ``scale``: of Options.factors. ``sinks`` [G, N]: a row's sink. A row that sees none is zero, its lse -inf."""
     groups, rows, width = q.shape
     q_tiles, k_tiles, v_tiles = tiles(q), tiles(k, BLOCK), tiles(v, BLOCK)
     blocks = -(-k.shape[1] // BLOCK)
     per_leaf, per_node = ATTENTION_LEAF // BLOCK, ATTENTION_NODE * ATTENTION_LEAF // BLOCK
-    keys = Keys.of(seen, blocks)
+    keys = Keys.of(seen, blocks, window)
 
     def node(first: int) -> Part:
         ends = range(first, min(first + per_node, blocks), per_leaf)
-        leaves = (leaf(q_tiles, k_tiles, v_tiles, keys, range(at, min(at + per_leaf, blocks)), scale, q.dtype) for at in ends)
+        leaves = (leaf(q_tiles, k_tiles, v_tiles, keys, range(at, min(at + per_leaf, blocks)), scale, q.dtype, inner) for at in ends)
         return functools.reduce(merge, leaves)
 
     nodes = -(-blocks // per_node)
@@ -175,6 +232,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Sequence[int] | Tensor, scale:
         root = ReductionTree(nodes).reduce((node(i * per_node) for i in range(nodes)), merge)
     else:
         root = nothing(q_tiles)
+    if sinks is not None:
+        root = merge(root, sink_part(sinks, root))
     total = root.total.flatten(1)[:, :rows]
     nobody = total == 0
     out = root.acc.flatten(1, 2)[:, :rows, :width] / total.masked_fill(nobody, 1.0).unsqueeze(-1) + 0.0
@@ -182,22 +241,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Sequence[int] | Tensor, scale:
     return out.to(q.dtype), lse.masked_fill(nobody, NONE)
 
 
+def sink_part(sinks: Tensor, like: Part) -> Part:
+    """sinks [G, N] -> what they make of rows: a sum of one, and of no value."""
+    top = torch.full_like(like.top, NONE)
+    top.flatten(1)[:, : sinks.shape[1]] = sinks.float() * LOG2E
+    return Part(top, torch.ones_like(top), torch.zeros_like(like.acc))
+
+
 def nothing(q: Tensor) -> Part:
     return Part(q.new_full(q.shape[:3], NONE), q.new_zeros(q.shape[:3]), torch.zeros_like(q))
 
 
-def leaf(q: Tensor, k: Tensor, v: Tensor, keys: Keys, blocks: range, scale: float, dtype: torch.dtype) -> Part:
+def leaf(q: Tensor, k: Tensor, v: Tensor, keys: Keys, blocks: range, scale: float, dtype: torch.dtype, inner: float | None = None) -> Part:
     """q [G, T, 64, W], k and v [G, B, 64, W]"""
     top, total, acc = part = nothing(q)
-    groups, tile_count, _, width = q.shape
+    groups, _, _, width = q.shape
     for block in blocks:
-        first = keys.first[block]
-        seeing = tile_count - first
+        seeing_tiles = keys.tiles(block)
+        seeing = seeing_tiles.stop - seeing_tiles.start
         if not seeing:
-            break
-        here = (slice(None), slice(first, None))
+            continue
+        here = (slice(None), seeing_tiles)
         repeated = [t for head in k[:, block].mT.unbind(0) for t in [head] * seeing]
         scores = products(q[here].flatten(0, 1).unbind(0), repeated, q, BLOCK).view(groups, seeing, TILE, BLOCK)
+        if inner is not None:
+            scores = tanh(scores * inner)
         keys.hide(scores, block, NONE)
         new_top = torch.maximum(top[here], scores.amax(-1) * scale)
         shift = finite(new_top)
@@ -224,14 +292,18 @@ def ungrouped(x: Tensor, heads: int) -> Tensor:
     return x.reshape(x.shape[0], heads, *x.shape[3:])
 
 
-def _sequence(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """q [n, h, d], k and v [m, g, d] -> out [n, h, d], lse [n, h]. The last query sees all keys."""
+def _sequence(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, options: Options) -> tuple[Tensor, Tensor]:
+    """q [n, h, d], k and v [m, g, d] -> out [n, h, d], lse [n, h]. The last query sees all keys, or the last ones."""
     queries, heads, _ = q.shape
     seen = torch.full((queries,), len(k))
     if causal:
         seen = seen - torch.arange(queries - 1, -1, -1)
     seen = seen.repeat_interleave(heads // k.shape[1])
-    out, lse = attend(grouped(q, k.shape[1]), k.transpose(0, 1), v.transpose(0, 1), seen, scale)
+    inner, scale = options.factors(scale)
+    sinks = options.sinks
+    if sinks is not None:
+        sinks = grouped(sinks.view(1, heads, 1).expand(queries, -1, -1), k.shape[1]).squeeze(2)
+    out, lse = attend(grouped(q, k.shape[1]), k.transpose(0, 1), v.transpose(0, 1), seen, scale, inner, options.window, sinks)
     return ungrouped(out, heads), ungrouped(lse, heads)
 
 
@@ -244,7 +316,9 @@ def sequences(pack: Pack) -> list[tuple[slice, slice]]:
     return list(zip(*rows, strict=True))
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, pack: Pack | None = None) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, pack: Pack | None = None, options: Options = PLAIN
+) -> tuple[Tensor, Tensor]:
     """q [sq, b, h, d], k and v [sk, b, g, d] -> out [sq, b, h, d], lse fp32 [b, h, sq]. b is 1 in a pack."""
     sq, batch, heads, width = q.shape
     out, lse = q.new_zeros(q.shape), q.new_full((batch, heads, sq), NONE, dtype=torch.float32)
@@ -254,7 +328,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, pack: P
         every = [(queries, 0, keys) for queries, keys in sequences(pack)]
     for queries, b, keys in every:
         if out[queries].numel():
-            out[queries, b], got = _sequence(q[queries, b], k[keys, b], v[keys, b], scale * LOG2E, causal)
+            out[queries, b], got = _sequence(q[queries, b], k[keys, b], v[keys, b], scale, causal, options)
             lse[b, :, queries] = got.t()
     return out, lse
 
@@ -264,7 +338,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, pack: P
 
 def paged_forward(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start_loc: Tensor,
-    scale: float, causal: bool, out: Tensor,
+    scale: float, causal: bool, out: Tensor, options: Options = PLAIN,
 ) -> None:  # fmt: skip
     """query [t, h, d], caches [pages, page size, g, d], block_table [n, pages of the longest], seq_lens [n], query_start_loc [n + 1]; fills
     out [t, h, d]. Rows of no request are zero."""
@@ -272,9 +346,25 @@ def paged_forward(
     starts, size = query_start_loc.tolist(), key_cache.shape[1]
     for start, stop, length, pages in zip(starts, starts[1:], seq_lens.tolist(), block_table, strict=False):
         if stop > start and length:
-            pages = pages[: -(-length // size)].long()
-            key, value = (cache[pages].flatten(0, 1)[:length] for cache in (key_cache, value_cache))
-            out[start:stop], _ = _sequence(query[start:stop], key, value, scale * LOG2E, causal)
+            first = first_seen(stop - start, length, options.window)
+            pages = pages[first // size : -(-length // size)].long()
+            key, value = (_gather(cache, pages, first, length) for cache in (key_cache, value_cache))
+            out[start:stop], _ = _sequence(query[start:stop], key, value, scale, causal, options)
+
+
+def first_seen(queries: int, keys: int, window: int | None) -> int:
+    """The first key that any of the last ``queries`` positions of ``keys`` sees."""
+    return 0 if window is None else max(0, keys - queries + 1 - window)
+
+
+def _gather(cache: Tensor, pages: Tensor, first: int, length: int) -> Tensor:
+    """Positions of a request, [length, g, d], of which ``pages`` has those from that of ``first`` on; those before it are 0, as no row sees them."""
+    size = cache.shape[1]
+    held = cache[pages].flatten(0, 1)
+    if not first:
+        return held[:length]
+    at = first // size * size
+    return torch.cat([held.new_zeros(first, *held.shape[1:]), held[first - at : length - at]])
 
 
 def append_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -284,67 +374,3 @@ def append_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor
     where = slots // size, slots % size
     key_cache[where] = key[rows]
     value_cache[where] = value[rows]
-
-
-# -- backward -----------------------------------------------------------------------------------------------------------------------
-
-
-def _sequence_backward(q, k, v, dout, lse, delta, scale: float, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """q, dout [n, h, d], k, v [m, g, d], lse, delta [h, n] -> dq [n, h, d], dk, dv [m, g, d]. FlashAttention-2's recurrences:
-    dq over key blocks in order; dk and dv of a query head over tiles of queries in order, then one chain over the heads of the group."""
-    (queries, heads, width), (length, groups, _), dtype = q.shape, k.shape, q.dtype
-    per_group = heads // groups
-    q_tiles, d_tiles = tiles(q.transpose(0, 1)), tiles(dout.transpose(0, 1))  # [h, T, 64, W]
-    k_tiles, v_tiles = (tiles(t.transpose(0, 1), BLOCK).repeat_interleave(per_group, 0) for t in (k, v))
-    rows = q_tiles.shape[1] * TILE
-    lse = torch.nn.functional.pad(lse, (0, rows - queries), value=float("inf")).view(heads, -1, TILE, 1)
-    delta = torch.nn.functional.pad(delta, (0, rows - queries)).view(heads, -1, TILE, 1)
-    seen = torch.full((queries,), length)
-    if causal:
-        seen = seen - torch.arange(queries - 1, -1, -1)
-    keys = Keys.of(seen, k_tiles.shape[1])
-    dq, dk, dv = torch.zeros_like(q_tiles), torch.zeros_like(k_tiles), torch.zeros_like(v_tiles)
-    tile_count, padded = q_tiles.shape[1:4:2]
-    for block in range(k_tiles.shape[1]):
-        first = keys.first[block]
-        seeing = tile_count - first
-        if not seeing:
-            break
-        here, shape = (slice(None), slice(first, None)), (heads, seeing, TILE, BLOCK)
-        q_here, d_here = ([t for t in x[here].flatten(0, 1).unbind(0)] for x in (q_tiles, d_tiles))
-        k_here, v_here = ([t for head in x[:, block].unbind(0) for t in [head] * seeing] for x in (k_tiles, v_tiles))
-        scores = products(q_here, [t.t() for t in k_here], q_tiles, BLOCK).view(shape)
-        p = exp2(fma(scores, scale * LOG2E, -lse[here]))
-        keys.hide(p, block, 0.0)
-        dp = products(d_here, [t.t() for t in v_here], q_tiles, BLOCK).view(shape)
-        ds = (p * (dp - delta[here])).to(dtype).float().flatten(0, 1)
-        p = p.to(dtype).float().flatten(0, 1)
-        dq[here] += products(ds.unbind(0), k_here, q_tiles, padded).view(heads, seeing, TILE, padded)
-        to_dv = products([t.t() for t in p.unbind(0)], d_here, q_tiles, padded).view(heads, seeing, BLOCK, padded)
-        to_dk = products([t.t() for t in ds.unbind(0)], q_here, q_tiles, padded).view(heads, seeing, BLOCK, padded)
-        for tile in range(seeing):
-            dv[:, block] += to_dv[:, tile]
-            dk[:, block] += to_dk[:, tile]
-    dq = (dq * scale).flatten(1, 2)[:, :queries, :width].transpose(0, 1)
-    dk, dv = ((t.flatten(1, 2)[:, :length, :width]).unflatten(0, (groups, per_group)) for t in (dk * scale, dv))
-    for head in range(1, per_group):
-        dk[:, 0] += dk[:, head]
-        dv[:, 0] += dv[:, head]
-    return dq.to(dtype), *(t[:, 0].transpose(0, 1).to(dtype) for t in (dk, dv))
-
-
-def backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, scale: float, causal: bool, pack=None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, contiguous, in the shapes of q, k, v."""
-    dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
-    delta = row_sum(out.float() * dout.float()).permute(1, 2, 0)
-    if pack is None:
-        every = [(slice(None), b, slice(None)) for b in range(q.shape[1])]
-    else:
-        every = [(queries, 0, keys) for queries, keys in sequences(pack)]
-    for queries, b, keys in every:
-        if q[queries].numel():
-            parts = (q[queries, b], k[keys, b], v[keys, b], dout[queries, b], lse[b, :, queries], delta[b, :, queries])
-            dq[queries, b], dk[keys, b], dv[keys, b] = _sequence_backward(*parts, scale, causal)
-    return dq, dk, dv

@@ -23,7 +23,8 @@ from torch import Tensor
 from tpinv import contract
 from tpinv.kernels.attention import sm90_decode
 from tpinv.kernels.attention.forward import LEVELS, padded_width
-from tpinv.kernels.attention.leaves import BLOCK, LOG2E, NODE, merge, quotient, walk
+from tpinv.kernels.attention.leaves import BLOCK, LOG2E, NODE, merge, quotient, walk, walk_window, with_sink
+from tpinv.reference.attention import PLAIN, Options
 from tpinv.runtime.device import ceil_div
 from tpinv.runtime.launch import entry
 from tpinv.runtime.state import device_state
@@ -31,13 +32,20 @@ from tpinv.runtime.state import device_state
 UNITS = 4096  # of leaves at most, key heads included
 # Rows of a tile -> warps, stages, programs of a multiprocessor. Not in the bits.
 SCHEDULES = {16: (4, 5, 2), 32: (4, 5, 2), 64: (8, 5, 1)}
-DYNAMIC = ["table_s", "requests", "key_heads", "per_group", "most", "longest", "enough", "limit"]
+DYNAMIC = ["table_s", "requests", "key_heads", "per_group", "most", "longest", "enough", "limit", "window"]
+
+
+@triton.jit
+def _hidden(keys, queries, window, unit):
+    """Units that no query of a request sees anything of: those before its first query's window."""
+    return tl.maximum(keys - queries + 1 - window, 0) // unit
 
 
 @triton.jit
 def _work(
-    cu_q, lens, requests, key_heads, per_group, most, longest, enough, limit, ROWS: tl.constexpr, LEAF: tl.constexpr, SIZE: tl.constexpr
-):
+    cu_q, lens, requests, key_heads, per_group, most, longest, enough, limit, window, ROWS: tl.constexpr, LEAF: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
     """[SIZE] for each request: units of work of a key head, and how many there are up to it and in it; none where other kernels compute. And
     the keys of a unit: a node's if ``enough`` units are, or more than ``limit`` units of leaves would be."""
     i = tl.arange(0, SIZE)
@@ -45,6 +53,10 @@ def _work(
     keys = tl.minimum(tl.load(lens + i, mask=i < requests, other=0), longest)
     tiles = tl.where(queries <= most, (queries * per_group + ROWS - 1) // ROWS, 0)
     leaves, nodes = tiles * ((keys + LEAF - 1) // LEAF), tiles * ((keys + LEAF * NODE - 1) // (LEAF * NODE))
+    if window is not None:
+        leaves = tiles * ((keys + LEAF - 1) // LEAF - tl.minimum(_hidden(keys, queries, window, LEAF), (keys + LEAF - 1) // LEAF))
+        nodes_of = (keys + LEAF * NODE - 1) // (LEAF * NODE)
+        nodes = tiles * (nodes_of - tl.minimum(_hidden(keys, queries, window, LEAF * NODE), nodes_of))
     whole = (tl.sum(nodes) * key_heads >= enough) | (tl.sum(leaves) * key_heads > limit)
     work = tl.where(whole, nodes, leaves)
     return work, tl.cumsum(work, 0), tl.where(whole, LEAF * NODE, LEAF)
@@ -54,13 +66,13 @@ def _work(
 @triton.jit(do_not_specialize=DYNAMIC)
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, acc_ptr, sums_ptr, table_ptr, cu_q, lens, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
-    table_s, requests, key_heads, per_group, most, longest, enough, limit, scale,
+    table_s, requests, key_heads, per_group, most, longest, enough, limit, scale, inner, window,
     CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, LEAF: tl.constexpr,
     SIZE: tl.constexpr,
 ):  # fmt: skip
     """Grid: programs. acc_ptr [units, key heads, ROWS, WIDTH], sums_ptr [units, key heads, 2, ROWS] of total and top. Requests of more than
     ``most`` queries are another kernel's, keys past ``longest`` nobody's."""
-    work, ends, unit = _work(cu_q, lens, requests, key_heads, per_group, most, longest, enough, limit, ROWS, LEAF, SIZE)
+    work, ends, unit = _work(cu_q, lens, requests, key_heads, per_group, most, longest, enough, limit, window, ROWS, LEAF, SIZE)
     request_index = tl.arange(0, SIZE)
     everything = tl.sum(work) * key_heads
     dim = tl.arange(0, WIDTH)
@@ -73,6 +85,8 @@ def decode_kernel(
         keys = tl.minimum(tl.load(lens + request), longest)
         tiles = (queries * per_group + ROWS - 1) // ROWS
         start = inside // tiles * unit
+        if window is not None:
+            start += _hidden(keys, queries, window, unit) * unit
         row = inside % tiles * ROWS + tl.arange(0, ROWS)
         query = row // per_group
         rows = queries * per_group
@@ -90,14 +104,22 @@ def decode_kernel(
         top = tl.full((ROWS,), float("-inf"), tl.float32)
         leaf_acc, leaf_total, leaf_top = acc, total, top
         k_at, v_at, table_at = k_ptr + head * k_h, v_ptr + head * v_h, table_ptr + request.to(tl.int64) * table_s
-        acc, total, top, leaf_acc, leaf_total, leaf_top = walk(
-            q, acc, total, top, leaf_acc, leaf_total, leaf_top, start, whole, keys, sees, k_at, v_at, k_s, k_b, v_s, v_b, table_at, dim,
-            scale, False, CAUSAL, DIM, PAGE, LEAF,
-        )  # fmt: skip
-        acc, total, top, leaf_acc, leaf_total, leaf_top = walk(
-            q, acc, total, top, leaf_acc, leaf_total, leaf_top, whole, stop, keys, sees, k_at, v_at, k_s, k_b, v_s, v_b, table_at, dim,
-            scale, True, CAUSAL, DIM, PAGE, LEAF,
-        )  # fmt: skip
+        if window is not None:
+            first = keys - queries + inside % tiles * ROWS // per_group + 1
+            last = keys - queries + (inside % tiles * ROWS + ROWS - 1) // per_group + 1
+            acc, total, top, leaf_acc, leaf_total, leaf_top = walk_window(
+                q, acc, total, top, leaf_acc, leaf_total, leaf_top, start, stop, first, last, keys, sees, k_at, v_at, k_s, k_b, v_s, v_b,
+                table_at, dim, scale, inner, window, DIM, PAGE, LEAF,
+            )  # fmt: skip
+        else:
+            acc, total, top, leaf_acc, leaf_total, leaf_top = walk(
+                q, acc, total, top, leaf_acc, leaf_total, leaf_top, start, whole, keys, sees, k_at, v_at, k_s, k_b, v_s, v_b, table_at, dim,
+                scale, inner, None, None, False, CAUSAL, DIM, PAGE, LEAF,
+            )  # fmt: skip
+            acc, total, top, leaf_acc, leaf_total, leaf_top = walk(
+                q, acc, total, top, leaf_acc, leaf_total, leaf_top, whole, stop, keys, sees, k_at, v_at, k_s, k_b, v_s, v_b, table_at, dim,
+                scale, inner, None, None, True, CAUSAL, DIM, PAGE, LEAF,
+            )  # fmt: skip
         acc, total, top = merge(acc, total, top, leaf_acc, leaf_total, leaf_top)
         lane = tl.arange(0, ROWS)
         at = (unit_of_all.to(tl.int64) * key_heads + head) * ROWS
@@ -107,11 +129,14 @@ def decode_kernel(
 
 
 @triton.jit
-def _parts(acc_ptr, sums_ptr, part_at, part_s, row, node, in_node, units, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """acc [NODE, WIDTH], total and top [NODE] of one row of a node's units; nothing where there is none."""
+def _parts(acc_ptr, sums_ptr, part_at, part_s, row, node, in_node, units, hidden, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """acc [NODE, WIDTH], total and top [NODE] of one row of a node's units; nothing where there is none, or one that is ``hidden``."""
     i, dim = tl.arange(0, NODE), tl.arange(0, WIDTH)
     unit = node * in_node + i
     here = (i < in_node) & (unit < units)
+    if hidden is not None:
+        here = here & (unit >= hidden)
+        unit -= hidden
     at = (part_at + unit.to(tl.int64) * part_s) * ROWS
     accs = tl.load(acc_ptr + (at + row)[:, None] * WIDTH + dim[None, :], mask=here[:, None], other=0.0)
     totals = tl.load(sums_ptr + 2 * at + row, mask=here, other=0.0)
@@ -122,7 +147,7 @@ def _parts(acc_ptr, sums_ptr, part_at, part_s, row, node, in_node, units, ROWS: 
 @triton.jit(do_not_specialize=[*DYNAMIC, "tokens", "elsewhere"])
 def merge_kernel(
     out_ptr, acc_ptr, sums_ptr, cu_q, lens, o_s, o_h, tokens, requests, key_heads, per_group, most, longest, enough, limit,
-    elsewhere,
+    elsewhere, window, sinks_ptr,
     CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, LEAF: tl.constexpr,
     SIZE: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
@@ -150,7 +175,7 @@ def merge_kernel(
     query = tl.program_id(1)
     if query >= queries:
         return
-    work, _, unit = _work(cu_q, lens, requests, key_heads, per_group, most, longest, enough, limit, ROWS, LEAF, SIZE)
+    work, _, unit = _work(cu_q, lens, requests, key_heads, per_group, most, longest, enough, limit, window, ROWS, LEAF, SIZE)
     first = tl.sum(tl.where(tl.arange(0, SIZE) < request, work, 0))
     row = query * per_group + (head % per_group).to(tl.int32)
     tiles = (queries * per_group + ROWS - 1) // ROWS
@@ -168,11 +193,21 @@ def merge_kernel(
     total = 0.0
     top = float("-inf")
     part = tl.arange(0, NODE)
-    accs, totals, tops = _parts(acc_ptr, sums_ptr, part_at, part_s, row % ROWS, 0, in_node, units, ROWS, WIDTH)
-    for node in range(nodes):
+    hidden = None
+    first_node = 0
+    if window is not None:  # the nodes before stand in the tree for nothing: as many values as their number has ones
+        hidden = tl.minimum(_hidden(keys, queries, window, unit), units)
+        first_node = hidden // in_node
+        parked_top = tl.full((LEVELS,), float("-inf"), tl.float32)
+        rest = first_node
+        while rest > 0:
+            pending += rest % 2
+            rest = rest // 2
+    accs, totals, tops = _parts(acc_ptr, sums_ptr, part_at, part_s, row % ROWS, first_node, in_node, units, hidden, ROWS, WIDTH)
+    for node in range(first_node, nodes):
         # The next node's parts are under way while this one's are merged.
         here_accs, here_totals, here_tops = accs, totals, tops
-        accs, totals, tops = _parts(acc_ptr, sums_ptr, part_at, part_s, row % ROWS, node + 1, in_node, units, ROWS, WIDTH)
+        accs, totals, tops = _parts(acc_ptr, sums_ptr, part_at, part_s, row % ROWS, node + 1, in_node, units, hidden, ROWS, WIDTH)
         acc = tl.zeros((WIDTH,), tl.float32)
         total = 0.0
         top = float("-inf")
@@ -196,6 +231,8 @@ def merge_kernel(
         parked_total = tl.where(here, total, parked_total)
         parked_top = tl.where(here, top, parked_top)
         pending += 1
+    if sinks_ptr is not None:
+        acc, total, top = with_sink(acc, total, top, sinks_ptr, head)
     out = quotient(acc, total).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + (q_at + query).to(tl.int64) * o_s + head * o_h + dim, out, mask=inside)
 
@@ -203,15 +240,17 @@ def merge_kernel(
 def decode(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start_loc: Tensor,
     most: int, longest: int, scale: float, causal: bool, out: Tensor, elsewhere: bool, leaf: int = contract.ATTENTION_LEAF,
+    options: Options = PLAIN,
 ) -> None:  # fmt: skip
-    """Fills out's rows of requests with at most ``most`` queries, and of none. ``elsewhere``: the others are another kernel's."""
+    """Fills out's rows of requests with at most ``most`` queries, and of none. ``elsewhere``: the others are another kernel's.
+    csrc/sm90_decode.cu knows no options."""
     numbers = block_table, seq_lens, query_start_loc, most, longest, scale
-    if leaf == contract.ATTENTION_LEAF and query.is_cuda and longest > 0:
+    if leaf == contract.ATTENTION_LEAF and not options.given and query.is_cuda and longest > 0:
         spec = sm90_decode.spec_for(query, key_cache, value_cache, len(seq_lens), most, out)
         if spec and _verified(spec, query.device):
             sm90_decode.run(spec, query, key_cache, value_cache, *numbers[:-1], scale * LOG2E, causal, out, elsewhere, UNITS)
             return
-    decode_in_triton(query, key_cache, value_cache, *numbers, causal, out, elsewhere, leaf)
+    decode_in_triton(query, key_cache, value_cache, *numbers, causal, out, elsewhere, leaf, options)
 
 
 def _verified(spec: sm90_decode.Spec, device: torch.device) -> bool:
@@ -251,6 +290,7 @@ def _same_bytes(spec: sm90_decode.Spec, device: torch.device) -> bool:
 def decode_in_triton(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start_loc: Tensor,
     most: int, longest: int, scale: float, causal: bool, out: Tensor, elsewhere: bool, leaf: int,
+    options: Options = PLAIN,
 ) -> None:  # fmt: skip
     """:func:`decode` on any GPU."""
     (tokens, heads, width), (_, page, key_heads, _), requests = query.shape, key_cache.shape, len(seq_lens)
@@ -270,14 +310,15 @@ def decode_in_triton(
     if query.is_cuda:
         enough = torch.cuda.get_device_properties(query.device).multi_processor_count
         programs = min(items, SCHEDULES[rows][2] * enough)
+    inner, scale = options.factors(scale)
     bounds = key_heads, per_group, most, longest, enough, UNITS
     if items:
         decode_kernel[(programs,)](
             query, key_cache, value_cache, acc, sums, block_table, query_start_loc, seq_lens, query.stride(0), query.stride(1),
             *(s for t in (key_cache, value_cache) for s in t.stride()[:3]), block_table.stride(0), requests, *bounds,
-            scale * LOG2E, PAGE=page, num_warps=warps, num_stages=stages, **common,
+            scale, inner, options.window, PAGE=page, num_warps=warps, num_stages=stages, **common,
         )  # fmt: skip
     merge_kernel[(heads, max(1, min(most, tokens)), requests + 1)](
         out, acc, sums, query_start_loc, seq_lens, out.stride(0), out.stride(1), tokens, requests, *bounds,
-        int(elsewhere), LEVELS=LEVELS, num_warps=1, **common,
+        int(elsewhere), options.window, options.sinks, LEVELS=LEVELS, num_warps=1, **common,
     )  # fmt: skip

@@ -22,15 +22,15 @@ from torch import Tensor
 
 from tpinv import contract
 from tpinv.kernels.attention import sm90
-from tpinv.kernels.attention.leaves import BLOCK, LOG2E, NODE, merge, quotient, tile, walk
-from tpinv.reference.attention import Pack
+from tpinv.kernels.attention.leaves import BLOCK, NODE, merge, quotient, tile, walk, walk_window, with_sink
+from tpinv.reference.attention import PLAIN, Options, Pack
 from tpinv.runtime.device import ceil_div, on_device_of_first
 from tpinv.runtime.launch import entry
 
 # Bytes of an element -> head width up to -> rows, warps, stages of a program. Not in the bits. fp32 is for tests.
 TILES = {2: {64: (64, 4, 3), 128: (64, 4, 3), 256: (64, 8, 2)}, 4: {128: (32, 4, 1), 256: (16, 4, 1)}}
 MAX_WIDTH = 256
-DYNAMIC = ["q_rows", "k_rows", "batch", "per_group"]
+DYNAMIC = ["q_rows", "k_rows", "batch", "per_group", "window"]
 GRID_LIMIT = 65535  # of the second and third axis
 LEVELS = 8  # pending values of the tree
 MAX_KEYS = contract.ATTENTION_LEAF * contract.ATTENTION_NODE << LEVELS
@@ -69,7 +69,8 @@ def _parked(ptr, level, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _rows(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, parked_ptr, table_ptr, q_s, k_s, k_b, v_s, v_b, o_s, block, queries, keys, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, parked_ptr, table_ptr, sinks_ptr, q_s, k_s, k_b, v_s, v_b, o_s, block, head, queries,
+    keys, scale, inner, window,
     CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, TREE: tl.constexpr,
     LEAF: tl.constexpr,
 ):  # fmt: skip
@@ -88,19 +89,33 @@ def _rows(
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     if TREE:
         pending = 0
-        for start in range(0, end, LEAF * NODE):
+        first, empty = 0, 0
+        if window is not None:  # the nodes before are empty, and stand in the tree for nothing: as many values as their number has ones
+            first = tl.maximum(block * ROWS + keys - queries + 1 - window, 0) // (LEAF * NODE) * (LEAF * NODE)
+            left = first // (LEAF * NODE)
+            while left > 0:
+                empty += left % 2
+                left = left // 2
+            pending = empty
+        for start in range(first, end, LEAF * NODE):
             stop = min(end, start + LEAF * NODE)
             acc, total, top = _node(
-                q, start, max(start, min(whole, stop)), stop, keys, sees, k_ptr, v_ptr, k_s, k_b, v_s, v_b, table_ptr, dim, scale,
-                CAUSAL, DIM, WIDTH, PAGE, TREE, LEAF,
+                q, start, max(start, min(whole, stop)), stop, block, queries, keys, sees, k_ptr, v_ptr, k_s, k_b, v_s, v_b, table_ptr, dim,
+                scale, inner, window, CAUSAL, DIM, WIDTH, PAGE, TREE, LEAF,
             )  # fmt: skip
             turn = start // (LEAF * NODE)
             if stop == end:
                 turn = (1 << pending) - 1  # the last node takes all that is pending
             while turn % 2 == 1:
                 pending -= 1
-                acc_at, total_at, top_at = _parked(parked_ptr, pending, ROWS, WIDTH)
-                acc, total, top = merge(tl.load(acc_at), tl.load(total_at), tl.load(top_at), acc, total, top)
+                if window is None:  # noqa: SIM114 (without a window the other branch is not compiled)
+                    acc_at, total_at, top_at = _parked(parked_ptr, pending, ROWS, WIDTH)
+                    acc, total, top = merge(tl.load(acc_at), tl.load(total_at), tl.load(top_at), acc, total, top)
+                elif pending >= empty:
+                    acc_at, total_at, top_at = _parked(parked_ptr, pending, ROWS, WIDTH)
+                    acc, total, top = merge(tl.load(acc_at), tl.load(total_at), tl.load(top_at), acc, total, top)
+                else:
+                    empty = pending
                 turn = turn // 2
             if stop != end:
                 acc_at, total_at, top_at = _parked(parked_ptr, pending, ROWS, WIDTH)
@@ -112,28 +127,11 @@ def _rows(
                 pending += 1
     else:
         acc, total, top = _node(
-            q,
-            0,
-            whole,
-            end,
-            keys,
-            sees,
-            k_ptr,
-            v_ptr,
-            k_s,
-            k_b,
-            v_s,
-            v_b,
-            table_ptr,
-            dim,
-            scale,
-            CAUSAL,
-            DIM,
-            WIDTH,
-            PAGE,
-            TREE,
-            LEAF,
-        )
+            q, 0, whole, end, block, queries, keys, sees, k_ptr, v_ptr, k_s, k_b, v_s, v_b, table_ptr, dim, scale, inner, window,
+            CAUSAL, DIM, WIDTH, PAGE, TREE, LEAF,
+        )  # fmt: skip
+    if sinks_ptr is not None:
+        acc, total, top = with_sink(acc, total, top, sinks_ptr, head)
     out = quotient(acc, total)
     if PAGE and CAUSAL:
         if (keys < queries) & (keys > 0):
@@ -146,10 +144,10 @@ def _rows(
 
 @triton.jit
 def _node(
-    q, start, whole, stop, keys, sees, k_ptr, v_ptr, k_s, k_b, v_s, v_b, table_ptr, dim, scale,
+    q, start, whole, stop, block, queries, keys, sees, k_ptr, v_ptr, k_s, k_b, v_s, v_b, table_ptr, dim, scale, inner, window,
     CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, TREE: tl.constexpr, LEAF: tl.constexpr,
 ):  # fmt: skip
-    """A node's keys from ``start`` to ``stop``, of which every row sees those up to ``whole``.
+    """A node's keys from ``start`` to ``stop``, of which every row of the tile ``block`` sees those up to ``whole`` but for the window.
 
     Leaves are a loop of their own, in which a product runs on into the next block's, or the pipeline of loads runs on through them. On an
     H100, 128 wide, the first was faster up to 4096 keys (376 us against 400), the second at 16384 (5.26 ms against 5.85)."""
@@ -157,7 +155,13 @@ def _node(
     total = tl.zeros((q.shape[0],), tl.float32)
     top = tl.full((q.shape[0],), float("-inf"), tl.float32)
     leaf_acc, leaf_total, leaf_top = acc, total, top
-    if not TREE and WIDTH <= 128:
+    if window is not None:
+        sees_first = block * q.shape[0] + keys - queries + 1
+        acc, total, top, leaf_acc, leaf_total, leaf_top = walk_window(
+            q, acc, total, top, leaf_acc, leaf_total, leaf_top, start, stop, sees_first, sees_first + q.shape[0] - 1, keys, sees, k_ptr, v_ptr,
+            k_s, k_b, v_s, v_b, table_ptr, dim, scale, inner, window, DIM, PAGE, LEAF,
+        )  # fmt: skip
+    elif not TREE and WIDTH <= 128:
         leaves_end = start + (whole - start) // LEAF * LEAF
         for leaf_start in range(start, leaves_end, LEAF):
             new_acc = tl.zeros((q.shape[0], WIDTH), tl.float32)
@@ -165,22 +169,23 @@ def _node(
             new_top = tl.full((q.shape[0],), float("-inf"), tl.float32)
             _, _, _, new_acc, new_total, new_top = walk(
                 q, acc, total, top, new_acc, new_total, new_top, leaf_start, leaf_start + LEAF, keys, sees, k_ptr, v_ptr, k_s, k_b, v_s, v_b,
-                table_ptr, dim, scale, False, CAUSAL, DIM, PAGE, 0,
+                table_ptr, dim, scale, inner, None, None, False, CAUSAL, DIM, PAGE, 0,
             )  # fmt: skip
             acc, total, top = merge(acc, total, top, new_acc, new_total, new_top)
         _, _, _, leaf_acc, leaf_total, leaf_top = walk(
             q, acc, total, top, leaf_acc, leaf_total, leaf_top, leaves_end, whole, keys, sees, k_ptr, v_ptr, k_s, k_b, v_s, v_b, table_ptr,
-            dim, scale, False, CAUSAL, DIM, PAGE, 0,
+            dim, scale, inner, None, None, False, CAUSAL, DIM, PAGE, 0,
         )  # fmt: skip
     else:
         acc, total, top, leaf_acc, leaf_total, leaf_top = walk(
             q, acc, total, top, leaf_acc, leaf_total, leaf_top, start, whole, keys, sees, k_ptr, v_ptr, k_s, k_b, v_s, v_b, table_ptr, dim,
-            scale, False, CAUSAL, DIM, PAGE, LEAF,
+            scale, inner, None, None, False, CAUSAL, DIM, PAGE, LEAF,
         )  # fmt: skip
-    acc, total, top, leaf_acc, leaf_total, leaf_top = walk(
-        q, acc, total, top, leaf_acc, leaf_total, leaf_top, whole, stop, keys, sees, k_ptr, v_ptr, k_s, k_b, v_s, v_b, table_ptr, dim,
-        scale, True, CAUSAL, DIM, PAGE, LEAF,
-    )  # fmt: skip
+    if window is None:
+        acc, total, top, leaf_acc, leaf_total, leaf_top = walk(
+            q, acc, total, top, leaf_acc, leaf_total, leaf_top, whole, stop, keys, sees, k_ptr, v_ptr, k_s, k_b, v_s, v_b, table_ptr, dim,
+            scale, inner, None, None, True, CAUSAL, DIM, PAGE, LEAF,
+        )  # fmt: skip
     return merge(acc, total, top, leaf_acc, leaf_total, leaf_top)
 
 
@@ -188,11 +193,12 @@ def _node(
 @triton.jit(do_not_specialize=DYNAMIC)
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, o_s, o_b, o_h,
-    cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch, per_group, scale,
+    cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch, per_group, scale, inner, window, sinks_ptr,
     CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, LEAF: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of rows, heads, batch. No sequence has more than a node of keys. ``scale`` includes log2(e). lse [batch, heads, q_rows] is
-    in powers of two."""
+    """Grid: tiles of rows, heads, batch. No sequence has more than a node of keys. ``scale`` includes log2(e), and ``inner`` is the other of
+    Options.factors; it, ``window`` and sinks_ptr [heads] are None without the option, and nothing of them is compiled. lse [batch, heads,
+    q_rows] is in powers of two."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     batch, head, q_at, queries, k_at, keys = place(cu_q, cu_k, first_q, first_k, q_rows, k_rows, batch)
     if cu_q is not None:
@@ -204,7 +210,8 @@ def attention_kernel(
         v_ptr + batch * v_b + (head // per_group) * v_h + k_at * v_s,
         out_ptr + batch * o_b + head * o_h + q_at * o_s,
         lse_ptr + (batch * tl.num_programs(1) + head) * q_rows + q_at,
-        None, None, q_s, k_s, 0, v_s, 0, o_s, block, queries, keys, scale, CAUSAL, DIM, WIDTH, ROWS, 0, False, LEAF,
+        None, None, sinks_ptr, q_s, k_s, 0, v_s, 0, o_s, block, head, queries, keys, scale, inner, window, CAUSAL, DIM, WIDTH, ROWS, 0,
+        False, LEAF,
     )  # fmt: skip
 
 
@@ -213,6 +220,7 @@ def attention_kernel(
 def long_attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, parked_ptr, turn_ptr, table_ptr, q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, o_s, o_b, o_h,
     cu_q, cu_k, first_q, first_k, q_rows, k_rows, table_s, others, heads, sequences, tiles, per_group, scale,
+    inner, window, sinks_ptr,
     CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, LEAF: tl.constexpr,
     LEVELS: tl.constexpr,
 ):  # fmt: skip
@@ -256,7 +264,7 @@ def long_attention_kernel(
                 k_ptr + k_first + (head // per_group) * k_h,
                 v_ptr + v_first + (head // per_group) * v_h,
                 out_ptr + batch * o_b + head * o_h + q_at * o_s,
-                lse_at, parked_ptr, table_ptr_here, q_s, k_s, k_b, v_s, v_b, o_s, block, queries, keys, scale,
+                lse_at, parked_ptr, table_ptr_here, sinks_ptr, q_s, k_s, k_b, v_s, v_b, o_s, block, head, queries, keys, scale, inner, window,
                 CAUSAL, DIM, WIDTH, ROWS, PAGE, True, LEAF,
             )  # fmt: skip
         item = tl.atomic_add(turn_ptr, 1)
@@ -313,16 +321,18 @@ def scratch_floats(programs: int, rows: int, width: int) -> int:
 
 
 @on_device_of_first
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, pack: Pack | None = None) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, pack: Pack | None = None, options: Options = PLAIN
+) -> tuple[Tensor, Tensor]:
     """q [sq, b, h, d], k and v [sk, b, g, d], unit stride in d, any others -> out [sq, b, h, d], lse fp32 [b, h, sq]. b is 1 in a pack.
 
-    By csrc/sm90_attention.cu where it can, and was seen to have the bytes of the Triton kernel."""
-    if sm90.admits(q, k, v, causal, pack, triton_forward):
+    By csrc/sm90_attention.cu where it can, and was seen to have the bytes of the Triton kernel. It knows no options."""
+    if not options.given and sm90.admits(q, k, v, causal, pack, triton_forward):
         _check_keys(len(k) if pack is None else pack.longest_k)
         out, lse = empty_results(q, pack)
         sm90.run(q, k, v, out, lse, scale, causal, pack)
         return out, lse
-    return triton_forward(q, k, v, scale, causal, pack)
+    return triton_forward(q, k, v, scale, causal, pack, options=options)
 
 
 def empty_results(q: Tensor, pack: Pack | None) -> tuple[Tensor, Tensor]:
@@ -332,17 +342,28 @@ def empty_results(q: Tensor, pack: Pack | None) -> tuple[Tensor, Tensor]:
 
 @on_device_of_first
 def triton_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, pack: Pack | None = None, leaf: int = contract.ATTENTION_LEAF
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    pack: Pack | None = None,
+    leaf: int = contract.ATTENTION_LEAF,
+    options: Options = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """:func:`forward` by the Triton kernels alone. ``leaf``: another number of keys is another contract, for measurements."""
     sq, batch, heads, width = q.shape
     out, lse = empty_results(q, pack)
+    if pack is not None and options.sinks is not None:
+        lse.fill_(float("-inf"))  # rows of no sequence, which the gradient of a sink leaves out
+    inner, scale = options.factors(scale)
+    last = scale, inner, options.window, options.sinks
     rows, warps, stages = tile_sizes(width, q.dtype)
-    options = {"ROWS": rows, "LEAF": leaf, "num_warps": warps, "num_stages": stages, **constants(q, causal)}
+    constant = {"ROWS": rows, "LEAF": leaf, "num_warps": warps, "num_stages": stages, **constants(q, causal)}
     longest = len(k) if pack is None else pack.longest_k
     if longest <= leaf * contract.ATTENTION_NODE:
         for grid, place_args in launches(q, k, pack, rows):
-            attention_kernel[grid](q, k, v, out, lse, *strides(q, k, v, out), *place_args, scale * LOG2E, **options)
+            attention_kernel[grid](q, k, v, out, lse, *strides(q, k, v, out), *place_args, *last, **constant)
         return out, lse
     _check_keys(longest)
     sequences, where, tiles = (batch, (None,) * 4, ceil_div(sq, rows))
@@ -353,7 +374,7 @@ def triton_forward(
         parked, turn = q.new_empty(scratch_floats(programs, rows, width), dtype=torch.float32), q.new_zeros(1, dtype=torch.int32)
         long_attention_kernel[(programs,)](
             q, k, v, out, lse, parked, turn, None, *strides(q, k, v, out), *where, sq, len(k), 0, 0, heads, sequences, tiles,
-            heads // k.shape[2], scale * LOG2E, PAGE=0, LEVELS=LEVELS, **options,
+            heads // k.shape[2], *last, PAGE=0, LEVELS=LEVELS, **constant,
         )  # fmt: skip
     return out, lse
 

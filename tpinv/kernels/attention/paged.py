@@ -13,7 +13,7 @@ from torch import Tensor
 from tpinv import contract
 from tpinv.kernels.attention.decode import decode
 from tpinv.kernels.attention.forward import LEVELS, MAX_KEYS, constants, long_attention_kernel, programs_for, scratch_floats, tile_sizes
-from tpinv.kernels.attention.leaves import LOG2E
+from tpinv.reference.attention import PLAIN, Options
 from tpinv.runtime.device import ceil_div, on_device_of_first
 from tpinv.runtime.launch import entry
 
@@ -26,6 +26,7 @@ _ELEMENTS = 4096  # of a program that writes a cache
 def forward(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start_loc: Tensor,
     max_query_len: int, max_seq_len: int, scale: float, causal: bool, out: Tensor, leaf: int = contract.ATTENTION_LEAF,
+    options: Options = PLAIN,
 ) -> None:  # fmt: skip
     """query [t, h, d], caches [pages, page size, g, d], all of unit stride in d; int32 block_table [n, ...] of unit stride, seq_lens [n],
     query_start_loc [n + 1], contiguous -> out [t, h, d]."""
@@ -40,7 +41,7 @@ def forward(
     few = max_query_len <= DECODED
     most = max_query_len if few else max(1, BESIDE // per_group)
     numbers = block_table, seq_lens, query_start_loc
-    decode(query, key_cache, value_cache, *numbers, most, max_seq_len, scale, causal, out, not few, leaf)
+    decode(query, key_cache, value_cache, *numbers, most, max_seq_len, scale, causal, out, not few, leaf, options)
     if few or not requests:
         return
     fits = (query_start_loc.diff() <= max_query_len).all() & (seq_lens <= max_seq_len).all()
@@ -48,11 +49,12 @@ def forward(
     tiles = ceil_div(max_query_len, rows)
     programs = programs_for(tiles * heads * requests, query.device)
     parked, turn = query.new_empty(scratch_floats(programs, rows, width), dtype=torch.float32), query.new_zeros(1, dtype=torch.int32)
+    inner, scale = options.factors(scale)
     (k_b, k_s, k_h, _), (v_b, v_s, v_h, _) = key_cache.stride(), value_cache.stride()
     long_attention_kernel[(programs,)](
         query, key_cache, value_cache, out, None, parked, turn, block_table, query.stride(0), 0, query.stride(1), k_s, k_b, k_h, v_s, v_b, v_h,
         out.stride(0), 0, out.stride(1), query_start_loc, seq_lens, None, None, tokens, 0, block_table.stride(0), most, heads, requests,
-        tiles, per_group, scale * LOG2E, ROWS=rows, PAGE=key_cache.shape[1], LEAF=leaf, LEVELS=LEVELS, num_warps=warps, num_stages=stages,
+        tiles, per_group, scale, inner, options.window, options.sinks, ROWS=rows, PAGE=key_cache.shape[1], LEAF=leaf, LEVELS=LEVELS, num_warps=warps, num_stages=stages,
         **constants(query, causal),
     )  # fmt: skip
 
