@@ -22,6 +22,7 @@ POINTERS = {name: "*bf16" for name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr")} | 
     "parked_ptr": "*fp32",
     "turn_ptr": "*i32",
 }
+OPTIONS = ("inner", "window", "sinks_ptr")
 STRIDES = {f"{t}_{d}" for t in "qkvo" for d in "sbh"}
 
 
@@ -30,7 +31,7 @@ def test_no_accumulator_is_read_while_it_is_written(kernel, tmp_path):
     """Else ptxas says C7514 and makes every wgmma wait (leaves.step says when)."""
     rows, warps, stages = forward.TILES[2][128]
     names = kernel.jit.arg_names
-    absent = {name: None for name in ("cu_q", "cu_k", "first_q", "first_k", "table_ptr")}
+    absent = {name: None for name in ("cu_q", "cu_k", "first_q", "first_k", "table_ptr", *OPTIONS)}
     known = {"CAUSAL": True, "DIM": 128, "WIDTH": 128, "ROWS": rows, "LEAF": 512, "PAGE": 0, "LEVELS": forward.LEVELS} | absent
     constants = {name: value for name, value in known.items() if name in names}
     types = {**dict.fromkeys(names, "i32"), **POINTERS, "scale": "fp32", **dict.fromkeys(constants, "constexpr")}
