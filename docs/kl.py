@@ -12,14 +12,17 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+STEPS = 50  # at most
+
 
 def draw(stock: dict, tpinv: dict, path: str) -> None:
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 4), sharex=True, height_ratios=(2, 1))
     for run, color in ((stock, "tab:red"), (tpinv, "tab:blue")):
-        steps = [row["step"] for row in run["rows"]]
-        top.plot(steps, [row["kl"] for row in run["rows"]], color=color, label=run["layers"])
-        bottom.plot(steps, [row["ratio_max"] for row in run["rows"]], color=color)
-        bottom.plot(steps, [row["ratio_min"] for row in run["rows"]], color=color)
+        rows = run["rows"][:STEPS]
+        steps = [row["step"] for row in rows]
+        top.plot(steps, [row["kl"] for row in rows], color=color, label=run["layers"])
+        bottom.plot(steps, [row["ratio_max"] for row in rows], color=color)
+        bottom.plot(steps, [row["ratio_min"] for row in rows], color=color)
     top.set(ylabel="KL(rollout, trainer)", title=f"GRPO, trainer TP = 1, rollout vLLM TP = {tpinv['tp']}, bf16, {tpinv['device']}")
     top.legend()
     bottom.set(xlabel="step", ylabel="importance ratio")

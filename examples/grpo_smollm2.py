@@ -6,8 +6,8 @@
     ... --layers stock                                                                   the same with TRL and vLLM as they are
 
 Each step prints the largest difference between a token's log-probability in the trainer and in the rollout, the KL divergence that it
-makes (mean of exp(d) - 1 - d), the importance ratios, the reward and the seconds. The reward needs no download: it is the share of tokens
-with small numbers, which are the short and frequent ones.
+makes (mean of exp(d) - 1 - d), the importance ratios, the reward and the seconds. The reward needs no download: it counts tokens with small
+numbers, which are the short and frequent ones, for each place that an answer has; an answer that ends at once gets nothing.
 """
 
 import argparse
@@ -153,10 +153,10 @@ def make_trainer(arguments: argparse.Namespace):
     )
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    small = model.config.vocab_size // 48
+    small, special = model.config.vocab_size // 48, set(tokenizer.all_special_ids)
 
     def small_tokens(completion_ids, **_):
-        return [sum(token < small for token in ids) / len(ids) for ids in completion_ids]
+        return [sum(token < small and token not in special for token in ids) / arguments.completion for ids in completion_ids]
 
     if arguments.layers == "tpinv":
         from tpinv import ReductionTree
