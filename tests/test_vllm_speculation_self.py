@@ -254,7 +254,8 @@ def drafter(kind: str, most: int | None = 20):
     requests = {
         name: types.SimpleNamespace(sampling_params=types.SimpleNamespace(max_tokens=most), output_token_ids=[5, 6]) for name in "abc"
     }
-    batch = types.SimpleNamespace(req_ids=["a", "b", "c"])
+    table = types.SimpleNamespace(num_blocks_per_row=np.array([8, 8, 8]), block_size=4)
+    batch = types.SimpleNamespace(req_ids=["a", "b", "c"], block_table=[table])
     found.bind(types.SimpleNamespace(requests=requests, input_batch=batch, max_model_len=32, waived=set()))
     found._draft = lambda rows, ids, last, counts: [[100 + row, 101, 102, 103][: max(counts)] for row in rows]
     return found
@@ -277,6 +278,9 @@ def test_drafts_end_where_a_request_does():
     assert propose(drafter("SelfDraftFp8", most=5)) == [[100, 101], [], [102, 101]]  # 2 of 5 are there, and one comes behind the drafts
     assert propose(drafter("SelfDraftFp8", most=3)) == [[], [], []]
     assert propose(drafter("SelfDraftFp8", most=None), lengths=(29, 8, 31)) == [[100, 101], [], []]  # of 32 positions
+    full = drafter("SelfDraftFp8")
+    full.runner.input_batch.block_table[0].num_blocks_per_row[:] = [3, 3, 4]
+    assert propose(full) == [[100, 101, 102], [], [102, 101, 102, 103]]  # the last of 10 tokens and 2 drafts in 12 slots
 
 
 def test_fp8_copies_follow_the_weights():

@@ -95,9 +95,11 @@ class SelfDraft:
         return drafts
 
     def _room(self, row: int, tokens: int) -> int:
-        """Drafts that can be committed with one more token behind them, in the model's length and the request's."""
+        """Drafts that can be committed with one more token behind them, in the model's length, the request's and the slots that it holds."""
         request = self.runner.requests[self.runner.input_batch.req_ids[row]]
-        room = min(self.count, self.runner.max_model_len - 1 - tokens)
+        table = self.runner.input_batch.block_table[0]
+        slots = int(table.num_blocks_per_row[row]) * table.block_size - (tokens - 1)
+        room = min(self.count, self.runner.max_model_len - 1 - tokens, slots)
         most = request.sampling_params.max_tokens
         return room if most is None else min(room, most - len(request.output_token_ids) - 1)
 
