@@ -154,13 +154,13 @@ def test_the_bytes_of_decoding_without_speculation(checkpoint, plain, tmp_path):
 @pytest.mark.timeout(1800)
 def test_a_self_draft(checkpoint, plain, tmp_path):
     """The target's own modules with fast arithmetic, into the requests' own slots, exchanged for wrong tokens 0, 10, 50 and 100 % of the time:
-    the bytes of decoding without, at TP = 2 beside requests that waive them, and with fp8 weights. And two twins: an invariant step that
-    leaves the draft's keys and values where they are, and requests that waive."""
+    the bytes of decoding without, and with fp8 weights at TP = 2 beside requests that waive them. Two twins: an invariant step that leaves
+    the draft's keys and values where they are, and the requests that waive."""
     spoiled, fp8 = (self_draft(f"tpinv.harness.vllm.self_drafts.{name}") for name in ("Spoiled", "SpoiledFp8"))
     jobs = {
-        "mixed, TP = 2": mixed(job(checkpoint, 2, 0, *spoiled)),
-        "fp8": job(checkpoint, 1, 0, *fp8),
-        "keeps drafts": job(checkpoint, 1, 0, *spoiled),
+        "mixed, TP = 2": mixed(job(checkpoint, 2, 0, *fp8)),
+        "bfloat16": job(checkpoint, 1, 0, *spoiled),
+        "keeps drafts": job(checkpoint, 1, 0, *fp8),
     }
     for name, given in jobs.items():
         given["arguments"]["worker_cls"] = TWIN if name == "keeps drafts" else WORKER
@@ -169,11 +169,12 @@ def test_a_self_draft(checkpoint, plain, tmp_path):
     found = run_two_at_a_time(jobs, tmp_path)
     print({name: result["counts"] for name, result in found.items()})
     assert len(waived) == 4 and differing(found["mixed, TP = 2"], plain, kept) == []
-    assert differing(found["fp8"], plain) == []
-    assert found["fp8"]["counts"]["kept"] > 50 and found["mixed, TP = 2"]["counts"]["kept"] > 100
-    # Each answer of a request that waives has the length that was asked for, and some have other tokens than plain decoding's.
-    mine, theirs = ([answers["answers"][name]["tokens"] for name in waived] for answers in (found["mixed, TP = 2"], plain))
-    assert [len(tokens) for tokens in mine] == [len(tokens) for tokens in theirs] and mine != theirs
+    assert differing(found["bfloat16"], plain) == []
+    assert all(result["counts"]["accepted"] > 50 for result in found.values())
+    # Requests that waive have answers of the length that was asked for, and in the cache what the fast kernels left there.
+    mine, theirs = ([answers["answers"][name] for name in waived] for answers in (found["mixed, TP = 2"], plain))
+    assert [len(answer["tokens"]) for answer in mine] == [len(answer["tokens"]) for answer in theirs]
+    assert all(a["kv"] != b["kv"] for a, b in zip(mine, theirs, strict=True))
     broken = differing(found["keeps drafts"], plain)
     print(f"the twin: {len(broken)} differ")
     assert {"kv", "log_probs"} <= {what.split(": ")[1] for what in broken}
