@@ -143,6 +143,26 @@ def test_without_timing_the_first_verified_one_is_taken(gpu, monkeypatch):
     assert tuner.choice(p) == second
 
 
+def test_fewer_rows_borrow_what_many_had_timed(gpu, monkeypatch):
+    monkeypatch.setenv("TPINV_TUNE", "largest")
+    options = tuner.candidates(problem(rows=2000))
+    gpu.fast = options[-1]
+    tuner.run(problem(rows=2000))
+    timed = len(gpu.launched)
+    gpu.fast = options[0]  # which timing would find
+    for rows in (1500, 600):
+        gpu.launched.clear()
+        tuner.run(problem(rows=rows))
+        assert gpu.launched == [options[-1]] and tuner.choice(problem(rows=rows)) is None
+    for rows in (300, 200):  # too few for that: timed
+        gpu.launched.clear()
+        tuner.run(problem(rows=rows))
+        assert tuner.choice(problem(rows=rows)) == gpu.fast and timed > len(options)
+    monkeypatch.setenv("TPINV_TUNE", "1")
+    tuner.run(problem(rows=1500))
+    assert tuner.choice(problem(rows=1500)) == gpu.fast
+
+
 def test_a_kernel_that_errs_only_without_masks_is_struck_off(gpu, monkeypatch):
     """Leaves of 128 are whole steps, whose loads have no masks: another kernel than the one for ragged leaves."""
     monkeypatch.setenv("TPINV_TUNE", "0")

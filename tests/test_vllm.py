@@ -293,3 +293,12 @@ def test_enable(monkeypatch):
     assert options.tree().fingerprint == "tpinv1-rfc6962-L24-bfloat16"
     with pytest.raises(ValueError, match="leaves=0"):
         plugin.enable(leaves=0)
+
+
+def test_what_an_engine_warms_up_runs():
+    """On a CPU, where it compiles nothing; on a GPU it is the first request's kernels."""
+    from tpinv.integrations.vllm.attention import warm_up
+
+    for block in (16, 32, 128):
+        spec = types.SimpleNamespace(head_size=32, block_size=block, num_kv_heads=2, dtype=torch.bfloat16)
+        warm_up(spec, 4, 300, torch.device("cpu"))

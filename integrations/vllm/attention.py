@@ -50,6 +50,10 @@ class TreeMetadataBuilder(AttentionMetadataBuilder[TreeMetadata]):
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.longest = vllm_config.model_config.max_model_len
+        if torch.device(device).type == "cuda":
+            heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+            with defaults.torchs_own():
+                warm_up(kv_cache_spec, heads, self.longest, torch.device(device))
 
     def build(self, common_prefix_len: int, common_attn_metadata, fast_build: bool = False) -> TreeMetadata:
         """``common_prefix_len`` is for cascade attention, which use_cascade_attention leaves off."""
@@ -71,6 +75,28 @@ class TreeMetadataBuilder(AttentionMetadataBuilder[TreeMetadata]):
         metadata = self.build(0, common_attn_metadata)
         metadata.max_seq_len = self.longest
         return metadata
+
+
+def warm_up(spec, heads: int, longest: int, device: torch.device) -> None:
+    """Compiles what the first prefill and the first decode would wait for: vLLM's own warm-up has no attention in it. ``spec``: of the
+    cache, ``heads``: query heads of this rank."""
+    width, queries, pages = spec.head_size, 80, -(-longest // spec.block_size)
+    empty = lambda *shape, dtype=torch.int32: torch.zeros(*shape, dtype=dtype, device=device)  # noqa: E731
+    qkv = empty(queries, (heads + 2 * spec.num_kv_heads) * width, dtype=spec.dtype)
+    query, key, value = (
+        t.view(queries, -1, width) for t in qkv.split([n * width for n in (heads, spec.num_kv_heads, spec.num_kv_heads)], -1)
+    )
+    used = -(-queries // spec.block_size)
+    views = empty(used, spec.num_kv_heads, spec.block_size, 2 * width, dtype=spec.dtype).transpose(1, 2).split(width, -1)
+    table = empty(1, pages)
+    table[0, :used] = torch.arange(used, dtype=torch.int32, device=device)
+    with torch.inference_mode():
+        functional.append_kv(key, value, *views, torch.arange(queries, device=device))
+        for count in (queries, 1):  # a prefill's kernels, and a decode's
+            lengths, starts = empty(1) + queries, torch.tensor([0, count], dtype=torch.int32, device=device)
+            functional.paged_attention(
+                query[:count], *views, block_table=table, seq_lens=lengths, query_start_loc=starts, max_query_len=count, max_seq_len=longest
+            )
 
 
 class TreeAttention(AttentionImpl[TreeMetadata]):

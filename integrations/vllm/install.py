@@ -15,6 +15,7 @@ def install() -> None:
     # Read when vLLM imports its attention module, hence before anything else. With it the model runs eagerly and is recorded into CUDA
     # graphs that break at attention; torch.compile, which would round differently between our operators, is off.
     os.environ.setdefault(options.BREAKABLE, "1")
+    os.environ.setdefault("TPINV_TUNE", "largest")  # a prefill of another length does not wait for kernels to be timed
     import vllm
     from vllm.model_executor.custom_op import op_registry_oot
 

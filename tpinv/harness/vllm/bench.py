@@ -1,6 +1,7 @@
 """``tpinv bench serve``: an engine's throughput and latency, stock, vLLM's batch-invariant mode and tpinv, in one run.
 
-Each is a process of its own. By default they start one after the other on the same GPUs; where each is told its GPUs they start at once,
+Each is a process of its own. By default they start one after the other on the same GPUs; where each is told its GPUs (``--gpus 0 1 0,1 0,1``: those
+of two kinds at TP = 1, then at TP = 2) they start at once,
 which costs memory (weights and cache of all that share a GPU) and no minute, and are timed in turns, round by round.
 
 Throughput: so many requests at once, tokens a second with their prefill. Latency: one request alone, milliseconds a token. The ratio is to
@@ -33,50 +34,47 @@ def measure(
     answer: int, requests: int, timeout: float, console: Console, gpus: tuple[str, ...] = (), logs: str = "",
     patience: float = 600.0,
 ) -> list[dict]:  # fmt: skip
-    """A row for each kind of layers and size, printed when it is known. ``gpus``: those of each kind, as CUDA_VISIBLE_DEVICES names them,
-    which then share a run. RuntimeError, after all others, if an engine fails."""
-    rows, failures = [], []
+    """A row for each kind of layers and size, printed when it is known. ``gpus``: those of each, size by size, as CUDA_VISIBLE_DEVICES names
+    them, which then share a run. RuntimeError, after all others, if an engine fails."""
+    pairs = [(size, kind) for size in sizes for kind in layers]
+    names = [f"{kind}-{size}" for size, kind in pairs]
     vocabulary, _ = model_limits(model)
     given = {} if has_weights(model) else {"load_format": "dummy"}
     if device == "cuda":  # what a wave of decodes and one request alone need, so that starting does not take minutes
         given["compilation_config"] = {"cudagraph_capture_sizes": sorted({1, 2, 4, 8, 16, 32, 64} | {requests})}
     with tempfile.TemporaryDirectory(prefix="tpinv-vllm-") as directory:
-        for size in sizes:
-            turns = os.path.join(directory, f"turns-{size}")
-            os.makedirs(turns)
-            given_memory = {"kv_cache_memory_bytes": _cache_bytes(model, size, requests, prompt + answer)} if gpus else {}
 
-            def run(number: int, size=size, turns=turns, memory=given_memory) -> dict:
-                kind = layers[number]
-                job = {
-                    "layers": kind, "tp": size, "leaves": leaves, "device": device, "model": model, "dtype": DTYPES[dtype], "eager": eager,
-                    "block": 32, "longest": prompt + answer + 16, "requests": [], "memory": 0.3 if device == "cpu" else 0.2 if gpus else 0.85,
-                    "plan": {"name": "speed", "waves": [], "budget": max(8192, prompt), "sequences": requests, "prefix_cache": False, "blocks": 0},
-                    "environment": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, "arguments": given | memory,
-                    "speed": {"vocabulary": vocabulary, "prompt": prompt, "answer": answer, "requests": requests},
-                }  # fmt: skip
-                if gpus:
-                    time.sleep(_APART * number)
-                    job["environment"] |= {"CUDA_VISIBLE_DEVICES": gpus[number]}
-                    job["speed"]["turns"] = {"directory": turns, "name": kind, "names": list(layers), "patience": patience}
-                try:
-                    found = run_job(job, os.path.join(logs or directory, f"{kind}-{size}"), timeout)
-                    console.print(f"{kind} TP={size}: {found['start']:.0f} s to start, {found['speed']}")
-                    return found["speed"] | {"start": found["start"]}
-                finally:
-                    open(os.path.join(turns, kind), "w").close()
+        def run(number: int) -> dict:
+            (size, kind), name = pairs[number], names[number]
+            job = {
+                "layers": kind, "tp": size, "leaves": leaves, "device": device, "model": model, "dtype": DTYPES[dtype], "eager": eager,
+                "block": 32, "longest": prompt + answer + 16, "requests": [], "memory": 0.3 if device == "cpu" else 0.2 if gpus else 0.85,
+                "plan": {"name": "speed", "waves": [], "budget": max(8192, prompt), "sequences": requests, "prefix_cache": False, "blocks": 0},
+                "environment": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, "arguments": given,
+                "speed": {"vocabulary": vocabulary, "prompt": prompt, "answer": answer, "requests": requests},
+            }  # fmt: skip
+            if gpus:
+                time.sleep(_APART * number)
+                job["arguments"] = given | {"kv_cache_memory_bytes": _cache_bytes(model, size, requests, prompt + answer)}
+                job["environment"] |= {"CUDA_VISIBLE_DEVICES": gpus[number]}
+                job["speed"]["turns"] = {"directory": directory, "name": name, "names": names, "patience": patience}
+            try:
+                found = run_job(job, os.path.join(logs or directory, f"engine-{name}"), timeout)
+                console.print(f"{name}: {found['start']:.0f} s to start, {found['speed']}")
+                return found["speed"] | {"start": found["start"]}
+            finally:
+                open(os.path.join(directory, name), "w").close()
 
-            with concurrent.futures.ThreadPoolExecutor(len(layers) if gpus else 1) as pool:
-                running = [pool.submit(run, number) for number in range(len(layers))]
-            stock = None
-            for kind, future in zip(layers, running, strict=True):
-                if future.exception() is not None:
-                    failures.append(f"{kind} TP={size}: {future.exception()}")
-                    continue
-                speed = future.result()
-                stock = stock or (speed if kind == layers[0] else None)
-                rows.append(_row(kind, size, speed, stock))
-                console.print(" ".join(f"{name} {_text(rows[-1][name])}" for name in COLUMNS))
+        with concurrent.futures.ThreadPoolExecutor(len(pairs) if gpus else 1) as pool:
+            running = {pair: pool.submit(run, number) for number, pair in enumerate(pairs)}
+    rows, failures = [], []
+    for (size, kind), future in running.items():
+        if future.exception() is not None:
+            failures.append(f"{kind} TP={size}: {future.exception()}")
+            continue
+        first = running[size, layers[0]]
+        rows.append(_row(kind, size, future.result(), None if first.exception() else first.result()))
+        console.print(" ".join(f"{name} {_text(rows[-1][name])}" for name in COLUMNS))
     if failures:
         raise RuntimeError("\n".join(failures))
     return rows
@@ -114,14 +112,14 @@ def run(arguments) -> int:
         console.print("no GPU: these are the times of tpinv's reference, which nobody serves with")
     kinds = tuple(arguments.engines or (KINDS if device == "cuda" else ("stock", "tpinv")))
     gpus = tuple(arguments.gpus or ())
-    if gpus and len(gpus) != len(kinds):
+    if gpus and len(gpus) != len(kinds) * len(arguments.tp):
         raise ValueError(
-            f"--gpus {' '.join(gpus)} names those of {len(gpus)} engines, of {len(kinds)}: {', '.join(kinds)}; name each one's"
+            f"--gpus {' '.join(gpus)} names those of {len(gpus)} engines, of {len(kinds) * len(arguments.tp)}: {', '.join(kinds)} at --tp "
+            f"{' '.join(map(str, arguments.tp))}; name each one's, size by size"
         )
-    if wrong := [g for g in gpus for size in arguments.tp if len(g.split(",")) != size]:
-        raise ValueError(
-            f"--gpus {wrong[0]} are not as many as --tp {' '.join(map(str, arguments.tp))}; name one for each rank, such as 0,1"
-        )
+    wanted = [size for size in arguments.tp for _ in kinds]
+    if wrong := [(g, size) for g, size in zip(gpus, wanted, strict=False) if len(g.split(",")) != size]:
+        raise ValueError(f"--gpus {wrong[0][0]} are not {wrong[0][1]}, which is that engine's --tp; name one for each rank, such as 0,1")
     with tempfile.TemporaryDirectory(prefix="tpinv-vllm-") as directory:
         model = arguments.checkpoint or random_model(Settings(sizes=(1,)), os.path.join(directory, "model"))
         if model == "llama3-8b":

@@ -6,7 +6,8 @@ round differently inside a matrix instruction. Configurations that disagree are 
 configuration is what runs. The one that wins on a shape is compared once more on the caller's own operands before it is kept.
 
 Choices are kept on disk (see tpinv.runtime.cuda.cache_dir) under a key that names the chip, the versions and the sources.
-TPINV_TUNE=0 takes the first verified candidate without timing.
+TPINV_TUNE=0 takes the first verified candidate without timing. TPINV_TUNE=largest times a shape of many rows only where none of up to four
+times as many was: for an engine, which meets its largest batch when it starts, and any smaller one while somebody waits.
 """
 
 import dataclasses
@@ -100,7 +101,10 @@ def _choose(problem: Problem) -> Config:
     if config is not None and verification.verify(problem, config):
         choices[key] = config
         return config
-    if os.environ.get("TPINV_TUNE", "1") == "0":
+    tune = os.environ.get("TPINV_TUNE", "1")
+    if tune == "largest" and (config := _borrowed(problem, key, choices, by_name)):
+        return config
+    if tune == "0":
         winner, times = next((c for c in options if verification.verify(problem, c)), None), {}
     else:
         compile_ahead(problem, options)
@@ -110,6 +114,14 @@ def _choose(problem: Problem) -> Config:
     row = {"config": winner.name, "microseconds": round(times.get(winner, 0.0), 2), "candidates": len(options)}
     _store(device, name, row)
     return winner
+
+
+def _borrowed(problem: Problem, key: tuple, choices: dict[tuple, Config], by_name: dict[str, Config]) -> Config | None:
+    """What was chosen for the fewest rows above these, if they are up to four times as many. Not kept as a choice, lest it is lent on."""
+    numerics, rows, *same, _ = key  # but for what Triton compiles of the rows
+    known = {k[1]: config for k, config in choices.items() if k[0] == numerics and [*k[2:-1]] == same and rows < k[1] <= 4 * rows}
+    config = by_name.get(known[min(known)].name) if known and rows > 256 else None
+    return config if config is not None and verification.verify(problem, config) else None
 
 
 def _canonical(problem: Problem) -> Config:
