@@ -27,7 +27,7 @@ def model(tmp_path_factory):
 
 def curve(model: str, path: Path, layers: str, ranks: int, *more: str) -> list[dict]:
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "29641"] if ranks > 1 else []
-    size = ["--steps", "3", "--prompts", "2", "--generations", "4", "--completion", "16", "--tp", str(ranks)]
+    size = ["--steps", "3", "--prompts", "2", "--generations", "4", "--completion", "16", "--tp", str(ranks), "--learning-rate", "1e-3"]
     command = [sys.executable, *launch, str(EXAMPLE), "--layers", layers, "--model", model, "--json", str(path), *size, *more]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert path.exists(), done.stderr[-3000:]

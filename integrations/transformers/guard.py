@@ -38,6 +38,7 @@ OTHERS = (
 )  # fmt: skip
 FUNCTIONS = [(module, name) for module in (llama, qwen3) for name in ("apply_rotary_pos_emb", "eager_attention_forward")]
 WRAPPED = "_checkpoint_wrapped_module"
+LOOKED = "tpinv_looked"  # set while a pass of the model around lasts
 ROTARY = (llama.LlamaRotaryEmbedding, qwen3.Qwen3RotaryEmbedding)
 # FSDP, recordings, captured hidden states, gradients of inputs for checkpointing
 HOOKS_OF = ("torch.", "tpinv.", "accelerate.", "transformers.utils.", "transformers.modeling_utils.")
@@ -53,11 +54,26 @@ class Settings(NamedTuple):
 
 def watch(model: PreTrainedModel) -> None:
     """Looks at ``model`` before each of its forward passes from now on, and at its base model, which others call by itself."""
-    for module in {model, model.base_model}:
-        module.register_forward_pre_hook(_look, prepend=True)
+    base = model.base_model
+    base.register_forward_pre_hook(_look, prepend=True)
+    if base is not model:
+        model.register_forward_pre_hook(_look_for_base, prepend=True)
+        model.register_forward_hook(_leave_base, always_call=True)
+
+
+def _look_for_base(model: PreTrainedModel, args: tuple) -> None:
+    """Which need not look again while this pass lasts."""
+    _look(model, args)
+    vars(model.base_model)[LOOKED] = True
+
+
+def _leave_base(model: PreTrainedModel, args: tuple, output) -> None:
+    vars(model.base_model).pop(LOOKED, None)
 
 
 def _look(module: nn.Module, args: tuple) -> None:
+    if vars(module).get(LOOKED):
+        return
     if torch.compiler.is_compiling() or _compiles_parts():
         raise ValueError("torch.compile rounds differently between tpinv's operators; run the converted model without it")
     told = list(find_faults(module))
@@ -74,44 +90,53 @@ def _compiles_parts() -> bool:
 
 def find_faults(model: nn.Module) -> Iterator[str]:
     """What of a converted model is not as convert leaves it, one line each."""
-    known, (tree, rope_dtype, vocabulary) = _known_forwards(), model.tpinv_settings
-    replaced = (*set(LINEARS.values()), *OTHERS)
+    (tree, rope_dtype, vocabulary), config = model.tpinv_settings, model.config
     for name, module in model.named_modules():
-        if isinstance(module, CheckpointWrapper):
+        kind, own = type(module), vars(module)
+        last = name.rpartition(".")[2]
+        if kind is CheckpointWrapper:
             continue
-        place = f"{name or 'the model'} ({type(module).__name__})"
-        last = name.replace(f".{WRAPPED}", "").rpartition(".")[2]
-        forwards = {LINEARS[last].forward} if last in LINEARS else known
-        if type(module).forward not in forwards:
-            yield f"{place} is not what convert left there; it cannot be exchanged, wrapped or adapted"
-        elif "forward" in module.__dict__ and module is not model:
-            yield f"{place} was given a forward of its own; undo what replaced it (kernels, Liger, a device map)"
-        elif isinstance(module, replaced) and getattr(module, "tree", None) != tree:
-            yield f"{place} comes from elsewhere: its tree is {getattr(module, 'tree', None)}, the model's {tree}"
+        if last == WRAPPED:
+            last = name.removesuffix(f".{WRAPPED}").rpartition(".")[2]
+        told, role = None, _role(kind, last)
+        if role is None:
+            told = "is not what convert left there; it cannot be exchanged, wrapped or adapted"
+        elif "forward" in own and module is not model:
+            told = "was given a forward of its own; undo what replaced it (kernels, Liger, a device map)"
+        elif role != "holds" and own.get("tree") != tree:
+            told = f"comes from elsewhere: its tree is {own.get('tree')}, the model's {tree}"
+        elif own.get("config", config) is not config:
+            told = "comes from elsewhere: its config is not the model's"
         elif last in ("lm_head", "embed_tokens") and len(module.weight) != vocabulary:
-            yield f"{place} has {len(module.weight)} rows, and convert found {vocabulary}; resize the embeddings before convert"
-        elif getattr(module, "config", model.config) is not model.config:
-            yield f"{place} comes from elsewhere: its config is not the model's"
-        else:
-            yield from _changed_settings(module, place, rope_dtype, model.config)
-        yield from (f"{place} has the hook {hook}, which may compute anything; remove it" for hook in foreign_hooks(module))
+            told = f"has {len(module.weight)} rows, and convert found {vocabulary}; resize the embeddings before convert"
+        elif role == "norm" and module.variance_epsilon != config.rms_norm_eps:
+            told = f"has variance_epsilon={module.variance_epsilon}, the config {config.rms_norm_eps}"
+        elif role == "attention" and (module.scaling != module.head_dim**-0.5 or module.attention_dropout):
+            told = f"has scaling={module.scaling}, attention_dropout={module.attention_dropout}; they were 1 / sqrt(head_dim) and 0"
+        elif role == "rotary" and module.inv_freq.dtype != torch.float32:
+            told = f"has rope's frequencies in {module.inv_freq.dtype}, to which a cast of the model rounded them; cast it before convert"
+        elif role == "rotary" and module.rope_dtype != rope_dtype:
+            told = f"comes from elsewhere: it rotates in {module.rope_dtype}, the model in {rope_dtype}"
+        if told:
+            yield f"{name or 'the model'} ({kind.__name__}) {told}"
+        if own["_forward_pre_hooks"] or own["_forward_hooks"]:
+            for hook in foreign_hooks(module):
+                yield f"{name or 'the model'} ({kind.__name__}) has the hook {hook}, which may compute anything; remove it"
     loss = getattr(model, "loss_function", None) if hasattr(model, "lm_head") else None
     if loss is not None and getattr(loss, "func", None) is not layers.causal_lm_loss:
         yield f"loss_function is {loss}; the one that convert set is tpinv's"
     yield from patched()
 
 
-def _changed_settings(module: nn.Module, place: str, rope_dtype: str, config) -> Iterator[str]:
-    """Attributes that another module of the same class may have otherwise."""
-    if isinstance(module, ROTARY):
-        if module.inv_freq.dtype != torch.float32:
-            yield f"{place}: a cast of the model rounded rope's frequencies to {module.inv_freq.dtype}; cast it before convert"
-        if module.rope_dtype != rope_dtype:
-            yield f"{place} comes from elsewhere: it rotates in {module.rope_dtype}, the model in {rope_dtype}"
-    elif isinstance(module, layers._RMSNorm) and module.variance_epsilon != config.rms_norm_eps:
-        yield f"{place} has variance_epsilon={module.variance_epsilon}, the config {config.rms_norm_eps}"
-    elif isinstance(module, layers._Attention) and (module.scaling != module.head_dim**-0.5 or module.attention_dropout):
-        yield f"{place} has scaling={module.scaling}, attention_dropout={module.attention_dropout}; they were 1 / sqrt(head_dim) and 0"
+@functools.lru_cache(maxsize=512)
+def _role(kind: type, last: str) -> str | None:
+    """What a module of this class, under this last part of its name, does here; None if it is not one that convert leaves."""
+    if last in LINEARS:
+        return "linear" if kind.forward is LINEARS[last].forward else None
+    if kind.forward not in _known_forwards():
+        return None
+    roles = {layers._RMSNorm: "norm", layers._Attention: "attention", layers._Rotary: "rotary", OTHERS: "other"}
+    return next((role for kinds, role in roles.items() if issubclass(kind, kinds)), "holds")
 
 
 def restore_frequencies(rotary: nn.Module) -> None:

@@ -7,9 +7,13 @@ request gets a seed, a function of the trainer's seed, the group, the call and t
 
 import json
 import random
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from trl.generation import vllm_generation
 
 from tpinv.contract import fingerprint
@@ -57,10 +61,27 @@ class VLLMGeneration(vllm_generation.VLLMGeneration):
         return self.llm.llm_engine.model_config.dtype
 
     def sync_weights(self) -> None:
-        """All parameters in one pass. TRL calls the engine for each of them, and vLLM then looks through its whole model; here, too, each is
-        gathered when its turn comes, and let go."""
+        """All parameters in one pass. TRL calls the engine for each of them, and vLLM then looks through its whole model; here, too, they are
+        gathered when their turn comes, and let go."""
         self.llm.llm_engine.model_executor.driver_worker.model_runner.model.load_weights(self._iter_named_params())
         self.llm.reset_prefix_cache()
+
+    def _iter_fsdp2_params(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """What FSDP2 gathers for a forward pass, in the dtype that it computes in: a layer at a time, where TRL gathers every parameter by
+        itself. RuntimeError if that leaves one out."""
+        missing = {name for name, _ in module.named_parameters()}
+        for prefix, unit in module.named_modules():
+            if not isinstance(unit, FSDPModule):
+                continue
+            unit.reshard()  # what a pass without gradients left gathered may be older than the optimizer's step
+            unit.unshard()
+            for name, parameter in unit.named_parameters(prefix=prefix):
+                if name in missing and not isinstance(parameter, DTensor):  # else it is another unit's
+                    missing.discard(name)
+                    yield self._fix_param_name_to_vllm(name), parameter.detach()
+            unit.reshard()
+        if missing:
+            raise RuntimeError(f"FSDP2 gathered no {sorted(missing)[:3]} ({len(missing)} in all), which the engine would keep from before")
 
     def _generate_with_seeds(self, prompts, sampling_params, **keywords):
         group = self.accelerator.process_index // self.tensor_parallel_size
