@@ -301,4 +301,5 @@ def test_what_an_engine_warms_up_runs():
 
     for block in (16, 32, 128):
         spec = types.SimpleNamespace(head_size=32, block_size=block, num_kv_heads=2, dtype=torch.bfloat16)
-        warm_up(spec, 4, 300, torch.device("cpu"))
+        for longest in (300, 40, 1):
+            warm_up(spec, 4, longest, torch.device("cpu"))

@@ -8,6 +8,7 @@ The classes go under names that vLLM chooses by itself: CPU_ATTN on a CPU, FLASH
 batch's own tensors: nothing is planned on the host, lengths are read on the device, so that a decode can be part of a CUDA graph.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -52,8 +53,11 @@ class TreeMetadataBuilder(AttentionMetadataBuilder[TreeMetadata]):
         self.longest = vllm_config.model_config.max_model_len
         if torch.device(device).type == "cuda":
             heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
-            with defaults.torchs_own():
-                warm_up(kv_cache_spec, heads, self.longest, torch.device(device))
+            try:
+                with defaults.torchs_own():
+                    warm_up(kv_cache_spec, heads, self.longest, torch.device(device))
+            except Exception as error:  # a question of the first request's time alone: check_layers has compared the bytes
+                warnings.warn(f"attention could not be warmed up ({type(error).__name__}: {error})", stacklevel=2)
 
     def build(self, common_prefix_len: int, common_attn_metadata, fast_build: bool = False) -> TreeMetadata:
         """``common_prefix_len`` is for cascade attention, which use_cascade_attention leaves off."""
@@ -80,7 +84,7 @@ class TreeMetadataBuilder(AttentionMetadataBuilder[TreeMetadata]):
 def warm_up(spec, heads: int, longest: int, device: torch.device) -> None:
     """Compiles what the first prefill and the first decode would wait for: vLLM's own warm-up has no attention in it. ``spec``: of the
     cache, ``heads``: query heads of this rank."""
-    width, queries, pages = spec.head_size, 80, -(-longest // spec.block_size)
+    width, queries, pages = spec.head_size, min(80, longest), -(-longest // spec.block_size)
     empty = lambda *shape, dtype=torch.int32: torch.zeros(*shape, dtype=dtype, device=device)  # noqa: E731
     qkv = empty(queries, (heads + 2 * spec.num_kv_heads) * width, dtype=spec.dtype)
     query, key, value = (

@@ -25,7 +25,7 @@ from tpinv.harness.vllm import KINDS
 from tpinv.harness.vllm.model import LLAMA3_8B, has_weights, write_config
 from tpinv.harness.vllm.verify import DTYPES, Settings, model_limits, random_model, run_job
 
-COLUMNS = ("layers", "TP", "tokens_per_second", "of_stock", "milliseconds_per_token", "of_stock_latency", "start")
+COLUMNS = ("layers", "TP", "tokens_per_second", "of_stock", "prefill_seconds", "milliseconds_per_token", "of_stock_latency", "start")
 _APART = 3.0  # seconds between engines that start at once: they look for free ports
 
 
@@ -86,7 +86,7 @@ def _row(kind: str, size: int, speed: dict, stock: dict | None) -> dict:
         of_stock = speed["tokens_per_second"] / stock["tokens_per_second"]
         of_latency = stock["milliseconds_per_token"] / speed["milliseconds_per_token"]
     found = {"layers": kind, "TP": size, "of_stock": of_stock, "of_stock_latency": of_latency}
-    return found | {name: speed[name] for name in ("tokens_per_second", "milliseconds_per_token", "start")}
+    return found | {name: speed[name] for name in ("tokens_per_second", "prefill_seconds", "milliseconds_per_token", "start")}
 
 
 def _cache_bytes(model: str, size: int, requests: int, tokens: int) -> int:

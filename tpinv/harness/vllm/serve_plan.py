@@ -207,26 +207,28 @@ def complete(llm, settings: dict) -> dict:
 
 
 def speed(llm, vocabulary: int, prompt: int, answer: int, requests: int, turns: dict | None = None) -> dict[str, float]:
-    """Tokens a second of ``requests`` at once, and milliseconds a token of one alone; the better of two rounds, prompts never repeated."""
+    """Tokens a second of ``requests`` at once, seconds until all of them have their first token, and milliseconds a token of one alone; the
+    better of two rounds, prompts never repeated."""
     from vllm import SamplingParams
 
-    greedy, short = (SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False) for n in (answer, min(answer, 24)))
     draw = random.Random(2)
-    best = {"throughput": float("inf"), "alone": float("inf")}
+    best: dict[str, float] = {}
     for number, turn in enumerate(_turns(**turns) if turns else [contextlib.nullcontext()] * 3):
         with turn:
-            for name, count in (("throughput", requests), ("alone", 1)):
+            for name, count, tokens in (("throughput", requests, answer), ("prefill", requests, 1), ("alone", 1, answer)):
+                tokens = tokens if number else min(tokens, 24)  # the first round warms up
+                greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
                 prompts = [{"prompt_token_ids": [draw.randrange(3, vocabulary) for _ in range(prompt)]} for _ in range(count)]
                 started = time.monotonic()
-                llm.generate(prompts, greedy if number else short, use_tqdm=False)
+                llm.generate(prompts, greedy, use_tqdm=False)
                 seconds = time.monotonic() - started
-                if number:  # the first warms up
-                    best[name] = min(best[name], seconds)
+                if number:
+                    best[name] = min(best.get(name, seconds), seconds)
                 print(f"round {number}, {name}: {seconds:.3f} s", flush=True)
     return {
         "tokens_per_second": requests * answer / best["throughput"],
+        "prefill_seconds": best["prefill"],
         "milliseconds_per_token": 1e3 * best["alone"] / answer,
-        "seconds": best["throughput"],
     }
 
 
