@@ -64,7 +64,7 @@ def decoded(model, x, prompt: int = 50):
 
 def packed(model, x, cut: int = 40):
     """Each row is two sequences; against both computed by themselves."""
-    positions = torch.cat([torch.arange(cut), torch.arange(x.shape[1] - cut)]).expand(len(x), -1)
+    positions = torch.cat([torch.arange(cut), torch.arange(x.shape[1] - cut)]).expand(len(x), -1).to(x.device)
     return model(x, position_ids=positions, use_cache=False).logits
 
 
