@@ -68,27 +68,20 @@ struct Params {
     Schedule schedule;
 };
 
-// -- a stage is free, matrix instructions -----------------------------------------------------------------------------------------
-
-// A consumer warp is done with a stage, in every block that the stage's B went to.
-__device__ __forceinline__ void arrive_empty(u32 bar, int lane) {
-#if EVERY_LANE_ARRIVES
-    for (int cta = 0; cta < CLUSTER; cta++) barrier_arrive(bar, cta);
-#else
-    if (lane < CLUSTER) barrier_arrive(bar, lane);
-#endif
-}
-// The same after loads: without the fence some are still under way when the copy engine writes again.
-__device__ __forceinline__ void hand_back(u32 bar, int lane) {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    __syncwarp();
-    arrive_empty(bar, lane);
-}
+// -- matrix instructions ----------------------------------------------------------------------------------------------------------
 
 // Descriptor of a 128-byte swizzled operand. `leading` is the distance of 64-element blocks along rows when rows are
-// contiguous (unused when k is); the next 8 lines follow after 1024 bytes either way.
-__device__ __forceinline__ u64 operand(u32 address, u32 leading) {
-    return (u64)((address & 0x3ffff) >> 4) | ((u64)(leading >> 4) << 16) | ((u64)(1024 >> 4) << 32) | (1ull << 62);
+// contiguous (unused when k is); the next 8 lines follow after 1024 bytes either way. Its low word holds the address in units of 16 bytes:
+// what lies further on is had by adding to it.
+__device__ __forceinline__ u32 low_word(u32 address, u32 leading) { return (address & 0x3ffff) >> 4 | leading >> 4 << 16; }
+__device__ __forceinline__ u64 operand(u32 low) { return (u64)(1024 >> 4 | 1u << 30) << 32 | low; }
+// What every lane has the same of, said so that the compiler knows it too: descriptors are then made where it costs no vector register
+// and no move between register files, which at 128 columns takes as long as the matrix instructions themselves.
+__device__ __forceinline__ int same_in_warp(int x) { return __shfl_sync(~0u, x, 0); }
+// The compiler would rather compute some values anew at every use.
+__device__ __forceinline__ u32 keep(u32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
 }
 
 #define STRING_(x) #x
@@ -375,7 +368,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     float4* shared_held = shared_slot + kSharedSlots * kSlotVecs * kConsumers;
     const u32 full = smem_address(shared_held + kHeldShared / 4 * kConsumers), empty = full + STAGES * 8, parked = empty + STAGES * 8;
 
-    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warpgroup = same_in_warp(threadIdx.x / 128), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int cta = CLUSTER > 1 ? blockIdx.x % CLUSTER : 0;
     const int units = units_of<SPLIT>(p.schedule);
     const int first_unit = blockIdx.x / CLUSTER, unit_step = gridDim.x / CLUSTER;
@@ -478,27 +471,45 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         stack.scratch = p.scratch + (long long)blockIdx.x * DEPTH * kSlotVecs * kConsumers + threadIdx.x;
         stack.pending = 0;
         int before = -1;  // the stage that was read last
+        // A consumer warp is done with a stage, in every block that the stage's B went to.
+        const u32 empty_there = keep(address_in_block(empty, lane % CLUSTER));
+        const bool arrives = keep(lane < CLUSTER);
+        auto arrive_empty = [&](int at) {
+#if EVERY_LANE_ARRIVES
+            for (int i = 0; i < CLUSTER; i++) barrier_arrive(address_in_block(empty + 8 * at, i));
+#else
+            if (arrives) barrier_arrive(empty_there + 8 * at);
+#endif
+        };
+        // The same after loads: without the fence some are still under way when the copy engine writes again.
+        auto hand_back = [&](int at) {
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            __syncwarp();
+            arrive_empty(at);
+        };
         const int length = p.schedule.pieces * p.schedule.steps;
+        const u32 operand_a = low_word(smem_address(stage_a) + warpgroup * 8192, A_MAJOR ? kBK * 128 : 16);  // 64 rows either way
+        const u32 operand_b = low_word(smem_address(stage_b), B_MAJOR ? kBK * 128 : 16);
 
-        auto issue = [&](float (&cur)[kRegs], bool keep) {
+        auto issue = [&](float (&cur)[kRegs], bool more) {
             barrier_wait(full + 8 * stage, phase);
-            const u32 at_a = smem_address(stage_a) + stage * kBytesA + warpgroup * 8192;  // 64 rows either way
-            const u32 at_b = smem_address(stage_b) + stage * kBytesB;
+            const u32 at_a = operand_a + stage * (kBytesA / 16), at_b = operand_b + stage * (kBytesB / 16);
             pin(cur);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
             for (int k = 0; k < kBK / 16; k++)
-                wgmma(cur, operand(at_a + k * (A_MAJOR ? 2048 : 32), A_MAJOR ? kBK * 128 : 16),
-                      operand(at_b + k * (B_MAJOR ? 2048 : 32), B_MAJOR ? kBK * 128 : 16), keep || k > 0);
+                wgmma(cur, operand(at_a + k * (A_MAJOR ? 128 : 2)), operand(at_b + k * (B_MAJOR ? 128 : 2)), more || k > 0);
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         };
         // All steps but the newest one are done: the stage of the one before is free in every block that shares B.
         auto release = [&]() {
-            if (before >= 0) arrive_empty(empty + 8 * before, lane);
+            if (before >= 0) arrive_empty(before);
             before = stage;
             if (++stage == STAGES) stage = 0, phase ^= 1;
         };
+        auto know = [&]() { stage = same_in_warp(stage), phase = same_in_warp(phase), before = same_in_warp(before); };
         auto rest = [&](float (&cur)[kRegs], int from) {
+            know();
             for (int step = from; step < length; step++) {
                 issue(cur, true);
                 asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
@@ -509,7 +520,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         auto drain = [&](float (&last)[kRegs]) {
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             pin(last);
-            if (before >= 0) arrive_empty(empty + 8 * before, lane);
+            if (before >= 0) arrive_empty(before);
             before = -1;
         };
 
@@ -524,7 +535,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #pragma unroll
                 for (int i = 0; i < kPieceVecs && first + i < kSlotVecs; i++)
                     set_four(x, first + i, add(i < kVecsA ? part_a[i * kConsumers] : part_b[(i - kVecsA) * kConsumers], four(x, first + i)));
-                hand_back(empty + 8 * stage, lane);
+                hand_back(stage);
                 if (++stage == STAGES) stage = 0, phase ^= 1;
                 if (before >= 0) drain(acc);  // the producer cannot go round while that stage is kept
             }
@@ -547,7 +558,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                         to[2] = __fadd_rn(below.x, to[2]), to[3] = __fadd_rn(below.y, to[3]);
                     }
                 }
-                hand_back(empty + 8 * stage, lane);
+                hand_back(stage);
                 if (++stage == STAGES) stage = 0, phase ^= 1;
                 if (before >= 0) drain(acc);  // the producer cannot go round while that stage is kept
             }
@@ -565,19 +576,20 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             finish(p, x, done, cta, warpgroup);
         };
         auto sum = [&]() -> float (&)[kRegs] { return acc; };
-        auto begin = [&]() { issue(acc, false), release(); };
+        auto begin = [&]() { know(), issue(acc, false), release(); };
         auto accumulate_rest = [&]() { rest(acc, 1); };
         auto complete = [&]() { drain(acc), round_leaf(acc); };
         Leaves<SPLIT> leaves(p.schedule, units, first_unit, unit_step);
 #if BN <= 192
         float sibling[kRegs];  // the sibling of the leaf in acc, then the value of both
         auto second = [&]() -> float (&)[kRegs] { return sibling; };
-        auto settled = [&]() { pin(sibling); };
+        auto settled = [&]() { pin(sibling), __syncwarp(); };
         auto move_to_second = [&]() {
 #pragma unroll
             for (int i = 0; i < kRegs; i++) sibling[i] = acc[i];
         };
         auto accumulate_sibling = [&]() {
+            know();
             issue(sibling, false);
             asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
             release();

@@ -13,10 +13,14 @@ __device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
 __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
-// Arrives at the same barrier of block `cta` of the cluster.
-__device__ __forceinline__ void barrier_arrive(u32 bar, u32 cta) {
-    asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(bar), "r"(cta) : "memory");
+// The same address in block `cta` of the cluster, and an arrival there. Addresses further on are had by adding to it.
+__device__ __forceinline__ u32 address_in_block(u32 address, u32 cta) {
+    u32 there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(cta));
+    return there;
+}
+__device__ __forceinline__ void barrier_arrive(u32 there) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
 }
 __device__ __forceinline__ void barrier_wait(u32 bar, u32 phase) {
     asm volatile("{\n.reg .pred done;\nagain:\n"
