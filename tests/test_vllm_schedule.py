@@ -136,7 +136,9 @@ def test_turns_exclude_each_other_and_wait_for_all(tmp_path, capsys):
 
 
 def test_bench_serve_says_at_once_what_is_missing_or_does_not_fit(monkeypatch):
-    arguments = SimpleNamespace(engines=["stock", "tpinv"], gpus=["0"], tp=[1])
+    arguments = SimpleNamespace(
+        engines=["stock", "tpinv"], gpus=["0"], tp=[1], prompt=4, answer=4, requests=4, leaves=[1, 8], checkpoint=""
+    )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="vLLM is not installed; pip install"):
         bench.run(arguments)
@@ -146,6 +148,14 @@ def test_bench_serve_says_at_once_what_is_missing_or_does_not_fit(monkeypatch):
     arguments.gpus, arguments.tp = ["0,1", "0"], [2]
     with pytest.raises(ValueError, match="--gpus 0 are not 2"):
         bench.run(arguments)
+    arguments.gpus = None
+    for name, value, match in (
+        ("answer", 0, "--answer 0 must be"),
+        ("tp", [3], "--tp 3 does not divide --leaves 8"),
+        ("checkpoint", "/no", "/no"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            bench.run(SimpleNamespace(**vars(arguments) | {"tp": [2], name: value}))
 
 
 def test_the_cache_holds_all_requests(tmp_path):

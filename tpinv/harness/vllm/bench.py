@@ -11,7 +11,6 @@ stock in the same run. Prompts are random token ids, and nothing is found in a c
 import concurrent.futures
 import csv
 import importlib.util
-import json
 import math
 import os
 import tempfile
@@ -23,7 +22,7 @@ from rich.table import Table
 
 from tpinv.harness.vllm import KINDS
 from tpinv.harness.vllm.model import LLAMA3_8B, has_weights, write_config
-from tpinv.harness.vllm.verify import DTYPES, Settings, model_limits, random_model, run_job
+from tpinv.harness.vllm.verify import DTYPES, Settings, model_config, model_limits, random_model, run_job
 
 COLUMNS = ("layers", "TP", "tokens_per_second", "of_stock", "prefill_seconds", "milliseconds_per_token", "of_stock_latency", "start")
 _APART = 3.0  # seconds between engines that start at once: they look for free ports
@@ -91,8 +90,7 @@ def _row(kind: str, size: int, speed: dict, stock: dict | None) -> dict:
 
 def _cache_bytes(model: str, size: int, requests: int, tokens: int) -> int:
     """Of keys and values of all requests on one rank, and a tenth more."""
-    with open(os.path.join(model, "config.json"), encoding="utf-8") as file:
-        config = json.load(file)
+    config = model_config(model)
     heads = max(1, config["num_key_value_heads"] // size)
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return int(1.1 * requests * (tokens + 64) * 2 * heads * width * 2 * config["num_hidden_layers"])
@@ -112,6 +110,12 @@ def run(arguments) -> int:
         console.print("no GPU: these are the times of tpinv's reference, which nobody serves with")
     kinds = tuple(arguments.engines or (KINDS if device == "cuda" else ("stock", "tpinv")))
     gpus = tuple(arguments.gpus or ())
+    for name in ("prompt", "answer", "requests", "tp"):
+        given = getattr(arguments, name)
+        if any(number < 1 for number in (given if isinstance(given, list) else [given])):
+            raise ValueError(f"--{name} {given} must be at least 1")
+    if uneven := [(size, arguments.leaves[-1]) for size in arguments.tp if arguments.leaves[-1] % size and "tpinv" in kinds]:
+        raise ValueError(f"--tp {uneven[0][0]} does not divide --leaves {uneven[0][1]}; use --leaves 8 or 24")
     if gpus and len(gpus) != len(kinds) * len(arguments.tp):
         raise ValueError(
             f"--gpus {' '.join(gpus)} names those of {len(gpus)} engines, of {len(kinds) * len(arguments.tp)}: {', '.join(kinds)} at --tp "
@@ -122,7 +126,13 @@ def run(arguments) -> int:
         raise ValueError(f"--gpus {wrong[0][0]} are not {wrong[0][1]}, which is that engine's --tp; name one for each rank, such as 0,1")
     with tempfile.TemporaryDirectory(prefix="tpinv-vllm-") as directory:
         model = arguments.checkpoint or random_model(Settings(sizes=(1,)), os.path.join(directory, "model"))
-        if model == "llama3-8b":
+        if model != "llama3-8b":
+            _, limit = model_limits(model)  # ValueError where it is none
+            if arguments.prompt + arguments.answer + 16 > limit:
+                raise ValueError(
+                    f"--prompt {arguments.prompt} and --answer {arguments.answer} do not fit into the model's {limit} positions"
+                )
+        else:
             model = write_config(os.path.join(directory, "model"), LLAMA3_8B)
         rows = measure(
             model, sizes=tuple(arguments.tp), layers=kinds, leaves=arguments.leaves[-1], dtype="bf16", device=device, eager=device == "cpu",
