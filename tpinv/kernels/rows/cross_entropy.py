@@ -19,8 +19,10 @@ from tpinv.runtime.device import ceil_div, on_device_of_first
 from tpinv.runtime.launch import entry
 from tpinv.tree import Node, ReductionTree
 
-_BLOCK = 4096
-_FLAGS = {"num_warps": 4, "enable_fp_fusion": False}
+# Columns at a time and warps, for speed alone: docs/benchmarks-te.md.
+_MAX = {"BLOCK": 4096, "num_warps": 4, "enable_fp_fusion": False}
+_SUMS_BLOCK, _SUMS = 2048, {"num_warps": 2, "enable_fp_fusion": False}
+_GRAD = {"BLOCK": 1024, "num_warps": 2, "enable_fp_fusion": False}
 
 
 @entry
@@ -108,7 +110,7 @@ def row_max(x: Tensor) -> Tensor:
     """x [M, V/p], unit column stride, at least one column -> float32 [M]; NaN where a row has one."""
     out = x.new_empty(x.shape[0], dtype=torch.float32)
     if len(x):
-        row_max_kernel[(len(x),)](x, out, x.stride(0), x.shape[1], BLOCK=_BLOCK, **_FLAGS)
+        row_max_kernel[(len(x),)](x, out, x.stride(0), x.shape[1], **_MAX)
     return out
 
 
@@ -126,13 +128,13 @@ def vocab_sums(x: Tensor, top: Tensor, tree: ReductionTree, rank: int, ranks: in
     """Values [S, M] of this rank's subtrees: (the sum of x - top if ``shifted``,) the sum of exp(x - top)."""
     owned, nodes, leaves, longest = _plan(tree, rank, ranks, x.shape[1])
     out = x.new_empty(1 + shifted, len(nodes), len(x), dtype=torch.float32)
-    block = min(_BLOCK, triton.next_power_of_2(max(longest, 2)))
+    block = min(_SUMS_BLOCK, triton.next_power_of_2(max(longest, 2)))
     blocks = max(1, ceil_div(longest, block))
     for subtree, node in enumerate(nodes if len(x) else ()):
         vocab_sums_kernel[(len(x),)](
             x, top, out, len(x), subtree, len(nodes), owned, node.start, node.stop - node.start, tree.leaves, x.shape[1] * ranks,
             x.stride(0), blocks, SHIFTED=shifted,
-            LEAVES=triton.next_power_of_2(leaves), BLOCKS=triton.next_power_of_2(blocks), BLOCK=block, **_FLAGS,
+            LEAVES=triton.next_power_of_2(leaves), BLOCKS=triton.next_power_of_2(blocks), BLOCK=block, **_SUMS,
         )  # fmt: skip
     return list(out.unbind(0))
 
@@ -142,8 +144,6 @@ def vocab_grad(x: Tensor, top: Tensor, total: Tensor, index: Tensor, dloss: Tens
     """[M, V/p] in x's dtype. index int64 [M]: the target's column here, -1 where it is on another rank, -2 where it is ignored."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
-        grid = (len(x), ceil_div(x.shape[1], _BLOCK))
-        vocab_grad_kernel[grid](
-            x, dx, top, total, index, dloss, x.stride(0), x.shape[1], hit, smooth, SMOOTH=smooth != 0.0, BLOCK=_BLOCK, **_FLAGS
-        )
+        grid = (len(x), ceil_div(x.shape[1], _GRAD["BLOCK"]))
+        vocab_grad_kernel[grid](x, dx, top, total, index, dloss, x.stride(0), x.shape[1], hit, smooth, SMOOTH=smooth != 0.0, **_GRAD)
     return dx
