@@ -305,5 +305,9 @@ def candidates(problem: Problem) -> list[TritonConfig]:
         shapes = [(tile, 64, 128, 4, 3, False), (tile, 32, 128, 4, 4, False), (tile, 128, 64, 8, 4, False)]
     else:
         shapes = [(128, 128, 64, 8, 3, False), (128, 64, 64, 4, 4, False), (64, 64, 64, 4, 3, False)]
+    if problem.leaves == 1 and problem.a.element_size() == 2 and rows <= 128 and ceil_div(problem.cols, 32) < _PROGRAMS:
+        # One chain that nothing may cut, and few columns: each multiprocessor has its loads to wait for, so more of them, with less each.
+        shapes += [(16, 16, 256, 2, 5, False), (16, 32, 256, 4, 4, False)] if rows <= 16 else [(tile, 16, 128, 4, 5, False)]
+        shapes += [(tile, 32, 256, 4, 3, False)] if 16 < rows <= 64 else []
     split = rows <= (64 if problem.a.element_size() == 4 else 128)
     return [TritonConfig(*shape[:5], n, shape[5]) for shape in shapes for n in (_parts(problem, *shape[:2]) if split else (1,))]
