@@ -17,7 +17,9 @@ EDGES = sorted(
 )
 WINDOWS = (1, BLOCK + 1, LEAF, 700, NODE, NODE + LEAF + 1, 3 * NODE, LONGEST)
 KINDS = {"window": (True, None, False), "softcap": (False, 4.0, False), "sinks": (False, None, True), "all": (True, 4.0, True)}
-FORMS = [(kind, 128, torch.bfloat16) for kind in KINDS] + [("all", 64, torch.float16), ("all", 256, torch.bfloat16)]
+FORMS = [(kind, 128, torch.bfloat16, 16) for kind in KINDS] + [  # width, dtype, page size
+    ("window", 128, torch.bfloat16, 256), ("all", 128, torch.bfloat16, 256), ("all", 64, torch.float16, 16), ("all", 256, torch.bfloat16, 256),
+]  # fmt: skip
 
 
 def int32(values):
@@ -54,8 +56,7 @@ def cache_of(keys, values, size, first=0):
     return caches, table
 
 
-@pytest.mark.parametrize("kind, width, dtype", FORMS)
-@pytest.mark.parametrize("size", [16, 256])
+@pytest.mark.parametrize("kind, width, dtype, size", FORMS)
 def test_decodes_of_every_length_in_one_batch(kind, width, dtype, size):
     q, k, v = tensors(width, dtype)
     caches, order = cache_of(k, v, size)

@@ -26,6 +26,7 @@ from torchtitan.models.common.feed_forward import SigmoidGatedFeedForward
 from torchtitan.models.common.linear import Linear
 from torchtitan.protocols.module import Module
 
+from tpinv import functional
 from tpinv.harness.torchtitan.recipe import OVERRIDE, Run, build_model_config, build_trainer_config
 from tpinv.harness.torchtitan.verify import train
 from tpinv.integrations.torchtitan import replace
@@ -166,7 +167,7 @@ def strange_attention():
 
 def window():
     model = llama3.model_registry("debugmodel", attn_backend="varlen").model
-    model.layers[0].attention.inner_attention.window_size = (64, 0)
+    model.layers[0].attention.inner_attention.window_size = (64, 64)
     return model
 
 
@@ -175,7 +176,7 @@ MODELS = {
     "GQAttention.Config": lambda: deepseek_v3.model_registry("debugmodel", attn_backend="flex").model,
     "SigmoidGatedFeedForward.Config is not covered": gated,
     "Float8 is not covered": float8,
-    r"window_size=\(64, 0\) is not covered": window,
+    r"window_size=\(64, 64\) is not covered": window,
     "the attention .*Strange.Config is not covered": strange_attention,
     "AllGatherFused.* is not covered": lambda: llama3.model_registry("debugmodel", tp_gemm_backend="dist_gemm").model,
 }
@@ -272,7 +273,7 @@ def test_parameters_that_were_replaced_are_clipped(monkeypatch):
     assert norm.item() == pytest.approx(2 * sum(parameter.numel() for parameter in parameters) ** 0.5)
 
 
-@pytest.mark.parametrize("window", [(-1, 0), (-1, -1)])
+@pytest.mark.parametrize("window", [(-1, 0), (-1, -1), (3, 0)])
 def test_packed_documents_have_the_bytes_they_have_alone(window):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 20, heads, 16, generator=generator).requires_grad_() for heads in (6, 2, 2))
@@ -283,13 +284,23 @@ def test_packed_documents_have_the_bytes_they_have_alone(window):
     whole = [t.flatten(0, 1) for t in (out.detach(), *torch.autograd.grad(out, (q, k, v), dout))]
     for start, end in itertools.pairwise(documents.cu_seq_q.tolist()):
         mine = [t.detach().flatten(0, 1)[None, start:end].requires_grad_() for t in (q, k, v)]
-        alone = ScaledDotProductAttention(ScaledDotProductAttention.Config())(*mine, is_causal=window == (-1, 0), enable_gqa=True)
+        if window == (3, 0):
+            rows = [t.transpose(0, 1) for t in mine]
+            alone = functional.core_attention(*rows, sliding_window=4).transpose(0, 1)
+        else:
+            alone = ScaledDotProductAttention(ScaledDotProductAttention.Config())(*mine, is_causal=window == (-1, 0), enable_gqa=True)
         gradients = torch.autograd.grad(alone, mine, dout.flatten(0, 1)[None, start:end])
         for found, expected in zip(whole, (alone.detach(), *gradients), strict=True):
             assert_bitwise_equal(found[start:end], expected[0])
     for masks, options, message in ((None, {}, "got NoneType"), (documents, {"out_transform": abs}, "out_transform")):
         with pytest.raises(ValueError, match=message):
             VarlenAttention(VarlenAttention.Config())(q, k, v, attention_masks=masks, **options)
+
+
+@pytest.mark.parametrize("window", [(3, 1), (-2, 0), (3,), (True, 0), (3.0, 0), "30", (0, -1)])
+def test_windows_that_are_refused(window):
+    with pytest.raises(ValueError, match=r"window_size=.* is not covered; use \(-1, 0\), \(-1, -1\), or \(n, 0\)"):
+        VarlenAttention(VarlenAttention.Config(window_size=window))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -205,6 +205,28 @@ def test_whether_attention_breaks_graphs(config, asked):
     assert done.stdout.split()[-1:] == ["False"], done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("cap", [None, 0, 3.0])
+def test_the_backend_takes_windows_caps_and_sinks(cap):
+    """As vLLM hands them to a backend, its cap of 0 for none. Which models may have them is rules.py's; today none."""
+    from tpinv import functional
+    from tpinv.integrations.vllm.attention import TreeAttention, TreeMetadata
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(70, heads, 16, generator=generator).bfloat16() for heads in (4, 2, 2))
+    sinks = torch.tensor([1.0, -2.0, 0.5, 3.0])
+    given = {"sliding_window": 20, "softcap": cap or None, "sinks": sinks}
+    impl = TreeAttention(4, 16, 0.3, 2, sliding_window=20, logits_soft_cap=cap, sinks=sinks)
+    cache, slots = torch.full((4, 2, 32, 32), float("nan"), dtype=torch.bfloat16), torch.arange(70)
+    impl.do_kv_cache_update(None, k, v, cache, slots)
+    numbers = [torch.tensor(t, dtype=torch.int32) for t in ([0, 3], [70], [[0, 1, 2, 3]])]
+    metadata = TreeMetadata(3, *numbers, slots, 3, 70)
+    found = impl.forward(None, q[-3:], None, None, cache, metadata, torch.empty(3, 4, 16, dtype=torch.bfloat16))
+    expected = functional.core_attention(*(t.unsqueeze(1) for t in (q, k, v)), scale=0.3, **given)[-3:, 0]
+    assert_bitwise_equal(found, expected)
+    with pytest.raises(ValueError, match="alibi_slopes is not covered|attention with alibi_slopes"):
+        TreeAttention(4, 16, 0.3, 2, alibi_slopes=[1.0] * 4)
+
+
 def test_probes_do_not_take_the_defaults_that_vllm_sets():
     """vLLM builds models with its GPU and the model's dtype as torch's defaults; "meta" stands for the GPU here."""
     from tpinv.integrations.vllm import defaults

@@ -2,6 +2,9 @@
 
 A packed sequence (PackedSeqParams, qkv_format="thd") has the bytes that it has alone.
 
+With a window (config.window_size, in the layers that window_attn_skip_freq names) causal attention sees its last keys; the offset of
+softmax_type="off-by-one" is a sink of 0 for every head. Both are tpinv's own, and for causal attention or none with a mask.
+
 Other masks are computed on a CPU alone, with the stock module's mask, scaling and softmax: each (batch, query group) pair by itself, its
 query heads stacked, [n s, d] times [d, s]. Those shapes are the same at every TP size up to the number of query groups.
 """
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from tpinv import functional
 from tpinv.integrations.megatron import layers
+from tpinv.integrations.megatron.guard import is_window
 
 # what a module of one kind may be told about a pack, whose sequences TransformerEngine calls padded
 PACKED_KINDS = {
@@ -43,16 +47,34 @@ class TPInvariantDotProductAttention(DotProductAttention):
         if attention_bias is not None:
             raise ValueError("attention bias is not covered by the local core attention; pass None")
         layers.refuse(self, others)
+        options = self._options(query)
         if packed_seq_params is not None:
             check_pack(self.attn_mask_type, packed_seq_params, attn_mask_type, attention_mask)
         if not query.is_cuda and packed_seq_params is None and not self._is_plain(attention_mask, len(query), len(key)):
+            if options:
+                raise ValueError(
+                    f"attn_mask_type={self.attn_mask_type} with {sorted(options)} and a mask that is not the causal one is not covered; use "
+                    "causal attention without a mask of one's own"
+                )
             return self._by_group(query, key, value, attention_mask)
-        return self._by_leaves(query, key, value, attention_mask, packed_seq_params)
+        return self._by_leaves(query, key, value, attention_mask, packed_seq_params, options)
+
+    def _options(self, query: Tensor) -> dict:
+        """Those of tpinv's attention that this layer has."""
+        options, window = {}, getattr(self.scale_mask_softmax, "window_size", None)
+        offset = getattr(self, "softmax_offset", None)
+        if window is not None:
+            if not is_window(window) or self.attn_mask_type != AttnMaskType.causal:
+                raise ValueError(
+                    f"window_size={window} of attn_mask_type={self.attn_mask_type} is not covered; use (n, 0) and causal attention"
+                )
+            options["sliding_window"] = window[0] + 1  # its own key is the last
+        if offset is not None:
+            options["sinks"] = offset.to(query.device)
+        return options
 
     def _is_plain(self, mask: Tensor | None, sq: int, sk: int) -> bool:
         """On a CPU: causal attention with the causal mask or none, or attention without a mask."""
-        if getattr(self.scale_mask_softmax, "window_size", None) is not None:
-            return False
         if self.attn_mask_type == AttnMaskType.causal:
             return sk >= sq and (mask is None or _is_causal(mask, sq, sk))
         return self.attn_mask_type == AttnMaskType.no_mask and mask is None
@@ -70,15 +92,14 @@ class TPInvariantDotProductAttention(DotProductAttention):
         joined = torch.stack(context).view(batch, heads, sq, -1).permute(2, 0, 1, 3)
         return joined.reshape(sq, batch, -1)
 
-    def _by_leaves(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pack) -> Tensor:
+    def _by_leaves(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pack, options: dict) -> Tensor:
         causal = self.attn_mask_type == AttnMaskType.causal
-        window = getattr(self.scale_mask_softmax, "window_size", None)
-        if window is not None or not (causal or (self.attn_mask_type == AttnMaskType.no_mask and mask is None)):
-            raise ValueError(f"attn_mask_type={self.attn_mask_type} with window_size={window}: on a GPU only causal attention is covered")
+        if not (causal or (self.attn_mask_type == AttnMaskType.no_mask and mask is None)):
+            raise ValueError(f"attn_mask_type={self.attn_mask_type}: on a GPU only causal attention is covered")
         if causal and mask is not None:
             _require_causal(mask, query.shape[0], key.shape[0])
         scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1.0)  # layer scaling divides before the softmax and multiplies in it
-        return by_leaves(query, key, value, pack, causal=causal, scale=scale)
+        return by_leaves(query, key, value, pack, causal=causal, scale=scale, **options)
 
     def _one_group(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, per_group: int) -> Tensor:
         """q [n sq, d], k and v [sk, d] -> [n, sq, d]"""
@@ -86,6 +107,12 @@ class TPInvariantDotProductAttention(DotProductAttention):
         scores = scores.view(1, per_group, -1, k.shape[0])
         probabilities = self.scale_mask_softmax(scores, mask)
         return (probabilities.reshape(-1, k.shape[0]) @ v).view(per_group, -1, v.shape[-1])
+
+
+def kinds_of_options(module: torch.nn.Module) -> tuple[bool, bool, bool]:
+    """Which of a window, a cap and sinks an attention has: what a probe asks for."""
+    softmax = getattr(module, "scale_mask_softmax", None)
+    return getattr(softmax, "window_size", None) is not None, False, getattr(module, "softmax_offset", None) is not None
 
 
 def check_pack(kind: AttnMaskType, pack, attn_mask_type, mask: Tensor | None) -> None:
@@ -101,12 +128,12 @@ def check_pack(kind: AttnMaskType, pack, attn_mask_type, mask: Tensor | None) ->
         raise ValueError(f"packed sequences over {pack.cp_group.size()} context-parallel ranks are not covered; pass cp_group=None")
 
 
-def by_leaves(query: Tensor, key: Tensor, value: Tensor, pack, *, causal: bool, scale: float) -> Tensor:
+def by_leaves(query: Tensor, key: Tensor, value: Tensor, pack, *, causal: bool, scale: float, **options) -> Tensor:
     """tpinv's attention of [s, b, heads, d] -> [s, b, heads d], or of a pack's [t, heads, d] -> [t, heads d]."""
     if pack is None:
-        return functional.core_attention(query, key, value, causal=causal, scale=scale).flatten(2)
+        return functional.core_attention(query, key, value, causal=causal, scale=scale, **options).flatten(2)
     return functional.packed_attention(
-        query, key, value, **{name: getattr(pack, name) for name in PACK}, causal=causal, scale=scale
+        query, key, value, **{name: getattr(pack, name) for name in PACK}, causal=causal, scale=scale, **options
     ).flatten(1)
 
 

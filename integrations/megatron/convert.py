@@ -23,6 +23,7 @@ from torch import nn
 from tpinv import sharding
 from tpinv.collectives import agree, resolve
 from tpinv.integrations.megatron import converted, hooks, layers, loss, te
+from tpinv.integrations.megatron.attention import kinds_of_options
 from tpinv.integrations.megatron.guard import check_config, check_data_parallel, check_vocabulary
 from tpinv.integrations.megatron.modules import REPLACEMENTS, check_modules, on_cpu
 from tpinv.ops.attention import require_invariant
@@ -144,9 +145,11 @@ def _check_model(model: LanguageModule, tree: ReductionTree, accept: Collection)
 def _check_attention(model: LanguageModule) -> None:
     """On a GPU, that the kernel is invariant on this chip for these heads: now rather than at the first forward."""
     device = next(model.parameters()).device
-    ours = any(isinstance(module, DotProductAttention) or te.is_attention(module) for module in model.modules())
-    if device.type == "cuda" and ours:
-        require_invariant(device, model.config.params_dtype, model.config.kv_channels)
+    ours = [module for module in model.modules() if isinstance(module, DotProductAttention) or te.is_attention(module)]
+    if device.type == "cuda":
+        for options in sorted({kinds_of_options(module) for module in ours}):
+            given = (True, False, options) if any(options) else ()
+            require_invariant(device, model.config.params_dtype, model.config.kv_channels, *given)
 
 
 def _no_dynamic_batching(module: nn.Module, args: tuple, kwargs: dict) -> None:

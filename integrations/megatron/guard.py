@@ -111,6 +111,12 @@ def _rules(config, tp: int):
         f"activation_func={activation} may depend on a shard's width on a CPU, and is not tested on a GPU",
         "use silu, gelu, relu or squared_relu",
     )
+    window = get("window_size")
+    yield (
+        window is None or is_window(window),
+        f"window_size={window!r} is not covered: tpinv's attention sees keys before a query and its own",
+        "use (keys before its own, 0), such as (127, 0), or None",
+    )
     finalize = get("finalize_model_grads_func")
     while isinstance(finalize, functools.partial):
         finalize = finalize.func
@@ -119,6 +125,15 @@ def _rules(config, tp: int):
         f"finalize_model_grads_func={finalize}: gradients may be added once more, in an order of its own",
         "use megatron.core.distributed.finalize_model_grads",
     )
+
+
+def is_window(window) -> bool:
+    """(keys before a query's own, 0), as two whole numbers."""
+    try:
+        left, right = window
+    except (TypeError, ValueError):
+        return False
+    return type(left) is type(right) is int and left >= 0 == right
 
 
 def check_config(config, tree: ReductionTree, tp: int, accept: Collection = ()) -> None:

@@ -15,5 +15,6 @@ class SelectiveAC(activation_checkpoint.SelectiveAC):
 
     def get_save_ops(self) -> set:
         ops = torch.ops.tpinv
-        kept = ops.column_parallel_linear, ops.row_parallel_linear, ops.core_attention, ops.packed_attention
-        return super().get_save_ops() | {op.default for op in kept}
+        linears = ops.column_parallel_linear, ops.row_parallel_linear
+        attention = ops.core_attention, ops.packed_attention, ops.core_attention_with_options, ops.packed_attention_with_options
+        return super().get_save_ops() | {op.default for op in (*linears, *attention)}

@@ -190,7 +190,16 @@ class ScaledDotProductAttention(attention.ScaledDotProductAttention):
         return out.transpose(0, 1)
 
 
-WINDOWS = {(-1, 0): True, (-1, -1): False}  # causal or not
+def window_of(window_size) -> tuple[bool, int]:
+    """torch's window_size, the keys before and behind a query's own, -1 for all -> causal or not, and sliding_window, 0 for none. ValueError
+    for another than (-1, 0), (-1, -1) and (n, 0)."""
+    window = tuple(window_size)
+    if len(window) == 2 and all(type(side) is int for side in window):
+        if window in ((-1, 0), (-1, -1)):
+            return window == (-1, 0), 0
+        if window[0] >= 0 == window[1]:
+            return True, window[0] + 1
+    raise ValueError(f"window_size={window} is not covered; use (-1, 0), (-1, -1), or (n, 0) for n keys before a query's own")
 
 
 class VarlenAttention(attention.VarlenAttention):
@@ -203,7 +212,7 @@ class VarlenAttention(attention.VarlenAttention):
 
     def __init__(self, config: Config):
         super(attention.VarlenAttention, self).__init__()  # the stock constructor activates a flash attention for the whole process
-        self.causal = WINDOWS[tuple(config.window_size)]
+        self.causal, self.sliding_window = window_of(config.window_size)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, attention_masks, scale: float | None = None, **options) -> Tensor:
         unknown = sorted(name for name, value in options.items() if value is not None and name != "enable_gqa")
@@ -214,4 +223,8 @@ class VarlenAttention(attention.VarlenAttention):
         packed = [t.flatten(0, 1) for t in (q, k, v)]
         cu_q, cu_k, longest_q, longest_k, *_ = attention_masks
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return ops.packed_attention(*packed, cu_q, cu_k, cu_q, cu_k, longest_q, longest_k, scale, self.causal)[0].view(q.shape)
+        packed += [cu_q, cu_k, cu_q, cu_k]
+        settings = longest_q, longest_k, scale, self.causal
+        if not self.sliding_window:
+            return ops.packed_attention(*packed, *settings)[0].view(q.shape)
+        return ops.packed_attention_with_options(*packed, None, *settings, self.sliding_window, 0.0)[0].view(q.shape)

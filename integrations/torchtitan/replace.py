@@ -147,8 +147,7 @@ def _inner_attention(config, forward_only: bool):
                     "BatchInvariantFlexConverter, which pins them"
                 )
             return derive(config, type(config), sharding_config=None)
-        if (window := tuple(getattr(config, "window_size", (-1, 0)))) not in layers.WINDOWS:
-            raise ValueError(f"window_size={window} is not covered; use (-1, 0) or (-1, -1)")
+        layers.window_of(getattr(config, "window_size", (-1, 0)))  # or refuses it
         return derive(config, layers.VarlenAttention.Config, sharding_config=None)
     if type(config) in (layers.ScaledDotProductAttention.Config, layers.VarlenAttention.Config) or _name(config) == VLLM_ATTENTION:
         return config

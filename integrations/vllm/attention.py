@@ -121,15 +121,15 @@ class TreeAttention(AttentionImpl[TreeMetadata]):
     ):
         refused = {
             "alibi_slopes": alibi_slopes is not None,
-            f"sliding_window={sliding_window}": sliding_window is not None,
-            f"logits_soft_cap={logits_soft_cap}": bool(logits_soft_cap),
             f"kv_sharing_target_layer_name={kv_sharing_target_layer_name}": kv_sharing_target_layer_name is not None,
-            "sinks": sinks is not None,
             f"attn_type={attn_type}": attn_type != AttentionType.DECODER,
             f"{others}": any(value is not None for value in others.values()),
         }
         if given := [name for name, holds in refused.items() if holds]:
-            raise ValueError(f"attention with {', '.join(given)} is not covered; use a decoder with full causal attention")
+            raise ValueError(f"attention with {', '.join(given)} is not covered; use a decoder with causal attention")
+        # vLLM's window counts a query's own key, as ours does, and its cap of 0 is none. Which models may have them: rules.py.
+        given = {"sliding_window": sliding_window, "softcap": logits_soft_cap or None, "sinks": sinks}
+        self.options = {name: option for name, option in given.items() if option is not None}
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
 
@@ -153,6 +153,7 @@ class TreeAttention(AttentionImpl[TreeMetadata]):
             max_seq_len=attn_metadata.max_seq_len,
             scale=self.scale,
             out=output.view(-1, self.num_heads, self.head_size),
+            **self.options,
         )
 
     def do_kv_cache_update(self, layer, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -198,6 +199,10 @@ class TreeAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
         return True
 
     @classmethod
@@ -248,8 +253,9 @@ def check_layers(model: torch.nn.Module) -> None:
             )
     device = next(model.parameters()).device
     with defaults.torchs_own():
-        for width in {module.head_size for module in model.modules() if is_layer(module)}:
-            require_paged(device, next(model.parameters()).dtype, width)
+        for width, *options in {(module.head_size, *module.impl.options) for module in model.modules() if is_layer(module)}:
+            kinds = tuple(name in options for name in ("sliding_window", "softcap", "sinks"))
+            require_paged(device, next(model.parameters()).dtype, width, *([kinds] if options else []))
 
 
 def backend_name(model: torch.nn.Module) -> str:
