@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--deadline", type=float, default=140.0, help="seconds after which every engine is ended")
+    parser.add_argument("--bytes", action="store_true", help="time nothing, so that the GPUs may be shared")
     run = Run(parser.parse_args())
     if not os.path.exists(os.path.join(MODEL, "config.json")):
         code = "import sys, torch; from tpinv.harness.vllm import model; model.write(sys.argv[1], model.LARGE, torch.bfloat16, 'cuda')"
@@ -168,7 +169,7 @@ def job(run: Run, name: str, directory: str) -> dict:
         "module": "speculate", "layers": layers, "leaves": 8, "device": "cuda", "model": MODEL, "dtype": "bfloat16", "eager": name == "spoiled-2", "block": 32,
         "longest": 2048, "tp": tp, "memory": 0.1, "plan": plan, "kv": layers == "tpinv", "asked": asked, "arguments": arguments,
         "environment": environment, "locks": [os.path.join(directory, f"gpu-{gpu}") for gpu in gpus], "until": run.started + run.arguments.deadline - 12,
-    } | given | ({"speed": speed} if timed is not None else {})  # fmt: skip
+    } | given | ({"speed": speed} if timed is not None and not run.arguments.bytes else {})  # fmt: skip
 
 
 def differing(name: str, results: dict[str, dict]) -> str:
