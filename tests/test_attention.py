@@ -313,6 +313,9 @@ def paged_call(**changes):
     return functional.paged_attention(call.pop("query"), call.pop("key_cache"), call.pop("value_cache"), **call)
 
 
+WHOLE, CACHED = torch.zeros(4, 4, 8), torch.zeros(5, 16, 2, 8)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -333,6 +336,17 @@ def paged_call(**changes):
         ({"block_table": torch.full((2, 3), 5, dtype=torch.int32)}, r"names pages \[5, 5\] of a cache of 5"),
         ({"out": torch.zeros(3, 4, 8).half()}, "must be like query"),
         ({"query": torch.zeros(3, 4, 8, requires_grad=True)}, "no gradient"),
+        ({"max_query_len": 1}, "request 0 has 2 queries and seq_len 20, more than max_query_len=1"),
+        ({"max_seq_len": 19}, "max_seq_len=19 says"),
+        ({"max_query_len": True}, "max_query_len=True must be a whole number"),
+        ({"max_seq_len": 20.0}, "max_seq_len=20.0 must be a whole number"),
+        ({"max_query_len": -1}, "max_query_len=-1 must be"),
+        ({"causal": None}, "causal=None must be True or False"),
+        ({"scale": True}, "scale=True must be a number"),
+        ({"query": WHOLE[:3], "out": WHOLE[:3]}, "out shares memory"),
+        ({"query": WHOLE[:3], "out": WHOLE[1:4]}, "out shares memory"),
+        ({"key_cache": CACHED, "out": CACHED.view(-1)[96:192].view(3, 4, 8)}, "out shares memory"),
+        ({"out": torch.zeros(1, 4, 8).expand(3, 4, 8)}, "rows of one memory"),
     ],
 )
 def test_paged_refusals(changes, message):
@@ -354,6 +368,24 @@ def test_paged_refusals(changes, message):
 def test_append_refusals(key, slots, message):
     with pytest.raises(ValueError, match=message):
         functional.append_kv(key, key, torch.zeros(5, 16, 2, 8), torch.zeros(5, 16, 2, 8), torch.tensor(slots))
+
+
+def test_append_wants_two_memories_and_no_gradient():
+    key, cache = torch.ones(2, 2, 8), torch.zeros(5, 16, 2, 8)
+    for caches in ((cache, cache), (cache, torch.zeros(1, 16, 2, 8).expand(5, -1, -1, -1))):
+        with pytest.raises(ValueError, match="one memory"):
+            functional.append_kv(key, key, *caches, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="append_kv has no gradient"):
+        functional.append_kv(key.clone().requires_grad_(), key, cache, cache.clone(), torch.tensor([0, 1]))
+    functional.append_kv(key, key, *torch.zeros(5, 16, 2, 16).split(8, -1), torch.tensor([0, 1]))  # side by side, as vLLM has them
+
+
+def test_heads_side_by_side_are_no_memory_in_common():
+    both = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = paged_call(query=both[:, :4].clone())
+    for query, out in ((both[:, :4], both[:, 4:]), (both[:, 4:], both[:, :4])):
+        query.copy_(both[:, :4]) if query.data_ptr() != both.data_ptr() else None
+        assert_bitwise_equal(paged_call(query=query, out=out), expected)
 
 
 def test_operators():

@@ -56,7 +56,7 @@ def paged_attention(
             block_table can hold.
         causal: a query sees keys up to its own position; otherwise all keys of its request.
         scale: default 1 / sqrt(d); above 0.
-        out: [t, h, d] in the query's dtype, contiguous in d, which is filled and returned.
+        out: [t, h, d] in the query's dtype, contiguous in d, which is filled and returned. It shares no memory with the other tensors.
         sliding_window, softcap, sinks: as in core_attention. Pages that lie before the window of a request's first query are not looked at.
 
     Returns:
@@ -65,8 +65,9 @@ def paged_attention(
     Raises:
         ValueError: tensors that do not fit, another dtype, page size or scale, or a machine on which the probe finds other bits than it
             should. On a CPU also lengths that do not fit; a GPU, which is not waited for, gives NaN to a request with fewer keys than
-            queries, and reads pages as block_table names them.
+            queries or more of either than the bounds say, and reads pages as block_table names them.
     """
+    _check_kinds(max_query_len, max_seq_len, causal, scale)
     if scale is None:
         scale = query.shape[-1] ** -0.5 if query.dim() and query.shape[-1] else 1.0
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key_cache, value_cache)):
@@ -91,15 +92,48 @@ def append_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor
     Args:
         key, value: [t, g, d], any strides. Rows past slot_mapping's are padding.
         key_cache, value_cache: [pages, page size, g, d] as in :func:`paged_attention`.
-        slot_mapping: int64 or int32 [t or fewer], ``slot``; a token whose slot is below 0 is left out.
+        slot_mapping: int64 or int32 [t or fewer], ``slot``; a token whose slot is below 0 is left out. Of two tokens with one slot either
+            may be kept.
 
     Raises:
-        ValueError: tensors that do not fit, or dtypes that differ. On a CPU also a slot past the cache; a GPU leaves such a token out.
+        ValueError: tensors that do not fit, dtypes that differ, caches that are one memory, or a key or value that requires a gradient, which
+            a cache has not. On a CPU also a slot past the cache; a GPU leaves such a token out.
     """
+    if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+        raise ValueError("append_kv has no gradient; train with core_attention or packed_attention, or call it in torch.no_grad()")
     torch.ops.tpinv.append_kv(key, value, key_cache, value_cache, slot_mapping)
 
 
 # -- checks -------------------------------------------------------------------------------------------------------------------------
+
+
+def _check_kinds(max_query_len, max_seq_len, causal, scale) -> None:
+    """What torch would take for another number: None for False, True for 1."""
+    for name, bound in (("max_query_len", max_query_len), ("max_seq_len", max_seq_len)):
+        if bound is not None and (isinstance(bound, bool) or not hasattr(bound, "__index__") or (type(bound) is int and bound < 0)):
+            raise ValueError(f"{name}={bound!r} must be a whole number of at least 0, or None")
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal={causal!r} must be True or False")
+    if scale is not None and (isinstance(scale, bool | str) or not hasattr(scale, "__float__")):
+        raise ValueError(f"scale={scale!r} must be a number, or None for 1 / sqrt(d)")
+
+
+def _in_common(out: Tensor, other: Tensor) -> bool:
+    """Do they share memory? Heads side by side in one buffer do not; what else lies between each other's ends is taken for shared."""
+    if not out.numel() or not other.numel() or out.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+        return False
+    (first, last), (first_other, last_other) = (
+        (t.storage_offset(), t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) for t in (out, other)
+    )
+    if last < first_other or last_other < first:
+        return False
+    step, width = out.stride(0), (out.shape[1] - 1) * out.stride(1) + out.shape[2]
+    return out.stride() != other.stride() or not width <= (first_other - first) % max(step, 1) <= step - width
+
+
+def _repeats(t: Tensor) -> bool:
+    """Is it one row seen many times, as expand gives it?"""
+    return any(step == 0 and size > 1 for size, step in zip(t.shape, t.stride(), strict=True))
 
 
 def _check_cache(name: str, heads: int, width: int, key_cache: Tensor, value_cache: Tensor) -> None:
@@ -139,9 +173,15 @@ def check(query, key_cache, value_cache, block_table, seq_lens, query_start_loc,
         )
     if out is not None and (out.shape != query.shape or out.dtype != query.dtype or out.device != query.device or out.stride(2) != 1):
         raise ValueError(f"out {out.dtype} {tuple(out.shape)} on {out.device} must be like query and have unit stride in d")
+    if out is not None and any(_in_common(out, t) for t in (query, key_cache, value_cache)):
+        raise ValueError("out shares memory with query or the cache, which is read while out is written; pass memory of its own")
+    if out is not None and _repeats(out):
+        raise ValueError(f"out has strides {out.stride()}: rows of one memory; pass a tensor whose rows are apart")
 
 
-def _check_lengths(query, key_cache, block_table, seq_lens, query_start_loc, causal, window=None) -> None:
+def _check_lengths(
+    query, key_cache, block_table, seq_lens, query_start_loc, max_query_len, max_seq_len, causal, window=None
+) -> None:  # fmt: skip
     """On a CPU, where numbers can be read."""
     starts, lengths, (pages, size) = query_start_loc.tolist(), seq_lens.tolist(), key_cache.shape[:2]
     counts = [after - before for before, after in zip(starts, starts[1:], strict=False)]
@@ -152,6 +192,11 @@ def _check_lengths(query, key_cache, block_table, seq_lens, query_start_loc, cau
             raise ValueError(
                 f"request {i} has {count} queries and seq_len {length}: it must be at least the queries and at most the "
                 f"{block_table.shape[1]} x {size} positions of its row of block_table"
+            )
+        if count > max_query_len or (count and length > max_seq_len):
+            raise ValueError(
+                f"request {i} has {count} queries and seq_len {length}, more than max_query_len={max_query_len} or max_seq_len={max_seq_len} "
+                "says; pass bounds that hold, or None"
             )
         used = block_table[i, reference_attention.first_seen(count, length, window) // size : -(-length // size)]
         if count and len(used) and not 0 <= int(used.min()) <= int(used.max()) < pages:
@@ -169,6 +214,8 @@ def _check_append(key, value, key_cache, value_cache, slot_mapping) -> None:
         raise ValueError(
             f"slot_mapping {slot_mapping.dtype} {tuple(slot_mapping.shape)} must be int64 or int32, one for each of {len(key)} keys"
         )
+    if key_cache.numel() and (key_cache.data_ptr() == value_cache.data_ptr() or _repeats(key_cache) or _repeats(value_cache)):
+        raise ValueError("keys and values, or pages, are one memory; pass caches whose numbers are apart")
     if len({t.device for t in (key, value, key_cache, value_cache, slot_mapping)}) > 1:
         raise ValueError("key, value, caches and slot_mapping are on different devices; move them to one")
 
@@ -204,7 +251,7 @@ def _compute(
 
         paged.forward(query, key_cache, value_cache, *numbers, max_query_len, max_seq_len, scale, causal, out, options=options)
     else:
-        _check_lengths(query, key_cache, *numbers, causal, options.window)
+        _check_lengths(query, key_cache, *numbers, max_query_len, max_seq_len, causal, options.window)
         reference_attention.paged_forward(query, key_cache, value_cache, *numbers, scale, causal, out, options)
 
 
