@@ -8,6 +8,7 @@ variables read, by the engine. What vLLM reads while it is imported (the level o
 every job has it.
 """
 
+import ctypes
 import functools
 import importlib
 import json
@@ -107,6 +108,7 @@ def _serve() -> None:
 def _become(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
     """The child. Does not return."""
     os.setsid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: who asked for it is gone when the starter is
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
