@@ -6,9 +6,11 @@
 // warp takes the chain over all blocks for 16 columns of the values. Keys and values are the rows of A in both products, tokens the columns
 // of B: scores^T = K Q^T, acc^T = V^T P^T.
 //
-//     warps 8 ... 11   copy blocks of keys, then of values, through STAGES stages of 64 rows, running ahead over leaves and units
-//     warp w of 0 ... 7   scores of block w; maxima to shared memory; barrier; P, its sum and the rescales to shared memory; barrier; the
-//                      chain over the blocks for columns 16 w ...; then the merge into the node's total
+//     warp 11          brings blocks of keys, then of values, through STAGES stages of 64 rows by the copy engine, running ahead over leaves
+//                      and units, and the rows of the queries
+//     warps 0 ... 7    warp w: scores of block w; maxima to shared memory; barrier; P, its sum and the rescales to shared memory; barrier; the
+//                      chain over the blocks for columns 16 w ...; the merge into the node's total; that to shared memory
+//     warps 8 ... 10   take it from there: divide, or store the part and merge what is complete
 //
 // Who finishes a node's last leaf merges the node, who finishes a request's last node merges those by tree.py's tree and divides: whoever
 // it is, it finds the same parts and adds them in the contract's order. Counters start at zero and are left at zero.
@@ -29,21 +31,21 @@ static_assert(kBlock == 64 && kLeafBlocks == 8, "a consumer warp takes one block
 static_assert(2 * STAGES >= kLeafBlocks, "a warp tells only two turns of a stage apart");
 constexpr int kIn = FP16 ? kFp16 : kBf16;
 constexpr int kRows = 8 * NT;
-constexpr int kConsumers = 256, kProducers = 128;
-constexpr int kPitch = 2 * DIM + 16;                       // bytes of a row in shared memory: eight rows lie in different banks
-constexpr int kStageBytes = kBlock * kPitch;
-constexpr int kChunks = DIM / 8;                           // of 16 bytes, of a row
+constexpr int kConsumers = 256, kMergers = 96, kThreads = kConsumers + kMergers + 32;
+constexpr int kBoxes = (DIM + 63) / 64;                    // of 64 columns: a copy brings one of 16 rows, swizzled
+constexpr int kBoxBytes = kBlock * 128, kStageBytes = kBoxes * kBoxBytes, kCopyBytes = 16 * 128;
+constexpr int kQueryPitch = 2 * DIM + 16;                  // bytes of a row of queries in shared memory
 constexpr int kColumnTiles = DIM / 16, kTiles = (kColumnTiles + 7) / 8;  // of the values, and of those a warp's
 constexpr int kMost = 1024;                                // requests
 constexpr int kVectors = DIM / 4;                          // float4s of a row
 
 struct Params {
-    const char *q, *k, *v;
+    const char* q;
     char* out;
     float *acc, *sums;
     int* arrived;                                          // of nodes, then [requests, tiles, heads]
     const int *table, *starts, *lens;
-    i64 q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_s, o_h, table_s;  // elements
+    i64 q_s, q_h, o_s, o_h, table_s;                       // elements
     int requests, tokens, heads, per_group, most, longest, page, causal, elsewhere, enough, limit, tiles, nodes;
     float scale;
 };
@@ -55,13 +57,17 @@ struct Shared {
     alignas(16) float tops[kLeafBlocks][kRows];            // the running one, scaled
     alignas(16) float shrink[kLeafBlocks][kRows];
     alignas(16) float sum[kLeafBlocks][kRows];
-    alignas(8) unsigned long long full[STAGES], empty[STAGES];
+    alignas(16) float acc[kRows][DIM];                     // a finished unit
+    alignas(16) float sums[2][kRows];
+    alignas(16) char queries[2][kRows][kQueryPitch];       // of a unit and the next
+    alignas(8) unsigned long long full[STAGES], empty[STAGES], asked[2], read[2];  // the latter two: of queries
     int ends[2][kMost];                                    // units of a key head up to a request and in it: of leaves, of nodes
+    int starts[kMost + 1], lens[kMost];                    // here, since whoever asks the L2 cache waits behind all copies
     int units, whole, last;
 };
 
 static_assert(sizeof(Params) == PARAMS_BYTES, "the host's structure is another");
-static_assert(STAGES * kStageBytes + sizeof(Shared) <= SHARED_BYTES, "the host reserves too little");
+static_assert(1023 + STAGES * kStageBytes + sizeof(Shared) <= SHARED_BYTES, "the host reserves too little");
 
 __device__ __forceinline__ float exp2_of(float x) {
     float y;
@@ -97,17 +103,16 @@ __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b
         asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ void copy_16(u32 to, const char* from, bool real) {  // zeros if it is not
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
-}
-// Arrives once this thread's copies so far have.
-__device__ __forceinline__ void barrier_arrive_copied(u32 bar) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
-}
 __device__ __forceinline__ void barrier_arrive_many(u32 bar, u32 count) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(count) : "memory");
 }
 __device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+__device__ __forceinline__ void mergers_meet() { asm volatile("bar.sync 2, 96;" ::: "memory"); }
+// A finished unit changes hands.
+__device__ __forceinline__ void finished_arrive() { asm volatile("bar.arrive 3, 352;" ::: "memory"); }
+__device__ __forceinline__ void finished_wait() { asm volatile("bar.sync 3, 352;" ::: "memory"); }
+__device__ __forceinline__ void taken_arrive() { asm volatile("bar.arrive 4, 352;" ::: "memory"); }
+__device__ __forceinline__ void taken_wait() { asm volatile("bar.sync 4, 352;" ::: "memory"); }
 
 // The stages: the n-th block copied is in stage n mod STAGES.
 struct Turn {
@@ -139,7 +144,7 @@ __device__ __forceinline__ Unit unit_of(const Params& a, const Shared& s, int it
     }
     u.request = low;
     const int inside = u.index - (low ? ends[low - 1] : 0), size = s.whole ? kLeaf * kNode : kLeaf;
-    u.q_at = a.starts[low], u.queries = a.starts[low + 1] - u.q_at, u.keys = a.lens[low];
+    u.q_at = s.starts[low], u.queries = s.starts[low + 1] - u.q_at, u.keys = s.lens[low];
     u.tiles = (u.queries * a.per_group + kRows - 1) / kRows;
     u.tile = inside % u.tiles;
     u.start = inside / u.tiles * size;
@@ -151,42 +156,68 @@ __device__ __forceinline__ Unit unit_of(const Params& a, const Shared& s, int it
 
 // -- copies -------------------------------------------------------------------------------------------------------------------------
 
+// Where 16 positions are: lane i of the producer knows it of positions 16 i ... 16 i + 15 of a leaf.
+struct Place {
+    int page, row;
+};
+
+__device__ __forceinline__ Place place_of(const Params& a, const Unit& u, int start, int lane) {
+    const int position = start + 16 * lane;
+    if (start >= u.stop || position >= u.keys) return {0, 0};
+    const int ordinal = position / a.page;
+    return {a.table[u.request * a.table_s + ordinal], position - ordinal * a.page};
+}
+
 __device__ __forceinline__ void copy_blocks(
-    const char* from, i64 of_group, i64 row_s, int blocks, int left, Turn& turn, u32 stages, Shared& s, int thread
+    const TensorMap* map, const Place& place, int head, int blocks, int left, Turn& turn, u32 stages, Shared& s, int lane
 ) {
-    // Lane i of a warp knows where positions 16 i ... 16 i + 15 of the leaf begin. left: keys from the leaf's first on.
+    // left: keys from the leaf's first on.
     for (int block = 0; block < blocks; block++) {
+        const u32 full = smem_address(&s.full[turn.stage]), to = stages + turn.stage * kStageBytes;
         barrier_wait(smem_address(&s.empty[turn.stage]), turn.phase ^ 1);
-        const u32 to = stages + turn.stage * kStageBytes;
-#pragma unroll
-        for (int i = 0; i < kBlock * kChunks / kProducers; i++) {
-            const int chunk = thread + i * kProducers, row = chunk / kChunks, column = chunk - row * kChunks;
-            const i64 at = __shfl_sync(0xffffffffu, of_group, 4 * block + row / 16) + (row % 16) * row_s;
-            const bool real = block * kBlock + row < left;
-            copy_16(to + row * kPitch + column * 16, from + (real ? 2 * at + column * 16 : 0), real);
-        }
-        barrier_arrive_copied(smem_address(&s.full[turn.stage]));
+        const int groups = min(4, (left - block * kBlock + 15) / 16), group = lane / kBoxes, box = lane % kBoxes;
+        if (lane == 0) barrier_expect(full, groups * kBoxes * kCopyBytes);
+        __syncwarp();
+        const int page = __shfl_sync(0xffffffffu, place.page, (4 * block + group) % 32);
+        const int row = __shfl_sync(0xffffffffu, place.row, (4 * block + group) % 32);
+        if (group < groups) copy(to + box * kBoxBytes + group * kCopyBytes, map, full, 64 * box, head, row, page);
         turn.advance(1);
     }
 }
 
-__device__ __forceinline__ void produce(const Params& a, Shared& s, u32 stages, int thread) {
+__device__ __forceinline__ void produce(const Params& a, const TensorMap* map_k, const TensorMap* map_v, Shared& s, u32 stages, int lane) {
     Turn turn = {0, 0};
-    const int everything = s.units * a.heads, lane = thread % 32;
-    for (int item = blockIdx.x; item < everything; item += gridDim.x) {
-        const Unit u = unit_of(a, s, item);
-        const char *k = a.k + 2 * u.head * a.k_h, *v = a.v + 2 * u.head * a.v_h;
-        for (int start = u.start; start < u.stop; start += kLeaf) {
-            const int blocks = (min(u.stop, start + kLeaf) - start + kBlock - 1) / kBlock, position = start + 16 * lane;
-            i64 k_at = 0, v_at = 0;
-            if (position < u.keys) {
-                const i64 page = a.table[u.request * a.table_s + position / a.page];
-                const int row = position % a.page;
-                k_at = page * a.k_b + row * a.k_s, v_at = page * a.v_b + row * a.v_s;
+    const int everything = s.units * a.heads;
+    int item = blockIdx.x, order = 0;
+    if (item >= everything) return;
+    Unit u = unit_of(a, s, item);
+    Place place = place_of(a, u, u.start, lane);
+    while (item < everything) {
+        const int next_item = item + gridDim.x;
+        const Unit next = next_item < everything ? unit_of(a, s, next_item) : u;
+        if (u.start < u.stop) {
+            const int rows = min(kRows, u.queries * a.per_group - u.tile * kRows), buffer = order % 2;
+            const u32 asked = smem_address(&s.asked[buffer]);
+            barrier_wait(smem_address(&s.read[buffer]), (order / 2 & 1) ^ 1);
+            order++;
+            if (lane == 0) barrier_expect(asked, rows * 2 * DIM);
+            __syncwarp();
+            if (lane < rows) {
+                const int row = u.tile * kRows + lane, query = row / a.per_group;
+                const char* from = a.q + 2 * ((u.q_at + query) * a.q_s + (u.head * a.per_group + row % a.per_group) * a.q_h);
+                copy_bulk(smem_address(s.queries[buffer][lane]), from, 2 * DIM, asked);
             }
-            copy_blocks(k, k_at, a.k_s, blocks, u.keys - start, turn, stages, s, thread);
-            copy_blocks(v, v_at, a.v_s, blocks, u.keys - start, turn, stages, s, thread);
+            for (int start = u.start; start < u.stop; start += kLeaf) {
+                const int blocks = (min(u.stop, start + kLeaf) - start + kBlock - 1) / kBlock, left = u.keys - start;
+                const Place here = place;  // the next leaf's is looked up meanwhile
+                place = start + kLeaf < u.stop ? place_of(a, u, start + kLeaf, lane) : place_of(a, next, next.start, lane);
+                copy_blocks(map_k, here, u.head, blocks, left, turn, stages, s, lane);
+                copy_blocks(map_v, here, u.head, blocks, left, turn, stages, s, lane);
+            }
+        } else {
+            place = place_of(a, next, next.start, lane);
         }
+        u = next, item = next_item;
     }
 }
 
@@ -232,37 +263,46 @@ __device__ __forceinline__ void store_quotient(const Params& a, const Unit& u, i
     to[1] = pack<kIn>(quotient(part.acc.z, part.total), quotient(part.acc.w, part.total));
 }
 
-// Whether this block is the last of `count` to arrive; what all of them stored before is then visible to all of its consumers.
+// Whether this block is the last of `count` to arrive; what all of them stored before is then visible to all of its mergers.
 __device__ __forceinline__ bool arrives_last(int* counter, int count, Shared& s, int thread) {
-    __threadfence();
-    consumers_meet();
+    mergers_meet();
     if (thread == 0) {
-        const bool last = atomicAdd(counter, 1) == count - 1;
-        if (last) *counter = 0;            // nobody else comes; the next launch finds it at zero
-        s.last = last;
-        __threadfence();
+        int before;
+        asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+        if (before == count - 1) *counter = 0;  // nobody else comes; the next launch finds it at zero
+        s.last = before == count - 1;
     }
-    consumers_meet();
+    mergers_meet();
     return s.last;
 }
 
 __device__ __forceinline__ void merge_node(const Params& a, const Unit& u, int rows, int leaves, i64 slot, i64 step, bool only, int thread) {
-    for (int i = thread; i < rows * kVectors; i += kConsumers) {
-        const int row = i / kVectors, column = i - row * kVectors;
-        Part parts[kNode];
+    constexpr int kTogether = 2;           // vectors of a thread whose parts are under way at once
+    for (int i = thread; i < rows * kVectors; i += kTogether * kMergers) {
+        Part parts[kTogether][kNode];
 #pragma unroll
-        for (int leaf = 0; leaf < kNode; leaf++) parts[leaf] = leaf < leaves ? load_part(a, slot + leaf * step, row, column, 0) : no_part();
-        Part node = no_part();
+        for (int j = 0; j < kTogether; j++) {
+            const int at = min(i + j * kMergers, rows * kVectors - 1), row = at / kVectors, column = at - row * kVectors;
 #pragma unroll
-        for (int leaf = 0; leaf < kNode; leaf++)
-            if (leaf < leaves) node = merge(node, parts[leaf]);
-        if (only) {
-            store_quotient(a, u, row, column, node);
-        } else {
-            __stcg(reinterpret_cast<float4*>(a.acc + (slot * kRows + row) * DIM) + column, node.acc);
-            if (column == 0) {
-                __stcg(a.sums + (slot * 4 + 2) * kRows + row, node.total);
-                __stcg(a.sums + (slot * 4 + 3) * kRows + row, node.top);
+            for (int leaf = 0; leaf < kNode; leaf++)  // without a branch: the last one again instead of none
+                parts[j][leaf] = load_part(a, slot + min(leaf, leaves - 1) * step, row, column, 0);
+        }
+#pragma unroll
+        for (int j = 0; j < kTogether; j++) {
+            const int at = i + j * kMergers, row = at / kVectors, column = at - row * kVectors;
+            if (row >= rows) break;
+            Part node = no_part();
+#pragma unroll
+            for (int leaf = 0; leaf < kNode; leaf++)
+                if (leaf < leaves) node = merge(node, parts[j][leaf]);
+            if (only) {
+                store_quotient(a, u, row, column, node);
+            } else {
+                __stcg(reinterpret_cast<float4*>(a.acc + (slot * kRows + row) * DIM) + column, node.acc);
+                if (column == 0) {
+                    __stcg(a.sums + (slot * 4 + 2) * kRows + row, node.total);
+                    __stcg(a.sums + (slot * 4 + 3) * kRows + row, node.top);
+                }
             }
         }
     }
@@ -270,8 +310,8 @@ __device__ __forceinline__ void merge_node(const Params& a, const Unit& u, int r
 
 // The append-only tree of tree.py by a carry counter: level l waits while bit l of the number of nodes so far is set.
 __device__ __forceinline__ void merge_root(const Params& a, const Unit& u, int rows, int nodes, i64 slot, i64 step, int thread) {
-    constexpr int kLevels = 8, kAhead = 4;
-    for (int i = thread; i < rows * kVectors; i += kConsumers) {
+    constexpr int kLevels = 8, kAhead = 8;
+    for (int i = thread; i < rows * kVectors; i += kMergers) {
         const int row = i / kVectors, column = i - row * kVectors;
         Part waiting[kLevels], parts[kAhead], part = no_part();
 #pragma unroll
@@ -279,7 +319,7 @@ __device__ __forceinline__ void merge_root(const Params& a, const Unit& u, int r
         for (int first = 0; first < nodes; first += kAhead) {
 #pragma unroll
             for (int j = 0; j < kAhead; j++)
-                if (first + j < nodes) parts[j] = load_part(a, slot + (first + j) * step, row, column, 1);
+                parts[j] = load_part(a, slot + min(first + j, nodes - 1) * step, row, column, 1);
 #pragma unroll
             for (int j = 0; j < kAhead; j++) {
                 const int node = first + j;
@@ -299,25 +339,95 @@ __device__ __forceinline__ void merge_root(const Params& a, const Unit& u, int r
     }
 }
 
+// What becomes of a finished unit.
+__device__ __forceinline__ void merge_units(const Params& a, Shared& s, int thread) {
+    const int everything = s.units * a.heads;
+    for (int item = blockIdx.x; item < everything; item += gridDim.x) {
+        const Unit u = unit_of(a, s, item);
+        const int rows = min(kRows, u.queries * a.per_group - u.tile * kRows);
+        const i64 slot = (i64)u.index * a.heads + u.head, step = (i64)u.tiles * a.heads;
+        const int in_node = s.whole ? 1 : kNode, part = u.start / (s.whole ? kLeaf * kNode : kLeaf), node = part / in_node;
+        const int leaves = min(in_node, u.parts - node * in_node), nodes = (u.parts + in_node - 1) / in_node;
+        finished_wait();
+        for (int i = thread; i < rows * kVectors; i += kMergers) {
+            const int row = i / kVectors, column = i - row * kVectors;
+            const Part found = {reinterpret_cast<const float4*>(s.acc[row])[column], s.sums[0][row], s.sums[1][row]};
+            if (u.parts == 1) {
+                store_quotient(a, u, row, column, found);
+            } else {
+                const int kind = leaves == 1;
+                __stcg(reinterpret_cast<float4*>(a.acc + (slot * kRows + row) * DIM) + column, found.acc);
+                if (column == 0) {
+                    __stcg(a.sums + (slot * 4 + 2 * kind) * kRows + row, found.total);
+                    __stcg(a.sums + (slot * 4 + 2 * kind + 1) * kRows + row, found.top);
+                }
+            }
+        }
+        if (item + gridDim.x < everything) taken_arrive();
+        if (u.parts == 1) continue;
+        const i64 node_slot = slot - (part - node * in_node) * step, first_slot = slot - part * step;
+        if (leaves > 1) {
+            const int nodes_before = (u.request ? s.ends[1][u.request - 1] : 0) + node * u.tiles + u.tile;
+            if (!arrives_last(a.arrived + nodes_before * a.heads + u.head, leaves, s, thread)) continue;
+            merge_node(a, u, rows, leaves, node_slot, step, nodes == 1, thread);
+        }
+        if (nodes > 1 && arrives_last(a.arrived + a.nodes + (u.request * a.tiles + u.tile) * a.heads + u.head, nodes, s, thread))
+            merge_root(a, u, rows, nodes, first_slot, step * in_node, thread);
+    }
+    // Rows that no unit computes: of no request, of a request without keys, and of one that is refused.
+    for (int request = blockIdx.x; request <= a.requests; request += gridDim.x) {
+        const int from = s.starts[request];
+        int to = a.tokens;
+        u32 value = 0;
+        if (request < a.requests) {
+            to = s.starts[request + 1];
+            const int keys = s.lens[request];
+            const bool refuses = refused(a, to - from, keys);
+            if (!refuses && keys > 0) continue;
+            if (refuses && to - from > a.most && a.elsewhere) continue;
+            if (refuses) value = kIn == kBf16 ? 0x7fc07fc0u : 0x7e007e00u;  // NaN
+        }
+        const int heads = a.heads * a.per_group;
+        for (i64 i = thread; i < (i64)(to - from) * heads * (DIM / 2); i += kMergers) {
+            const i64 row = i / (DIM / 2);
+            reinterpret_cast<u32*>(a.out + 2 * ((from + row / heads) * a.o_s + row % heads * a.o_h))[i % (DIM / 2)] = value;
+        }
+    }
+}
+
 // -- products -----------------------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void score_block(const u32 (&q)[kColumnTiles][NT][2], float (&c)[4][NT][4], u32 stage, int lane) {
+// Where 16 bytes of a stage are: chunk 0 ... DIM / 8 - 1 of a row. Copies swizzle them within 8 rows.
+__device__ __forceinline__ u32 chunk_at(u32 stage, int row, int chunk) {
+    return stage + chunk / 8 * kBoxBytes + row * 128 + ((chunk % 8 ^ row % 8) << 4);
+}
+
+__device__ __forceinline__ void score_block(const char (*queries)[kQueryPitch], float (&c)[4][NT][4], u32 stage, int lane) {
+    const int g = lane / 4, t = lane % 4, row = lane % 16, half = lane / 16;
 #pragma unroll
     for (int m = 0; m < 4; m++)
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) c[m][n][i] = 0.0f;
-    const u32 from = stage + (lane % 16) * kPitch + lane / 16 * 16;
+    u32 keys[2][4][4], q[2][NT][2];
+    auto load = [&](int step) {
 #pragma unroll
-    for (int step = 0; step < kColumnTiles; step++)
+        for (int n = 0; n < NT; n++)
 #pragma unroll
-        for (int m = 0; m < 4; m++) {
-            u32 keys[4];
-            load_matrices(keys, from + m * 16 * kPitch + step * 32);
+            for (int i = 0; i < 2; i++) q[step % 2][n][i] = *reinterpret_cast<const u32*>(queries[8 * n + g] + 32 * step + 16 * i + 4 * t);
 #pragma unroll
-            for (int n = 0; n < NT; n++) multiply(c[m][n], keys, q[step][n][0], q[step][n][1]);
-        }
+        for (int m = 0; m < 4; m++) load_matrices(keys[step % 2][m], chunk_at(stage, 16 * m + row, 2 * step + half));
+    };
+    load(0);
+#pragma unroll
+    for (int step = 0; step < kColumnTiles; step++) {
+        if (step + 1 < kColumnTiles) load(step + 1);
+#pragma unroll
+        for (int m = 0; m < 4; m++)
+#pragma unroll
+            for (int n = 0; n < NT; n++) multiply(c[m][n], keys[step % 2][m], q[step % 2][n][0], q[step % 2][n][1]);
+    }
 }
 
 __device__ __forceinline__ float across(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
@@ -326,20 +436,10 @@ __device__ __forceinline__ void consume(const Params& a, Shared& s, u32 stages, 
     const int warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;  // of a fragment
     const int everything = s.units * a.heads;
     Turn turn = {0, 0};
+    int order = 0;                         // of units that have blocks
     for (int item = blockIdx.x; item < everything; item += gridDim.x) {
         const Unit u = unit_of(a, s, item);
-        const int rows = min(kRows, u.queries * a.per_group - u.tile * kRows);
-        u32 q[kColumnTiles][NT][2];
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-            const int row = u.tile * kRows + 8 * n + g, query = row / a.per_group;
-            const char* from = a.q + 2 * ((u.q_at + query) * a.q_s + (u.head * a.per_group + row % a.per_group) * a.q_h + 2 * t);
-#pragma unroll
-            for (int step = 0; step < kColumnTiles; step++)
-#pragma unroll
-                for (int i = 0; i < 2; i++)
-                    q[step][n][i] = 8 * n + g < rows ? *reinterpret_cast<const u32*>(from + 32 * step + 16 * i) : 0;
-        }
+        const char (*queries)[kQueryPitch] = s.queries[order % 2];
         int sees[NT][2];                   // keys, of rows 8 n + 2 t and the next
 #pragma unroll
         for (int n = 0; n < NT; n++)
@@ -362,10 +462,11 @@ __device__ __forceinline__ void consume(const Params& a, Shared& s, u32 stages, 
             if (warp < blocks) {
                 Turn mine = turn;
                 mine.advance(warp);
+                if (start == u.start) barrier_wait(smem_address(&s.asked[order % 2]), order / 2 & 1);
                 // With fewer stages than blocks this one's may still wait for an earlier block, and a phase not begun looks like one that is over.
                 if (STAGES < kLeafBlocks && warp >= STAGES) barrier_wait(smem_address(&s.full[mine.stage]), mine.phase ^ 1);
                 barrier_wait(smem_address(&s.full[mine.stage]), mine.phase);
-                score_block(q, c, stages + mine.stage * kStageBytes, lane);
+                score_block(queries, c, stages + mine.stage * kStageBytes, lane);
                 __syncwarp();
                 if (lane == 0) barrier_arrive_many(smem_address(&s.empty[mine.stage]), 8);
                 const int first = start + warp * kBlock + g;
@@ -394,8 +495,11 @@ __device__ __forceinline__ void consume(const Params& a, Shared& s, u32 stages, 
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         const int row = 8 * n + 2 * t + i;
-                        float before = nothing(), now = nothing();
-                        for (int b = 0; b <= warp; b++) before = now, now = larger(now, __fmul_rn(s.top[b][row], a.scale));
+                        float before = nothing(), now;
+#pragma unroll
+                        for (int b = 0; b < kLeafBlocks - 1; b++)
+                            if (b < warp) before = larger(before, __fmul_rn(s.top[b][row], a.scale));
+                        now = larger(before, __fmul_rn(s.top[warp][row], a.scale));
                         const float shift = finite(now);
                         float of_eight[8];
 #pragma unroll
@@ -425,6 +529,10 @@ __device__ __forceinline__ void consume(const Params& a, Shared& s, u32 stages, 
                                                            transpose(pack<kIn>(c[m][n][2], c[m][n][3])));
             }
             consumers_meet();              // P, its sums and the rescales are there; the maxima have been read
+            if (start + kLeaf >= u.stop) { // and so have the queries
+                if (thread == 0) barrier_arrive_many(smem_address(&s.read[order % 2]), 1);
+                order++;
+            }
             turn.advance(blocks);
             float leaf[kTiles][NT][4], leaf_total[NT][2];
 #pragma unroll
@@ -436,6 +544,34 @@ __device__ __forceinline__ void consume(const Params& a, Shared& s, u32 stages, 
                     for (int i = 0; i < 4; i++) leaf[j][n][i] = 0.0f;
             }
             for (int b = 0; b < blocks; b++) {
+                u32 values[4][kTiles][4];
+                uint2 p[4][NT];
+                barrier_wait(smem_address(&s.full[turn.stage]), turn.phase);
+                const u32 stage = stages + turn.stage * kStageBytes;
+                const int left = u.keys - start - b * kBlock - 2 * t;  // keys from this thread's first on
+#pragma unroll
+                for (int m = 0; m < 4; m++) {
+#pragma unroll
+                    for (int j = 0; j < kTiles; j++)
+                        if (warp + 8 * j < kColumnTiles)
+                            load_transposed(values[m][j], chunk_at(stage, 16 * m + lane / 16 * 8 + lane % 8, 2 * (warp + 8 * j) + lane / 8 % 2));
+#pragma unroll
+                    for (int n = 0; n < NT; n++) p[m][n] = s.p[b][m][n][lane];
+                }
+                __syncwarp();
+                if (lane == 0) barrier_arrive_many(smem_address(&s.empty[turn.stage]), 1);
+                turn.advance(1);
+                if (u.keys - start - b * kBlock < kBlock) {            // what lies behind the last key may be NaN
+#pragma unroll
+                    for (int m = 0; m < 4; m++)
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            const int key = 16 * m + i / 2 * 8;
+                            const u32 kept = (key < left ? 0xffffu : 0) | (key + 1 < left ? 0xffff0000u : 0);
+#pragma unroll
+                            for (int j = 0; j < kTiles; j++) values[m][j][i] &= kept;
+                        }
+                }
 #pragma unroll
                 for (int n = 0; n < NT; n++) {
                     const float2 shrink = *reinterpret_cast<const float2*>(&s.shrink[b][8 * n + 2 * t]);
@@ -448,24 +584,13 @@ __device__ __forceinline__ void consume(const Params& a, Shared& s, u32 stages, 
                         leaf[j][n][2] = __fmul_rn(leaf[j][n][2], shrink.x), leaf[j][n][3] = __fmul_rn(leaf[j][n][3], shrink.y);
                     }
                 }
-                barrier_wait(smem_address(&s.full[turn.stage]), turn.phase);
-                const u32 from = stages + turn.stage * kStageBytes + (lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 16;
 #pragma unroll
                 for (int m = 0; m < 4; m++)
 #pragma unroll
                     for (int j = 0; j < kTiles; j++)
-                        if (warp + 8 * j < kColumnTiles) {
-                            u32 values[4];
-                            load_transposed(values, from + m * 16 * kPitch + (warp + 8 * j) * 32);
+                        if (warp + 8 * j < kColumnTiles)
 #pragma unroll
-                            for (int n = 0; n < NT; n++) {
-                                const uint2 p = s.p[b][m][n][lane];
-                                multiply(leaf[j][n], values, p.x, p.y);
-                            }
-                        }
-                __syncwarp();
-                if (lane == 0) barrier_arrive_many(smem_address(&s.empty[turn.stage]), 1);
-                turn.advance(1);
+                            for (int n = 0; n < NT; n++) multiply(leaf[j][n], values[m][j], p[m][n].x, p[m][n].y);
             }
 #pragma unroll
             for (int n = 0; n < NT; n++)   // the chain over the leaves of a node
@@ -483,79 +608,50 @@ __device__ __forceinline__ void consume(const Params& a, Shared& s, u32 stages, 
                 }
         }
         // acc[j][n][2 h + i]: column 16 (warp + 8 j) + 8 h + g, row 8 n + 2 t + i
-        const i64 slot = (i64)u.index * a.heads + u.head, step = (i64)u.tiles * a.heads;
-        const int in_node = s.whole ? 1 : kNode, part = u.start / (s.whole ? kLeaf * kNode : kLeaf), node = part / in_node;
-        const int leaves = min(in_node, u.parts - node * in_node), nodes = (u.parts + in_node - 1) / in_node;
+        if (item != blockIdx.x) taken_wait();
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int row = 8 * n + 2 * t + i;
-                if (row >= rows) continue;
-                char* out = out_row(a, u, u.tile * kRows + row);
 #pragma unroll
                 for (int j = 0; j < kTiles; j++)
 #pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        const int column = 16 * (warp + 8 * j) + 8 * h + g;
-                        if (column >= DIM) continue;
-                        const float x = acc[j][n][2 * h + i];
-                        if (u.parts == 1)
-                            reinterpret_cast<unsigned short*>(out)[column] =
-                                (unsigned short)(kIn == kBf16 ? to_bf16(quotient(x, total[n][i])) : to_fp16(quotient(x, total[n][i])));
-                        else
-                            __stcg(a.acc + (slot * kRows + row) * DIM + column, x);
-                    }
-                if (u.parts > 1 && warp == 0 && g == 0) {
-                    const int kind = leaves == 1;
-                    __stcg(a.sums + (slot * 4 + 2 * kind) * kRows + row, total[n][i]);
-                    __stcg(a.sums + (slot * 4 + 2 * kind + 1) * kRows + row, top[n][i]);
-                }
+                    for (int h = 0; h < 2; h++)
+                        if (warp + 8 * j < kColumnTiles) s.acc[row][16 * (warp + 8 * j) + 8 * h + g] = acc[j][n][2 * h + i];
+                if (warp == 0 && g == 0) s.sums[0][row] = total[n][i], s.sums[1][row] = top[n][i];
             }
-        if (u.parts == 1) continue;
-        const i64 node_slot = slot - (part - node * in_node) * step, first_slot = slot - part * step;
-        if (leaves > 1) {
-            const int nodes_before = (u.request ? s.ends[1][u.request - 1] : 0) + node * u.tiles + u.tile;
-            if (!arrives_last(a.arrived + nodes_before * a.heads + u.head, leaves, s, thread)) continue;
-            merge_node(a, u, rows, leaves, node_slot, step, nodes == 1, thread);
-        }
-        if (nodes > 1 && arrives_last(a.arrived + a.nodes + (u.request * a.tiles + u.tile) * a.heads + u.head, nodes, s, thread))
-            merge_root(a, u, rows, nodes, first_slot, step * in_node, thread);
-    }
-    // Rows that no unit computes: of no request, of a request without keys, and of one that is refused.
-    for (int request = blockIdx.x; request <= a.requests; request += gridDim.x) {
-        const int from = a.starts[request];
-        int to = a.tokens;
-        u32 value = 0;
-        if (request < a.requests) {
-            to = a.starts[request + 1];
-            const int keys = a.lens[request];
-            const bool refuses = refused(a, to - from, keys);
-            if (!refuses && keys > 0) continue;
-            if (refuses && to - from > a.most && a.elsewhere) continue;
-            if (refuses) value = kIn == kBf16 ? 0x7fc07fc0u : 0x7e007e00u;  // NaN
-        }
-        const int heads = a.heads * a.per_group;
-        for (i64 i = thread; i < (i64)(to - from) * heads * (DIM / 2); i += kConsumers) {
-            const i64 row = i / (DIM / 2);
-            reinterpret_cast<u32*>(a.out + 2 * ((from + row / heads) * a.o_s + row % heads * a.o_h))[i % (DIM / 2)] = value;
-        }
+        finished_arrive();
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1) decode(const __grid_constant__ Params a) {
-    extern __shared__ __align__(128) char memory[];
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    decode(const __grid_constant__ TensorMap map_k, const __grid_constant__ TensorMap map_v, const __grid_constant__ Params a) {
+    extern __shared__ char dynamic[];
+    char* memory = dynamic + (-smem_address(dynamic) & 1023);  // what a swizzle repeats after
     Shared& s = *reinterpret_cast<Shared*>(memory + STAGES * kStageBytes);
     const int thread = threadIdx.x;
-    for (int request = thread; request < a.requests; request += kConsumers + kProducers) {
-        const int queries = a.starts[request + 1] - a.starts[request], keys = a.lens[request];
-        const int tiles = refused(a, queries, keys) ? 0 : (queries * a.per_group + kRows - 1) / kRows;
-        s.ends[0][request] = tiles * ((keys + kLeaf - 1) / kLeaf);
-        s.ends[1][request] = tiles * ((keys + kLeaf * kNode - 1) / (kLeaf * kNode));
+    if (thread == kThreads - 1) {
+        asm volatile("prefetch.tensormap [%0];" ::"l"(&map_k) : "memory");
+        asm volatile("prefetch.tensormap [%0];" ::"l"(&map_v) : "memory");
     }
     if (thread < STAGES) {
-        barrier_init(smem_address(&s.full[thread]), kProducers);
+        barrier_init(smem_address(&s.full[thread]), 1);
         barrier_init(smem_address(&s.empty[thread]), 8);
+    }
+    if (thread == 32) {
+        for (int i = 0; i < 2; i++) barrier_init(smem_address(&s.asked[i]), 1), barrier_init(smem_address(&s.read[i]), 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    if (thread < STAGES) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");  // of a launch that overlaps the kernel before; else nothing
+    for (int request = thread; request < a.requests; request += kThreads) {
+        const int start = a.starts[request], queries = a.starts[request + 1] - start, keys = a.lens[request];
+        const int tiles = refused(a, queries, keys) ? 0 : (queries * a.per_group + kRows - 1) / kRows;
+        s.starts[request] = start, s.lens[request] = keys;
+        if (request == a.requests - 1) s.starts[request + 1] = start + queries;
+        s.ends[0][request] = tiles * ((keys + kLeaf - 1) / kLeaf);
+        s.ends[1][request] = tiles * ((keys + kLeaf * kNode - 1) / (kLeaf * kNode));
     }
     __syncthreads();
     if (thread < 32) {                     // sums of all before
@@ -575,11 +671,12 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1) decode(
             }
         if (thread == 0) {
             s.whole = sums[1] * a.heads >= a.enough || sums[0] * a.heads > a.limit;
-            s.units = sums[s.whole];
+            s.units = s.whole ? sums[1] : sums[0];
         }
     }
     __syncthreads();
     const u32 stages = smem_address(memory);
     if (thread < kConsumers) consume(a, s, stages, thread);
-    else produce(a, s, stages, thread - kConsumers);
+    else if (thread < kConsumers + kMergers) merge_units(a, s, thread - kConsumers);
+    else produce(a, &map_k, &map_v, s, stages, thread - kConsumers - kMergers);
 }

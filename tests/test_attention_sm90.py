@@ -55,7 +55,7 @@ def test_no_accumulator_is_read_while_it_is_written(kernel, tmp_path):
 def test_the_decode_agrees_with_its_host_and_keeps_its_registers(width, rows, tmp_path):
     """The source asserts the structure of a launch, its shared memory and the contract's sizes as the host gives them."""
     spec = sm90_decode.Spec(width, rows, torch.bfloat16)
-    assert spec.shared_bytes <= 232448 and spec.stages >= 5
+    assert spec.shared_bytes <= 232448 and spec.stages >= 4
     macros = [f"-D{name}={value}" for name, value in spec.macros]
     target = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-cubin", "-Xptxas", "-v", "-o", str(tmp_path / "kernel.cubin")]
     done = subprocess.run(

@@ -21,6 +21,7 @@ from tpinv.runtime.state import device_state
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _TENSOR_DTYPES = {torch.float32: 7, torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
 _SWIZZLE_128B, _L2_PROMOTION_256B = 3, 3
+_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
 def cache_dir() -> Path:
@@ -153,9 +154,32 @@ def load(name: str, function: str, macros: tuple[tuple[str, int], ...], arch: st
     return handle
 
 
-def launch(function: ctypes.c_void_p, grid: int, threads: int, shared_bytes: int, stream: int, *arguments) -> None:
-    """Launches a 1-D grid. ``arguments`` are ctypes structures or scalars, copied by the driver before this returns."""
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute with a number."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        *((n, ctypes.c_uint) for n in ("grid_x", "grid_y", "grid_z", "threads_x", "threads_y", "threads_z", "shared_bytes")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
+def launch(function: ctypes.c_void_p, grid: int, threads: int, shared_bytes: int, stream: int, *arguments, early: bool = False) -> None:
+    """Launches a 1-D grid. ``arguments`` are ctypes structures or scalars, copied by the driver before this returns. ``early``: blocks may
+    start while the kernel before ends; the source then waits for it (griddepcontrol.wait) before it reads or writes memory."""
     pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+    if early:
+        attribute = _Attribute(_SERIALIZATION, 0, 1)
+        config = _Launch(grid, 1, 1, threads, 1, 1, shared_bytes, stream, ctypes.pointer(attribute), 1)
+        _check(_driver().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None), "cuLaunchKernelEx")
+        return
     status = _driver().cuLaunchKernel(function, grid, 1, 1, threads, 1, 1, shared_bytes, ctypes.c_void_p(stream), pointers, None)
     _check(status, "cuLaunchKernel")
 

@@ -1,7 +1,7 @@
 """The decode of kernels/attention/decode.py on Hopper, in one launch: the host side of csrc/sm90_decode.cu.
 
-A block is a multiprocessor's: it has as many blocks of keys and values under way as its shared memory holds, and the next unit's while it
-computes. Which of the two kernels computes a request is in no bit; this one is used where its bytes were found to be those of the other
+A block is a multiprocessor's: it has blocks of keys and values under way while it computes, the next unit's too, but no more of them than
+memory needs to be busy: whoever else asks the L2 cache, such as a finished unit that announces itself, waits behind them. Which of the two kernels computes a request is in no bit; this one is used where its bytes were found to be those of the other
 (decode.py).
 
 Scratch, in fp32: units x key heads x rows x (width + 4), as many units as decode.py says; counters: nodes in units of leaves, and requests x
@@ -24,7 +24,8 @@ ROWS = (8, 16)  # of a tile
 REQUESTS = 1024  # at most: kMost of the source
 _THREADS = 384
 _SHARED_LIMIT = 232448  # bytes a block may have on sm_90
-_STAGES = 16
+_STAGES, _FEWEST = 16, 4
+_UNDER_WAY = 80 << 10  # bytes of stages
 
 
 class Spec(NamedTuple):
@@ -37,15 +38,17 @@ class Spec(NamedTuple):
     @property
     def fixed_bytes(self) -> int:
         """Of struct Shared but for its barriers, with room for alignment."""
-        return contract.ATTENTION_LEAF // contract.ATTENTION_BLOCK * self.rows * (128 + 16) + 8 * REQUESTS + 128
+        of_blocks = contract.ATTENTION_LEAF // contract.ATTENTION_BLOCK * self.rows * (128 + 16)
+        return 1024 + of_blocks + self.rows * (8 * self.width + 48) + 16 * REQUESTS + 256
 
     @property
     def stages(self) -> int:
-        return min(_STAGES, (_SHARED_LIMIT - self.fixed_bytes) // (self.stage_bytes + 16))
+        fit = (_SHARED_LIMIT - self.fixed_bytes) // (self.stage_bytes + 16)
+        return min(_STAGES, fit, max(_FEWEST, _UNDER_WAY // self.stage_bytes))
 
     @property
     def stage_bytes(self) -> int:
-        return contract.ATTENTION_BLOCK * (2 * self.width + 16)
+        return contract.ATTENTION_BLOCK * 128 * ceil_div(self.width, 64)
 
     @property
     def shared_bytes(self) -> int:
@@ -64,8 +67,8 @@ class _Params(ctypes.Structure):
     """struct Params of the source, field by field."""
 
     _fields_ = [
-        *((n, ctypes.c_void_p) for n in ("q", "k", "v", "out", "acc", "sums", "arrived", "table", "starts", "lens")),
-        *((n, ctypes.c_longlong) for n in ("q_s", "q_h", "k_b", "k_s", "k_h", "v_b", "v_s", "v_h", "o_s", "o_h", "table_s")),
+        *((n, ctypes.c_void_p) for n in ("q", "out", "acc", "sums", "arrived", "table", "starts", "lens")),
+        *((n, ctypes.c_longlong) for n in ("q_s", "q_h", "o_s", "o_h", "table_s")),
         *((n, ctypes.c_int) for n in ("requests", "tokens", "heads", "per_group", "most", "longest", "page", "causal", "elsewhere")),
         *((n, ctypes.c_int) for n in ("enough", "limit", "tiles", "nodes")),
         ("scale", ctypes.c_float),
@@ -79,12 +82,21 @@ def spec_for(query: Tensor, key_cache: Tensor, value_cache: Tensor, requests: in
         return None
     if device_state(query.get_device()).capability != (9, 0) or cuda.missing(SOURCE) or rows > ROWS[-1]:
         return None
-    # copies of 16 bytes, loads and stores of 4 and 8
-    if any(t.data_ptr() % 16 or any(s % 8 for s in t.stride()[:3]) for t in (key_cache, value_cache)):
-        return None
-    if any(t.data_ptr() % 8 or t.stride(0) % 4 or t.stride(1) % 4 for t in (query, out)):
+    # what the copy engine asks for, and stores of 8 bytes
+    for t, multiple in ((key_cache, 8), (value_cache, 8), (query, 8), (out, 4)):
+        if t.data_ptr() % (2 * multiple) or any(s % multiple or not s < 1 << 36 for s in t.stride()[:-1]):
+            return None
+    if any(s == 0 and n > 1 for t in (key_cache, value_cache) for s, n in zip(t.stride(), t.shape, strict=True)):
         return None
     return Spec(width, next(n for n in ROWS if rows <= n), query.dtype)
+
+
+def _map(cache: Tensor):
+    """For copies of 16 rows of a page by 64 columns of a head: d, head, row, page."""
+    page_s, row_s, head_s, _ = cache.stride()
+    sizes = tuple(reversed(cache.shape))
+    strides = tuple(8 if n == 1 else s for s, n in zip((head_s, row_s, page_s), sizes[1:], strict=True))  # legal where never stepped over
+    return cuda.tensor_map(cache.data_ptr(), cache.dtype, sizes, strides, (64, 1, 16, 1))
 
 
 def run(
@@ -104,11 +116,11 @@ def run(
     arrived = state.counters.take(nodes + of_each)
     acc = scratch.data_ptr()
     params = _Params(
-        query.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), out.data_ptr(), acc, acc + 4 * items * spec.rows * width,
-        arrived.data_ptr(), block_table.data_ptr(), query_start_loc.data_ptr(), seq_lens.data_ptr(), *query.stride()[:2],
-        *key_cache.stride()[:3], *value_cache.stride()[:3], *out.stride()[:2], block_table.stride(0), requests, tokens, key_heads, per_group,
-        most, longest, page, causal, elsewhere, 3 * state.multiprocessors // 4 if enough is None else enough, limit, tiles, nodes, scale,
+        query.data_ptr(), out.data_ptr(), acc, acc + 4 * items * spec.rows * width, arrived.data_ptr(), block_table.data_ptr(),
+        query_start_loc.data_ptr(), seq_lens.data_ptr(), *query.stride()[:2], *out.stride()[:2], block_table.stride(0), requests, tokens,
+        key_heads, per_group, most, longest, page, causal, elsewhere, 3 * state.multiprocessors // 4 if enough is None else enough, limit, tiles, nodes, scale,
     )  # fmt: skip
+    maps = [_map(cache) for cache in (key_cache, value_cache)]
     function = cuda.load(SOURCE, "decode", spec.macros, "sm_90a", spec.shared_bytes, index)
     grid = max(1, min(items, state.multiprocessors))
-    cuda.launch(function, grid, _THREADS, spec.shared_bytes, current_stream(index), params)
+    cuda.launch(function, grid, _THREADS, spec.shared_bytes, current_stream(index), *maps, params, early=True)
