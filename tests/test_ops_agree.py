@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import tpinv
-from tpinv import ReductionTree
+from tpinv import ReductionTree, optim
 from tpinv.ops import gather_last_dim
 from tpinv.testing import run_ranks
 
@@ -37,6 +37,35 @@ def row(rank, **options):
 def norm(rank, function=tpinv.rms_norm, rows=4, **options):
     x = options.pop("x", torch.ones(rows, 8))
     return function(x, torch.ones(8), **{"tree": TREE, "sequence_parallel": True, **options})
+
+
+def groupless_norm(rank, group, **options):
+    return norm(rank, **options)
+
+
+def no_weight(rank, main_grad=None, **options):
+    weight = torch.ones(8, 16)
+    weight.main_grad = torch.zeros(8, 16) if main_grad is None else main_grad
+    options = {"weight": weight, "tree": TREE, "gradient_accumulation_fusion": True, **options}
+    return tpinv.column_parallel_linear(torch.ones(4, 16), **options)
+
+
+def parameter() -> torch.nn.Parameter:
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    return weight
+
+
+def gradients(rank, **options):
+    return tpinv.grad_norm(**{"x": [parameter()], **options})
+
+
+def clip(rank, max_norm=1.0, **options):
+    return tpinv.clip_grad_norm_([parameter()], max_norm, **options)
+
+
+def norm_of(rank, **options):
+    return optim.norm_of(**{"tensors": [torch.ones(3)], **options})
 
 
 def loss(rank, function=tpinv.vocab_parallel_cross_entropy, label=1, rows=4, **options):
@@ -91,6 +120,7 @@ CASES: dict[str, tuple[Callable, dict, dict, str]] = {
         "target",
     ),
     "an id": (embed, {}, {"top": 16}, "ids"),
+    "an id of nobody's": (embed, {}, {"top": 99}, "ids"),
     "no tree": (column, {}, {"tree": None}, "ReductionTree"),
     "a number as a tree": (row, {}, {"tree": 8}, "ReductionTree"),
     "a number as a norm's tree": (norm, {}, {"tree": 8}, "ReductionTree"),
@@ -102,6 +132,16 @@ CASES: dict[str, tuple[Callable, dict, dict, str]] = {
     "a list": (column, {}, {"x": [1.0, 2.0]}, "x of column_parallel_linear is list; pass a dense torch.Tensor"),
     "nothing": (norm, {}, {"x": None}, "x of rms_norm is NoneType"),
     "a sparse tensor": (column, {}, {"x": torch.ones(4, 16).to_sparse()}, "x of column_parallel_linear is torch.sparse_coo"),
+    "no weight to add to": (no_weight, {}, {"weight": None}, "weight is a NoneType"),
+    "a main_grad that is none": (no_weight, {}, {"main_grad": 5}, "not 5"),
+    "no stride": (column, {"gather_output": True}, {"gather_output": True, "stride": None}, "stride=None"),
+    "no flag": (norm, {}, {"sequence_parallel": None}, "sequence_parallel=None"),
+    "no flag and no group": (groupless_norm, {}, {"sequence_parallel": None}, "sequence_parallel=None"),
+    "gradients of nothing": (gradients, {}, {"x": None}, "not of a NoneType"),
+    "gradients of a name": (gradients, {}, {"x": "model"}, "not of a str"),
+    "a norm of no type": (gradients, {}, {"norm_type": None}, "norm_type=None"),
+    "many limits": (clip, {}, {"max_norm": torch.ones(2)}, "max_norm="),
+    "a norm of nothing": (norm_of, {}, {"tensors": None}, "NoneType"),
     "a meta tensor": (column, {}, {"x": torch.ones(4, 16, device="meta")}, "several devices"),
     "a flag for a number": (warmed_column, {}, {"stride": True}, "stride=True of column_parallel_linear is a bool; pass a whole number"),
     "a fraction": (warmed_column, {}, {"stride": 1.0}, "stride=1.0 of column_parallel_linear is a float"),
@@ -142,6 +182,34 @@ def test_both_ranks_raise_a_value_error_soon(name, outcomes):
         assert kind == "ValueError", f"rank {rank}: {kind} {message}"
         assert CASES[name][-1] in message, message
         assert seconds < 10
+
+
+AT_FOUR = [
+    "an id of nobody's",
+    "a label",
+    "no tree",
+    "a negative eps",
+    "float64",
+    "sequence parallel on one, rms_norm",
+    "a list for a flag",
+]
+
+
+def at_four() -> dict:
+    """Rank 2 does what rank 1 does in CASES, the others what rank 0 does there, each in a group that has not communicated yet."""
+    found = {}
+    for name in AT_FOUR:
+        function, *options, _ = CASES[name]
+        group, mine = dist.new_group(list(range(4))), {**options[dist.get_rank() == 2]}
+        found[name] = outcome(lambda rank, f=function, o=mine, g=group: f(rank, group=g, **o))
+    return found
+
+
+def test_four_ranks_raise_a_value_error_soon():
+    for rank, found in enumerate(run_ranks(at_four, 4, timeout=100)):
+        for name, (kind, message, seconds) in found.items():
+            assert kind == "ValueError" and seconds < 10, f"{name} on rank {rank}: {kind} {message}"
+            assert "rank 2" in message or rank == 2, message
 
 
 def fewer_gradients() -> torch.Tensor:

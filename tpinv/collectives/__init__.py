@@ -1,6 +1,6 @@
 """Collectives whose bits do not depend on the number of ranks, over any ProcessGroup and over NVLink. They know ranks and tensors, no layers."""
 
-from tpinv.collectives.agreement import agree, chip, refuse
+from tpinv.collectives.agreement import agree, chip, ranks_for, refuse
 from tpinv.collectives.exact import all_gather, all_max, select_all_reduce, select_reduce_scatter
 from tpinv.collectives.group import Ranks, ranks_in, resolve
 from tpinv.collectives.transport import all_reduce as all_reduce_integers
@@ -14,6 +14,7 @@ __all__ = [
     "all_reduce_add_norm",
     "all_reduce_integers",
     "chip",
+    "ranks_for",
     "ranks_in",
     "refuse",
     "resolve",

@@ -30,6 +30,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 import torch
 import torch.distributed as dist
 
+from tpinv.collectives import strays
 from tpinv.collectives.board import ended
 from tpinv.collectives.comparison import (
     GRACE,
@@ -48,10 +49,10 @@ from tpinv.collectives.comparison import (
     timeout,
     where,
 )  # fmt: skip
-from tpinv.collectives.group import Agreed, GroupState, Ranks, state_of, states
+from tpinv.collectives.group import Agreed, GroupState, Ranks, resolve, state_of, states
 from tpinv.collectives.line import REFUSED, LineError
 
-__all__ = ["agree", "chip", "refuse"]
+__all__ = ["agree", "chip", "ranks_for", "refuse"]
 Signature = Mapping | Iterable[tuple]
 KNOWN = 1 << 14  # signatures remembered; the oldest goes first, on every rank alike
 
@@ -87,6 +88,8 @@ def agree(
             check()
         return
     state = state_of(ranks)
+    if state.strays:
+        strays.settle(state, name)
     state.calls += 1
     try:
         agreed = state.keys.get(key)
@@ -115,11 +118,17 @@ def agree(
             state.keys[key] = agreed
     if state.board is not None and (agreed is None or state.line is not None or state.suspect):
         try:
-            if state.line is None or not _announce(state, agreed.digest if agreed else digest(state)):
-                compare(state)
+            while state.line is None or not _announce(state, agreed.digest if agreed else digest(state)):
+                try:
+                    compare(state)
+                    break
+                except strays.Renumbered:
+                    state.refused.add(state.calls)
+                    state.calls += 1
         except dist.DistError as error:
             raise store_gone(state, error) from error
         state.suspect = False
+        state.strays.clear()
     if agreed is None:
         agreed = state.known[call] = Agreed(call, digest(state))
         if key is not None:
@@ -132,11 +141,24 @@ def _pairs(signature: Signature) -> tuple[tuple, ...]:
     return tuple(signature.items() if isinstance(signature, Mapping) else signature)
 
 
+def ranks_for(name: str, group) -> Ranks:
+    """``resolve(group)`` for a call of the function ``name``: that ``group`` is none, and on this rank alone, reaches the peers too."""
+    try:
+        return resolve(group)
+    except ValueError as error:
+        if dist.is_available() and dist.is_initialized() and not torch.compiler.is_compiling():
+            with contextlib.suppress(RuntimeError):  # the store has gone: the error at hand says more
+                strays.post(name, error)
+        raise
+
+
 def refuse(ranks: Ranks, name: str, error: Exception) -> None:
     """Tells the peers that this rank refuses this call, for an error found where :func:`agree` cannot be called; it takes its place.
     The caller raises ``error`` then."""
     if ranks.size > 1 and not torch.compiler.is_compiling():
         state = state_of(ranks)
+        if state.strays:
+            strays.settle(state, name)
         state.calls += 1
         state.call = (name, ())
         _refuse(state, error)
@@ -160,13 +182,17 @@ class Refusals:
         self._since = now + LOOK - PATIENCE
         statuses = [status for rank in range(state.size) if rank != state.rank and (status := state.board.status(rank))]
         refusals = [refusal for status in statuses for refusal in status["refusals"]]
-        fitting = (r["refused"] for r in refusals if r["at"] <= self._calls and r["at"] not in state.refused)
-        return next(fitting, None)
+        fitting = [r for r in refusals if r["at"] <= self._calls and r["at"] not in state.refused] or [strays.of_peers(state)]
+        return fitting[0] and fitting[0]["refused"]
 
 
 def _refuse(state: GroupState, error: Exception) -> None:
     value_error = isinstance(error, ValueError)
     said = str(error) if value_error else f"{type(error).__name__}: {error}"
+    if state.strays:
+        state.calls -= 1
+        strays.add(state, state.call[0], said, value_error)
+        return
     whole = f"rank {state.rank} of {state.size} refused {state.call[0]} (call {state.calls} of the group): {said}"
     post_refusal(state, {"rank": state.rank, "refused": whole, "value_error": value_error})
     if state.line is not None:  # after the post, where peers look for the reason

@@ -2,7 +2,7 @@
 
     tpinv/made/{rank}             how often this rank has made a group of this name over this store; below it is G
     tpinv/G/{number}/{rank}       a post: what this rank calls as call ``number`` of the group, or why it refuses it
-    tpinv/G/status/{rank}         where this rank is: its last post, its refusals, its process; written over
+    tpinv/G/status/{rank}         where this rank is: its last post, its refusals, those without a number, its process; written over
 
 Nothing here waits: a blocking read would hold the store's one connection, which gloo and NCCL use too. Values are JSON. A store that
 fails (the process that held it has ended) raises RuntimeError, as torch's stores do.
@@ -30,7 +30,7 @@ class Board:
         self.generation = store.add(f"tpinv/made/{rank}", 1)
         self._posted: deque[int] = deque()
         self._refusals: deque[dict] = deque(maxlen=_KEPT)
-        self._status = {"call": 0, "name": "", "refusals": [], "ended": None, "process": _process()}
+        self._status = {"call": 0, "name": "", "refusals": [], "strays": [], "ended": None, "process": _process()}
 
     def posted(self, number: int) -> bool:
         """Has this rank posted as call ``number``?"""
@@ -44,6 +44,11 @@ class Board:
         if "refused" in what:
             self._refusals.append({"at": number, **what})
         self._status.update(call=number, name=name, refusals=list(self._refusals))
+        self._write(f"status/{self.rank}", self._status)
+
+    def show_strays(self, strays: list[dict]) -> None:
+        """Refusals that have no number yet, see strays.py."""
+        self._status["strays"] = list(strays[-_KEPT:])
         self._write(f"status/{self.rank}", self._status)
 
     def post_end(self, why: str) -> None:

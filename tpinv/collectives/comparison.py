@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from tpinv import contract
+from tpinv.collectives import strays
 from tpinv.collectives.board import ended
 from tpinv.collectives.group import GroupState
 from tpinv.collectives.line import Line, one_place
@@ -92,6 +93,8 @@ def compare(state: GroupState) -> None:
             raise fail(state, RuntimeError(late_ranks(state, [rank for rank in missing if rank not in posts], limit)))
         time.sleep(pause)
         pause = min(2 * pause, 0.02 if now < started + PATIENCE else 0.1)
+    if state.strays and not _one(posts):
+        strays.take(state, {post["name"] for rank, post in posts.items() if rank != state.rank and "name" in post})
     _raise_unless_one(state, posts)
     if not state.introduced:
         _connect(state, posts)
@@ -127,6 +130,7 @@ def compare_in_wait(state: GroupState) -> None:
 def raise_for_peers(state: GroupState, comparing: bool = False) -> None:
     """Raises if a peer is where it will not come to the current call from: it refused an earlier one that this rank did not, it went past
     this one without the comparison that this rank waits for, or its process has ended."""
+    _raise_for_strays(state)
     number = state.calls
     for rank in range(state.size):
         if rank == state.rank or not (status := state.board.status(rank)):
@@ -146,11 +150,17 @@ def raise_for_peers(state: GroupState, comparing: bool = False) -> None:
             raise fail(state, RuntimeError(f"rank {rank} of {state.size} has ended ({why}); the others wait for it in {where(state)}"))
 
 
+def _raise_for_strays(state: GroupState) -> None:
+    if stray := strays.of_peers(state):
+        raise _refused_by_peer(state, stray)
+
+
 def _raise_unless_one(state: GroupState, posts: Mapping[int, dict]) -> None:
     refusals = [post for _, post in sorted(posts.items()) if "refused" in post]
     if refusals:
         raise _refused_by_peer(state, min(refusals, key=lambda refusal: refusal["rank"]))
     if differences := _differences(posts):
+        _raise_for_strays(state)
         state.refused.add(state.calls)  # the posts stay as they are, so that every rank finds the same
         state.suspect = True
         raise ValueError(f"the ranks differ in call {state.calls} of their group: {'; '.join(differences)}. {_SAME}")

@@ -53,6 +53,7 @@ class GroupState:
         keys: the same by what decides the signature on this rank alone.
         line, offered: where every call is announced, if the ranks have one (line.py); and this rank's end before it is connected.
         refused: numbers of the calls that ended in an error here.
+        strays: what this rank refused without a number, in order, as long as nobody is known to have claimed it; see strays.py.
         suspect: whether the last call ended in an error here, so that the next one is compared even if it is known.
         introduced: whether what is compared once for a group has been compared.
         broken: why the group's connections were given up, or None.
@@ -69,6 +70,7 @@ class GroupState:
         self.line: Line | None = None
         self.offered: Line | None = None
         self.refused: set[int] = set()
+        self.strays: list[dict] = []
         self.suspect = False
         self.introduced = False
         self.broken: str | None = None

@@ -39,6 +39,7 @@ class Line:
         self.rank, self.size = rank, size
         self._slice = struct.pack("ll", int(slice), int(slice % 1 * 1e6))
         self._peers: dict[int, socket.socket] = {}
+        self._ahead: dict[int, tuple[int, bytes]] = {}  # rank -> a frame that came before its call
         self._open: list[socket.socket] = []  # closed with this object
         weakref.finalize(self, _close, self._open)
         token, self._secret = secrets.token_hex(16), secrets.token_bytes(16)
@@ -84,7 +85,7 @@ class Line:
         self.send(number, digest)
         equal = True
         for rank, peer in self._peers.items():
-            announced = -1
+            announced, theirs = self._ahead.pop(rank, (-1, b""))
             while announced < number:  # below: of calls that this rank refused and for which it waited for nobody
                 try:
                     frame = peer.recv(_FRAME.size)
@@ -98,6 +99,8 @@ class Line:
                 if not frame:
                     raise LineError(rank)
                 announced, theirs = _FRAME.unpack(frame)
+            if announced > number:  # of a later call, which this rank will come to (strays.py)
+                self._ahead[rank] = announced, theirs
             equal = equal and announced == number and theirs == digest
         return equal
 

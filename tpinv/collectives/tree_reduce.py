@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from tpinv import reference
 from tpinv.collectives import nvlink, process_group, symmetric
-from tpinv.collectives.agreement import agree, chip, refuse
+from tpinv.collectives.agreement import agree, chip, ranks_for, refuse
 from tpinv.collectives.group import Ranks, resolve
 from tpinv.runtime.device import on_device_of_first
 from tpinv.tree import ReductionTree
@@ -78,7 +78,7 @@ def all_reduce_add_norm(
 
 
 def _reduce(values: Tensor, tree: ReductionTree, group, out_dtype: torch.dtype | None, scatter: bool) -> Tensor:
-    ranks = resolve(group)
+    ranks = ranks_for(_NAMES[scatter], group)
     try:
         _check_arguments(values, tree, out_dtype)
         if ranks.size == 1:

@@ -1,5 +1,8 @@
 """Functions with gradients: the only place that knows the tree and the group. A file for each, which names every sum and whether it is cut;
-registry.py makes it a torch operator with its gradient, products.py chooses who computes."""
+registry.py makes it a torch operator with its gradient, products.py chooses who computes.
+
+What one rank of a call refuses, all of its ranks do. A call has the ranks of its group. Where none is given and no flag says that ranks share
+something (silu, swiglu, gelu, attention, norms of whole rows), it is this rank's own: nothing is sent, and so is its error."""
 
 from tpinv.ops.attention import core_attention, packed_attention
 from tpinv.ops.column_parallel_linear import column_parallel_linear

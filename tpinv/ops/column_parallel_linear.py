@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from tpinv import contract
-from tpinv.collectives import all_gather, resolve
+from tpinv.collectives import all_gather, ranks_for
 from tpinv.ops import products
 from tpinv.ops.arguments import problem_of_tree, require, tree_of
 from tpinv.ops.gather_dim import gather_last_dim
@@ -47,13 +47,13 @@ def column_parallel_linear(
             ranks that differ in any of it.
         RuntimeError: in a backward pass with create_graph=True.
     """
-    ranks = resolve(group)
+    ranks = ranks_for(NAME, group)
     problem = problem_of_tree(tree)
-    if gather_output and stride > 1:
+    if gather_output and stride != 1:
         problem = f"gather_output with stride={stride} would interleave the blocks; gather after the activation, or use stride=1"
     require(ranks, NAME, problem)
     fused = FusedGradient(weight, ranks, NAME) if gradient_accumulation_fusion else None
-    y = OPERATOR(x, weight, bias, tree.leaves, tree.node_dtype, group_name(ranks), sequence_parallel, stride, fused=fused)
+    y = OPERATOR(x, weight, bias, tree.leaves, tree.node_dtype, group_name(ranks), sequence_parallel, stride, fused=fused, ranks=ranks)
     return gather_last_dim(y, ranks) if gather_output else y
 
 

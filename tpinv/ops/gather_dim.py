@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from tpinv.collectives import all_gather, resolve
+from tpinv.collectives import all_gather, ranks_for
 from tpinv.ops.registry import group_name, ranks_of, register
 
 
@@ -11,12 +11,14 @@ def gather_last_dim(x: Tensor, group=None) -> Tensor:
 
     ValueError, on every rank, where shapes or dtypes differ; RuntimeError in a backward pass with create_graph=True.
     """
-    return OPERATOR(x, group_name(resolve(group)), -1)
+    ranks = ranks_for("gather_dim", group)
+    return OPERATOR(x, group_name(ranks), -1, ranks=ranks)
 
 
 def gather_first_dim(x: Tensor, group=None) -> Tensor:
     """[n/p, ...] -> [n, ...]; all else as of :func:`gather_last_dim`."""
-    return OPERATOR(x, group_name(resolve(group)), 0)
+    ranks = ranks_for("gather_dim", group)
+    return OPERATOR(x, group_name(ranks), 0, ranks=ranks)
 
 
 def _check(x, group, dim) -> None:

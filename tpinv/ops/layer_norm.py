@@ -23,7 +23,8 @@ def layer_norm(
 ) -> Tensor:
     """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension. Everything else as in :func:`rms_norm`; bias: [H] in
     weight's dtype, or None."""
-    return OPERATOR(x, weight, bias, *norm.settings_of(NAME, eps, tree, group, sequence_parallel, heads_parallel))
+    ranks, settings = norm.settings_of(NAME, eps, tree, group, sequence_parallel, heads_parallel)
+    return OPERATOR(x, weight, bias, *settings, ranks=ranks)
 
 
 def _forward(x, weight, bias, eps, *_) -> Tensor:

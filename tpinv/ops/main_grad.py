@@ -28,9 +28,14 @@ from tpinv.tree import ReductionTree
 
 def check(weight: Tensor) -> None:
     """ValueError unless ``weight`` has a buffer of its shape in float32."""
+    if not isinstance(weight, Tensor):
+        raise ValueError(
+            f"gradient_accumulation_fusion adds to weight.main_grad, and weight is a {type(weight).__name__}; pass a parameter"
+        )
     buffer = getattr(weight, "main_grad", None)
-    if buffer is None or buffer.dtype != torch.float32 or buffer.shape != weight.shape or buffer.device != weight.device:
-        found = "none" if buffer is None else f"{buffer.dtype} {tuple(buffer.shape)} on {buffer.device}"
+    if not isinstance(buffer, Tensor) or buffer.dtype != torch.float32 or buffer.shape != weight.shape or buffer.device != weight.device:
+        is_tensor = isinstance(buffer, Tensor)
+        found = f"{buffer.dtype} {tuple(buffer.shape)} on {buffer.device}" if is_tensor else "none" if buffer is None else repr(buffer)
         raise ValueError(
             f"gradient_accumulation_fusion adds to weight.main_grad, which must be float32 {tuple(weight.shape)} on {weight.device}, "
             f"not {found}; allocate it before the forward, or pass gradient_accumulation_fusion=False"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tpinv import contract, reference
-from tpinv.collectives import Ranks, resolve, sum_over_ranks
+from tpinv.collectives import Ranks, ranks_for, sum_over_ranks
 from tpinv.ops import products
 from tpinv.ops.arguments import check_eps, problem_of_eps, problem_of_tree, require, tree_of
 from tpinv.ops.registry import ALONE, agree_backward, group_name, ranks_of
@@ -24,12 +24,12 @@ from tpinv.tree import ReductionTree
 SETTINGS = "float eps, int leaves, str group, bool sequence_parallel, bool heads_parallel"  # of an operator
 
 
-def settings_of(name: str, eps: float, tree: ReductionTree, group, sequence_parallel: bool, heads_parallel: bool) -> tuple:
-    """The public arguments as an operator takes them. The default group is nobody's business unless it shares the rows; a group that is
+def settings_of(name: str, eps: float, tree: ReductionTree, group, sequence_parallel: bool, heads_parallel: bool) -> tuple[Ranks, tuple]:
+    """Who makes the call, and the public arguments as an operator takes them. The default group is nobody's business unless it shares the rows; a group that is
     given agrees on the flags even where they are not set, lest one rank alone sets them."""
-    ranks = ALONE if group is None and not sequence_parallel and not heads_parallel else resolve(group)
+    ranks = ALONE if group is None and sequence_parallel is False and heads_parallel is False else ranks_for(name, group)
     require(ranks, name, problem_of_tree(tree) or problem_of_eps(eps))
-    return eps, tree.leaves, group_name(ranks), sequence_parallel, heads_parallel
+    return ranks, (eps, tree.leaves, group_name(ranks), sequence_parallel, heads_parallel)
 
 
 def sharing(*arguments) -> Ranks:

@@ -8,7 +8,7 @@ those and a rollout engine this.
 from torch import Tensor
 
 from tpinv import reference
-from tpinv.collectives import Ranks, all_reduce_add_norm, chip, resolve, sum_over_ranks
+from tpinv.collectives import Ranks, all_reduce_add_norm, chip, ranks_for, sum_over_ranks
 from tpinv.collectives.tree_reduce import check_values
 from tpinv.ops.arguments import check_eps, problem_of_eps, problem_of_tree, require, tree_of
 from tpinv.ops.registry import group_name, ranks_of, register
@@ -34,9 +34,9 @@ def reduce_add_rms_norm(
         ValueError, on every rank: shapes that do not fit or differ between ranks, a tensor that requires a gradient, or what
             tree_all_reduce raises.
     """
-    ranks = resolve(group)
+    ranks = ranks_for(NAME, group)
     require(ranks, NAME, problem_of_tree(tree) or problem_of_eps(eps))
-    return OPERATOR(values, residual, weight, eps, tree.leaves, tree.node_dtype, group_name(ranks))
+    return OPERATOR(values, residual, weight, eps, tree.leaves, tree.node_dtype, group_name(ranks), ranks=ranks)
 
 
 def _check(values, residual, weight, eps, leaves, node_dtype, group) -> None:

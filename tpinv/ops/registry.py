@@ -25,8 +25,9 @@ silently: it is a RuntimeError.
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from tpinv.collectives import Ranks, agree, chip, ranks_in, refuse
@@ -112,12 +113,14 @@ class Operator:
             self._backward_overload = getattr(torch.ops.tpinv, f"{self.name}_backward").default
             _library.impl(f"tpinv::{self.name}_backward", self._dispatched_backward, "Autograd", with_keyset=True)
 
-    def __call__(self, *arguments, fused=None):
-        """``fused``: where gradients go instead of to autograd; an object whose ``add_to(ctx)`` becomes an argument of backward."""
-        if torch.compiler.is_compiling():
+    def __call__(self, *arguments, fused=None, ranks: Ranks | None = None):
+        """``fused``: where gradients go instead of to autograd; an object whose ``add_to(ctx)`` becomes an argument of backward. ``ranks``:
+        the group of that name, where the caller holds it: to look it up costs as much as to agree on a known call."""
+        if is_compiling():
             return self.overload(*arguments) if fused is None else self._outside_graphs(*arguments, fused=fused)
-        tensors, settings = arguments[: self._tensors], arguments[self._tensors :]
-        if (types := tuple(map(type, settings))) not in self._seen_types:
+        count = self._tensors
+        tensors, settings = (arguments[:count], arguments[count:]) if len(arguments) > count else (arguments, ())
+        if settings and (types := tuple(map(type, settings))) not in self._seen_types:
             self._check_settings(arguments, types)
         try:
             facts, plain, wants = _facts(tensors)
@@ -129,9 +132,9 @@ class Operator:
         if fused is None and (not plain or _modes() or _profiled() or _transforms()):
             return self.overload(*arguments)
         key = self.name, facts, settings
-        if (wants and torch.is_grad_enabled()) or forward_ad._current_level >= 0:  # which says of dual numbers that it has none
-            return self._apply((key, None, fused), *tensors)
-        return self._compute_known(key, arguments)
+        if (wants and is_grad_enabled()) or forward_ad._current_level >= 0:  # which says of dual numbers that it has none
+            return self._apply((key, None, fused, ranks), *tensors)
+        return self._compute_known(key, arguments, ranks)
 
     @torch.compiler.disable
     def _outside_graphs(self, *arguments, fused):
@@ -150,19 +153,20 @@ class Operator:
         facts, _, _ = _facts(arguments[: self._tensors])
         return self._compute_known((self.name, facts, arguments[self._tensors :]), arguments)
 
-    def _compute_known(self, key: tuple, arguments: tuple):
+    def _compute_known(self, key: tuple, arguments: tuple, ranks: Ranks | None = None):
         """``key``: all that ``check`` and the ranks' agreement look at. What has passed once passes again."""
-        ranks = self._ranks and self._ranks(*arguments)
-        if ranks and ranks.size > 1:
-            check = self._check_values and (lambda: self._check_values(*arguments))
-            agree(ranks, self.name, lambda: self._checked_signature(*arguments), check, key)
-        else:
-            if key not in self._checked:
-                self._check_tensors(*arguments)
-                self.check(*arguments)
-                self._checked[key] = True
-            if self._check_values is not None:
-                self._check_values(*arguments)
+        if self._ranks is not None:
+            ranks = ranks or self._ranks(*arguments)
+            if ranks.size > 1:
+                check = self._check_values and (lambda: self._check_values(*arguments))
+                agree(ranks, self.name, lambda: self._checked_signature(*arguments), check, key)
+                return self.forward(*arguments)
+        if key not in self._checked:
+            self._check_tensors(*arguments)
+            self.check(*arguments)
+            self._checked[key] = True
+        if self._check_values is not None:
+            self._check_values(*arguments)
         return self.forward(*arguments)
 
     def _checked_signature(self, *arguments) -> Iterable[tuple]:
@@ -218,7 +222,7 @@ class Operator:
     def _dispatched(self, keyset, *arguments):
         tensors = arguments[: self._tensors]
         if _wants_gradient(tensors):
-            return self._differentiable.apply(((self.name, None, arguments[self._tensors :]), keyset, None), *tensors)
+            return self._differentiable.apply(((self.name, None, arguments[self._tensors :]), keyset, None, None), *tensors)
         return _below_autograd(self.overload, keyset, *arguments)
 
     def _compute_backward(self, dy, *arguments) -> list[Tensor]:
@@ -242,27 +246,33 @@ class Operator:
     # -- its gradient ------------------------------------------------------------------------------------------------------------
 
     def _autograd_function(self) -> type:
-        operator, kept = self, self._kept
+        operator, kept, several, first, compute = self, self._kept, self._several, self._first, self._compute_known
+        everything, no_gradient, has_settings = first and len(kept) == self._tensors, self.backward is None, bool(self._setting_types)
 
         class Differentiable(torch.autograd.Function):
-            """``call``: the key, which ends in the settings; the keyset of a call through the dispatcher, else None; and ``fused``."""
+            """``call``: the key, which ends in the settings; the keyset of a call through the dispatcher, else None; ``fused``; ``ranks``."""
 
             @staticmethod
             def forward(ctx, call, *tensors):
-                key, keyset, _ = ctx.call = call
-                arguments = tensors + key[2]
-                if operator.backward is None:
+                key, keyset, _, ranks = call
+                arguments = tensors
+                if has_settings:
+                    ctx.call = call
+                    arguments += key[2]
+                if no_gradient:
                     operator._refuse_gradient(*arguments)
                 if keyset is None:
-                    results = operator._compute_known(key, arguments)
+                    results = compute(key, arguments, ranks)
                 else:
                     results = _below_autograd(operator.overload, keyset, *arguments)
-                if operator._first:
+                if everything:
+                    ctx.save_for_backward(*tensors)
+                elif first:
                     ctx.save_for_backward(*tensors[: len(kept)])
                 else:
-                    held = tensors + results if operator._several else (*tensors, results)
+                    held = tensors + results if several else (*tensors, results)
                     ctx.save_for_backward(*[held[i] for i in kept])
-                if operator._several:
+                if several:
                     ctx.mark_non_differentiable(*results[1:])
                     ctx.set_materialize_grads(False)
                 return results
@@ -275,7 +285,8 @@ class Operator:
                 needs = [ctx.needs_input_grad[1 + i] for i in operator._gradients]
                 if dy is None or not any(needs):
                     return tuple(spread)
-                kept, ((_, _, settings), _, fused) = ctx.saved_tensors, ctx.call
+                kept = ctx.saved_tensors
+                (_, _, settings), _, fused, _ = ctx.call if has_settings else (((), (), ()), None, None, None)
                 if fused is None and (_watched() or not _facts((dy, *kept))[1]):
                     gradients = iter(operator._backward_overload(dy, *kept, needs, *settings))
                     gradients = [next(gradients) if need else None for need in needs]
@@ -314,18 +325,18 @@ def register(
 
 def _facts(tensors: Sequence[Tensor | None]) -> tuple[tuple, bool, bool]:
     """What checks and agreement look at; are all of them plain tensors, whose numbers lie where they say; does one require a gradient?"""
-    facts, plain, wants = [], True, False
+    facts, plain, wants = (), True, False
     for t in tensors:
         if t is None:
-            facts.append(None)
+            facts += (None,)
             continue
-        requires_grad = t.requires_grad
+        if requires_grad := t.requires_grad:
+            wants = True
         facts += t.shape, t.dtype, t.device, requires_grad
-        wants = wants or requires_grad
         if type(t) not in _PLAIN or t.layout is not _STRIDED or t.is_meta or t.is_neg():
             plain = False
-            facts.append(t.layout)
-    return tuple(facts), plain, wants
+            facts += (t.layout,)
+    return facts, plain, wants
 
 
 def _watched() -> bool:

@@ -37,7 +37,8 @@ def rms_norm(
             the leaves, eps below 0 or not finite.
         RuntimeError: in a backward pass with create_graph=True.
     """
-    return OPERATOR(x, weight, *norm.settings_of(NAME, eps, tree, group, sequence_parallel, heads_parallel))
+    ranks, settings = norm.settings_of(NAME, eps, tree, group, sequence_parallel, heads_parallel)
+    return OPERATOR(x, weight, *settings, ranks=ranks)
 
 
 def _check(x, weight, *settings) -> None:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from tpinv import contract, reference
-from tpinv.collectives import resolve
+from tpinv.collectives import ranks_for
 from tpinv.ops import products
 from tpinv.ops.arguments import check_eps, problem_of_eps, problem_of_tree, require, tree_of
 from tpinv.ops.reduce_add_rms_norm import add_norm, fake_hidden
@@ -21,9 +21,9 @@ def row_parallel_add_rms_norm(
 
     x [..., K/p], weight [N, K/p] and residual [..., N] share a dtype. Returns and raises as :func:`reduce_add_rms_norm`.
     """
-    ranks = resolve(group)
+    ranks = ranks_for(NAME, group)
     require(ranks, NAME, problem_of_tree(tree) or problem_of_eps(eps))
-    return OPERATOR(x, weight, residual, norm_weight, eps, tree.leaves, tree.node_dtype, group_name(ranks))
+    return OPERATOR(x, weight, residual, norm_weight, eps, tree.leaves, tree.node_dtype, group_name(ranks), ranks=ranks)
 
 
 def _check(x, weight, residual, norm_weight, eps, leaves, node_dtype, group) -> None:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from tpinv import contract
-from tpinv.collectives import all_gather, resolve
+from tpinv.collectives import all_gather, ranks_for
 from tpinv.ops import products
 from tpinv.ops.arguments import problem_of_tree, require, tree_of
 from tpinv.ops.linear import FusedGradient, check_linear, fake_gradients, weight_grad
@@ -43,10 +43,10 @@ def row_parallel_linear(
             ranks that differ in any of it.
         RuntimeError: in a backward pass with create_graph=True.
     """
-    ranks = resolve(group)
+    ranks = ranks_for(NAME, group)
     require(ranks, NAME, problem_of_tree(tree))
     fused = FusedGradient(weight, ranks, NAME) if gradient_accumulation_fusion else None
-    return OPERATOR(x, weight, bias, tree.leaves, tree.node_dtype, group_name(ranks), sequence_parallel, fused=fused)
+    return OPERATOR(x, weight, bias, tree.leaves, tree.node_dtype, group_name(ranks), sequence_parallel, fused=fused, ranks=ranks)
 
 
 def _check(x, weight, bias, leaves, node_dtype, group, sequence_parallel) -> None:

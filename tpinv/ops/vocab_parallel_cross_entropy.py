@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tpinv import contract, reference
-from tpinv.collectives import Ranks, all_max, resolve, select_all_reduce, sum_over_ranks
+from tpinv.collectives import Ranks, all_max, ranks_for, select_all_reduce, sum_over_ranks
 from tpinv.ops import products
 from tpinv.ops.arguments import check_ids, check_integers, problem_of_tree, require, tree_of
 from tpinv.ops.registry import group_name, ranks_of, register
@@ -43,9 +43,9 @@ def vocab_parallel_cross_entropy(
             label_smoothing outside [0, 1).
         RuntimeError: in a backward pass with create_graph=True.
     """
-    ranks = resolve(group)
+    ranks = ranks_for(NAME, group)
     require(ranks, NAME, problem_of_tree(tree))
-    return OPERATOR(logits, target, tree.leaves, group_name(ranks), label_smoothing, ignore_index)[0]
+    return OPERATOR(logits, target, tree.leaves, group_name(ranks), label_smoothing, ignore_index, ranks=ranks)[0]
 
 
 def _check(logits, target, leaves, group, label_smoothing, ignore_index) -> None:

@@ -8,7 +8,7 @@ Ids that a rank does not own are skipped, not aliased to row 0, so that no rank'
 from torch import Tensor
 
 from tpinv import reference
-from tpinv.collectives import all_gather, resolve, select_all_reduce, select_reduce_scatter
+from tpinv.collectives import all_gather, ranks_for, select_all_reduce, select_reduce_scatter
 from tpinv.ops import products
 from tpinv.ops.arguments import check_ids, check_integers
 from tpinv.ops.registry import agree_backward, group_name, ranks_of, register
@@ -35,9 +35,9 @@ def vocab_parallel_embedding(ids: Tensor, weight: Tensor, *, group=None, sequenc
             divide, shapes that differ between ranks.
         RuntimeError: in a backward pass with create_graph=True.
     """
-    ranks = resolve(group)
+    ranks = ranks_for(NAME, group)
     rows_here = weight.shape[0] if isinstance(weight, Tensor) and not weight.is_nested and weight.dim() else 0
-    return OPERATOR(ids, weight, rows_here * ranks.size, group_name(ranks), sequence_parallel)
+    return OPERATOR(ids, weight, rows_here * ranks.size, group_name(ranks), sequence_parallel, ranks=ranks)
 
 
 def _check(ids, weight, vocab, group, sequence_parallel) -> None:
