@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from tpinv import reference
-from tpinv.collectives import Ranks, agree, all_gather, all_max, all_reduce_integers, resolve
-from tpinv.sharding import Holder, digest, find_shardings, global_ranks, local, placed_over
+from tpinv.collectives import Ranks, agree, all_max, all_reduce_integers, ranks_for, resolve
+from tpinv.replicas import Replicas, newly_seen
+from tpinv.sharding import Holder, find_shardings, global_ranks, local, placed_over
 
 Gradients = nn.Module | Tensor | Iterable[nn.Module | Tensor]
 
@@ -79,11 +79,14 @@ def clip_grad_norm_(
 def norm_of(tensors: Iterable[Tensor], *, group=None, norm_type: float = 2.0, device: torch.device | None = None) -> Tensor:
     """Norm of all elements held by all ranks of ``group`` together. ``tensors`` are those that this rank counts: pass a replicated
     tensor on one rank only. Result and errors as in :func:`grad_norm`. ``device`` is that of the result if there are no tensors."""
-    ranks, tensors = resolve(group), list(tensors)
+    ranks = ranks_for("norm_of", group)
+    tensors = list(tensors) if isinstance(tensors, Iterable) else [tensors]
 
     def check():
         _check_norm_type(norm_type)
         for i, t in enumerate(tensors):
+            if not isinstance(t, Tensor):
+                raise ValueError(f"tensors[{i}] is a {type(t).__name__}; pass tensors")
             if isinstance(t, DTensor):
                 raise ValueError(f"tensors[{i}] is a DTensor, which knows its own sharding; pass its parameter to grad_norm")
             _check_gradient(f"tensors[{i}]", t)
@@ -137,7 +140,8 @@ class _Gradients:
             given = None if group is None else self._one(resolve(group))
             _check_norm_type(norm_type)
             for max_norm in clip:
-                if isinstance(max_norm, bool) or not isinstance(max_norm, int | float | Tensor) or not max_norm > 0:
+                number = isinstance(max_norm, int | float) or (isinstance(max_norm, Tensor) and max_norm.numel() == 1)
+                if not number or isinstance(max_norm, bool) or not max_norm > 0:
                     raise ValueError(f"max_norm={max_norm!r} must be above 0; leave the call out to not clip")
             holders = find_shardings(self._list(x))
         except ValueError as error:
@@ -150,6 +154,8 @@ class _Gradients:
         self.groups = list(self._known.values())
         if not self.groups and group is None and (world := resolve(None)).size > 1:
             self.groups = [world]  # nothing says who has copies of these: all ranks
+        if self.refusal is not None and not self.groups:
+            ranks_for("grad_norm", group)  # raises, and tells the peers, if that is what is wrong
 
     def _list(self, x: Gradients) -> Iterator[Tensor]:
         """Each parameter once, one by one: see find_shardings."""
@@ -222,7 +228,7 @@ class _Gradients:
             classes[p.cut].append(grad)
         sums = {cut: measure.of(tensors, device) for cut, tensors in classes.items()}
         look = bool(self.groups) and self._looks(compare_replicas, device)
-        replicas = _Replicas(self.parameters if self.refusal is None else [], device) if look else None
+        replicas = Replicas(self.parameters if self.refusal is None else [], device) if look else None
         signature = self._signature(look)
         for ranks in self.groups:
             try:
@@ -248,10 +254,7 @@ class _Gradients:
             return compare_replicas is not False
         if torch.cuda.is_current_stream_capturing():
             return False
-        new = [p.parameter for p in self.parameters if p.parameter not in _compared]
-        for parameter in new:
-            _compared[parameter] = True
-        return bool(new)
+        return newly_seen([p.parameter for p in self.parameters])
 
     def _signature(self, look: bool) -> dict:
         """What must be the same on every rank of a group, and so on all."""
@@ -270,7 +273,9 @@ class _Gradients:
 
 def _listed(x: Gradients) -> Iterator[tuple[str, Tensor]]:
     """(name or "", parameter)."""
-    for each in [x] if isinstance(x, (Tensor, nn.Module)) else x:
+    if not isinstance(x, Tensor | nn.Module | Iterable):
+        raise ValueError(f"gradients are those of modules and parameters, not of a {type(x).__name__}; pass model or model.parameters()")
+    for each in [x] if isinstance(x, Tensor | nn.Module) else x:
         if isinstance(each, nn.Module):
             yield from each.named_parameters()
         elif isinstance(each, Tensor):
@@ -282,8 +287,8 @@ def _listed(x: Gradients) -> Iterator[tuple[str, Tensor]]:
 
 
 def _check_norm_type(norm_type: float) -> None:
-    if norm_type not in (2.0, math.inf):
-        raise ValueError(f"norm_type={norm_type} must be 2.0 or inf")
+    if not isinstance(norm_type, int | float) or norm_type not in (2.0, math.inf):
+        raise ValueError(f"norm_type={norm_type!r} must be 2.0 or inf")
 
 
 def _check_gradient(name: str, grad: Tensor) -> None:
@@ -308,48 +313,6 @@ def _device_of(ranks: Ranks | None = None) -> torch.device:
     """Where a rank that counts no tensor must take part in the all-reduce: where its peers do."""
     cuda = ranks is not None and ranks.group is not None and "nccl" in dist.get_backend(ranks.group)
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-
-
-# -- what is whole on several ranks ---------------------------------------------------------------------------------------------------
-
-_compared = WeakIdKeyDictionary()  # parameters on a GPU whose replicas were compared
-
-
-class _Replicas:
-    """Digests of values and gradients, and which of them were found to differ."""
-
-    def __init__(self, parameters: list[_Parameter], device: torch.device):
-        self._parameters = parameters
-        zero = torch.zeros((), dtype=torch.int64, device=device)
-        pairs = [(digest(local(p.parameter)), zero if p.grad is None else digest(local(p.grad))) for p in parameters]
-        self._digests = torch.stack([torch.stack(pair).to(device) for pair in pairs]) if pairs else zero.new_zeros(0, 2)
-        self._differ = torch.zeros_like(self._digests)
-
-    def compare(self, ranks: Ranks) -> None:
-        """Over one group: those parameters that it does not divide. A group that holds parts of one, and copies of it, is none to compare."""
-        members = {*global_ranks(ranks)}
-        whole = [all(len(members & {*global_ranks(cut)}) == 1 for cut in p.cut) for p in self._parameters]
-        every = all_gather(self._digests.unsqueeze(0), ranks)
-        differ = (every != every[:1]).any(0) & torch.tensor(whole, dtype=torch.bool, device=every.device).unsqueeze(1)
-        self._differ |= differ.long()
-
-    def raise_for_differences(self, groups: list[Ranks]) -> None:
-        differ = self._differ
-        for ranks in groups if len(groups) > 1 else ():  # what one group has found, to all ranks
-            differ = all_max(differ, ranks)
-        what = [
-            f"the {kind} of {p.name or f'parameter {i} {tuple(p.parameter.shape)}'}"
-            for i, (p, flags) in enumerate(zip(self._parameters, differ.tolist(), strict=True))
-            for kind, flag in zip(("value", "gradient"), flags, strict=True)
-            if flag
-        ]
-        if what:
-            more = f" and {len(what) - 4} more" if len(what) > 4 else ""
-            raise ValueError(
-                f"{', '.join(what[:4])}{more}: no module says that it is cut between ranks, so that it must be the same bytes on all of them, and "
-                "it is not. Begin from equal values (one seed, or broadcast them); take the norm after gradients are reduced; and if it is a part, "
-                "derive its module from tpinv.ShardedModule"
-            )
 
 
 # -- what is added up: a class of gradients, its sum over a group, and the norm of all classes ------------------------------------------
