@@ -1,8 +1,10 @@
 """convert: what it changes and what it leaves, the same model by every way that leads to it, and every refusal."""
 
 import copy
+import functools
 import logging
 import re
+import types
 from dataclasses import replace
 
 import pytest
@@ -13,6 +15,7 @@ pytest.importorskip("megatron.core")
 import megatron_jobs as jobs
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import Float16Module
 from torch import nn
 
@@ -289,6 +292,19 @@ MODULE_REFUSALS = {
         lambda m: m.decoder.register_forward_pre_hook(lambda module, args: None),
         "decoder: .*lambda.*, in _forward_pre_hooks, may change what TransformerBlock computes",
     ),
+    "a module's own forward": (
+        lambda m: setattr(_first_layer(m).mlp.linear_fc2, "forward", lambda x, weight=None: (x, None)),
+        "linear_fc2: test_megatron_convert.*lambda.* stands in the place of forward of RowParallelLinear here",
+    ),
+    "a bound method": (
+        lambda m: setattr(m.decoder, "forward", types.MethodType(_hook, m.decoder)),
+        "decoder: test_megatron_convert._hook stands in the place of forward of TransformerBlock here",
+    ),
+    "a partial": (
+        lambda m: setattr(m, "forward", functools.partial(_hook, m)),
+        "functools.partial stands in the place of forward of GPTModel here",
+    ),
+    "compiled": (lambda m: _first_layer(m).compile(), r"TransformerLayer was compiled \(TransformerLayer.compile\(\)\)"),
     "backward hook": (
         lambda m: m.register_full_backward_hook(lambda module, grad_input, grad_output: None),
         "lambda.*, in _backward_hooks, may change what GPTModel computes",
@@ -356,12 +372,32 @@ def test_accept(megatron_pool):
     on(megatron_pool, accepted)
 
 
+def method_of_a_class() -> None:
+    """A fused forward that somebody has put into Megatron's class."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MLP, "forward", _hook)
+        with pytest.raises(ValueError, match="_hook stands in the place of forward of MLP, and nobody has looked"):
+            convert(jobs.unconverted(LLAMA), tree=TREE)
+        convert(jobs.unconverted(LLAMA), tree=TREE, accept=[_hook])
+    convert(jobs.unconverted(LLAMA), tree=TREE)
+
+
+def test_a_method_in_the_place_of_a_class_s_own_is_refused(megatron_pool):
+    on(megatron_pool, method_of_a_class)
+
+
+def _own_forward(model) -> None:
+    layer = _first_layer(model).mlp.linear_fc2
+    layer.forward = functools.partial(type(layer).forward, layer)
+
+
 def changed_after_conversion() -> None:
     """Adapters that come after convert: at the linear's next forward, or at the next finalisation."""
     config = build_config(LLAMA)
     for change, message in [
         (_adapter, "has changed since it was converted: .*lora_a, lora_b"),
         (_unknown, "owns parameters and is not cov"),
+        (_own_forward, "functools.partial stands in the place of forward of TPInvariantRowParallelLinear here"),
     ]:
         model = convert(jobs.unconverted(LLAMA, config=config), tree=TREE)
         chunk = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)

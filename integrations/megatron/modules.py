@@ -1,11 +1,13 @@
 """Which modules of a Megatron-Core model are covered, by class: what is replaced, what passes, and what each owns.
 
 By allowlist: a module of another class is refused, whether it owns parameters or not; so are buffers, parameters and child modules that
-a covered class does not have (a LoRA adapter hung under a linear), and hooks that change what a module computes. ``accept`` names what
-the caller has looked at: classes of modules, and functions that are hooks.
+a covered class does not have (a LoRA adapter hung under a linear), hooks that change what a module computes, and methods that somebody has put
+in the place of a module's or a class's own. ``accept`` names what the caller has looked at: classes of modules, and functions that are hooks or
+methods.
 """
 
 import functools
+import types
 from collections.abc import Collection
 
 from megatron.core.distributed import DistributedDataParallel
@@ -56,6 +58,7 @@ PASSING = (
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 TRUSTED = ("megatron.core", "tpinv")  # whose hooks are known: DistributedDataParallel's, and tpinv's own
+LIBRARIES = (*TRUSTED, "torch", "transformer_engine", "apex")  # whose classes have methods of their own
 
 
 def check_modules(plan: list[tuple[str, nn.Module]], tree: ReductionTree, accept: Collection = ()) -> None:
@@ -67,8 +70,9 @@ def check_modules(plan: list[tuple[str, nn.Module]], tree: ReductionTree, accept
 
 
 def check_again(model: nn.Module) -> None:
-    """The same for a converted model, whenever modules or parameters have been added or taken away since the last time."""
-    size = sum(1 + len(module._parameters) for module in model.modules())
+    """The same for a converted model, whenever modules, parameters or a module's own ``forward`` have been added or taken away since the last
+    time."""
+    size = sum(1 + len(module._parameters) + ("forward" in vars(module)) for module in model.modules())
     if getattr(model, "tpinv_checked_size", None) != size:
         check_modules(list(model.named_modules()), model.tpinv_tree, model.tpinv_accept)
         model.tpinv_checked_size = size
@@ -79,7 +83,7 @@ def _problems(name: str, module: nn.Module, tree: ReductionTree, accept: Collect
     path = f"{kind.__module__}.{kind.__name__}"
     covered = ours or kind in REPLACEMENTS
     owned = {key for key, parameter in module.named_parameters(recurse=False)}
-    problems = [f"{name}: {problem}" for problem in _foreign_hooks(module, accept)]
+    problems = [f"{name}: {problem}" for problem in (*_foreign_hooks(module, accept), *_foreign_methods(module, accept))]
     if ours and (other := getattr(module, "tree", tree)) != tree:
         problems.append(f"{name}: converted with {other.fingerprint} already, not {tree.fingerprint}; build the model anew")
     if covered:
@@ -121,13 +125,41 @@ def _foreign_hooks(module: nn.Module, accept: Collection) -> list[str]:
             while isinstance(hook, functools.partial):
                 hook = hook.func
             origin = getattr(hook, "__module__", None) or type(hook).__module__
-            trusted = any(origin == package or origin.startswith(package + ".") for package in TRUSTED)
-            if not trusted and hook not in accept and getattr(hook, "__func__", None) not in accept:
+            if not _is_of(origin, TRUSTED) and hook not in accept and getattr(hook, "__func__", None) not in accept:
                 name = getattr(hook, "__qualname__", type(hook).__name__)
                 found.append(
                     f"{origin}.{name}, in {where}, may change what {type(module).__name__} computes; remove it, convert first, or pass "
                     f"accept=[{name}] if you have looked at what it adds up"
                 )
+    return found
+
+
+def _is_of(origin: str, packages: tuple[str, ...]) -> bool:
+    return any(origin == package or origin.startswith(package + ".") for package in packages)
+
+
+def _foreign_methods(module: nn.Module, accept: Collection) -> list[str]:
+    """What would run instead of the method that tpinv knows, or has: an attribute of the module itself goes before its class."""
+    kind = type(module)
+    own = [(f"{kind.__name__} here", k, v) for k, v in vars(module).items() if callable(v) and callable(getattr(kind, k, None))]
+    of_classes = [
+        (base.__name__, key, value)
+        for base in kind.__mro__
+        if _is_of(base.__module__, LIBRARIES)
+        for key, value in vars(base).items()
+        if isinstance(value, types.FunctionType) and (key == "__call__" or not key.startswith("__"))
+    ]
+    found = []
+    for where, key, method in (*own, *of_classes):
+        origin = getattr(method, "__module__", None) or type(method).__module__
+        if not _is_of(origin, LIBRARIES) and method not in accept and getattr(method, "__func__", None) not in accept:
+            method_name = getattr(method, "__qualname__", type(method).__name__)
+            found.append(
+                f"{origin}.{method_name} stands in the place of {key} of {where}, and nobody has looked at what it adds up; take it away, or pass "
+                f"accept=[{method_name}] if you have"
+            )
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        found.append(f"{kind.__name__} was compiled ({kind.__name__}.compile()), which is not covered; convert it as it was before")
     return found
 
 
