@@ -165,6 +165,31 @@ def strange_attention():
     return model
 
 
+class StrangeBlock(llama3.model.Llama3TransformerBlock):
+    @dataclasses.dataclass(kw_only=True, slots=True)
+    class Config(llama3.model.Llama3TransformerBlock.Config):
+        pass
+
+
+def strange(node, kind: type):
+    return kind(**{field.name: getattr(node, field.name) for field in dataclasses.fields(node) if field.init})
+
+
+def strange_block():
+    model = build_model_config(LLAMA)
+    model.layers[0] = strange(model.layers[0], StrangeBlock.Config)
+    return model
+
+
+def strange_rope():
+    model = build_model_config(LLAMA)
+    rope = model.layers[0].attention.rope
+    model.layers[0].attention.rope = strange(
+        rope, dataclasses.make_dataclass("StrangeRope", [], bases=(type(rope),), kw_only=True, slots=True)
+    )
+    return model
+
+
 def window():
     model = llama3.model_registry("debugmodel", attn_backend="varlen").model
     model.layers[0].attention.inner_attention.window_size = (64, 64)
@@ -178,6 +203,8 @@ MODELS = {
     "Float8 is not covered": float8,
     r"window_size=\(64, 64\) is not covered": window,
     "the attention .*Strange.Config is not covered": strange_attention,
+    "StrangeBlock.Config is not covered": strange_block,
+    "StrangeRope is not covered": strange_rope,
     "AllGatherFused.* is not covered": lambda: llama3.model_registry("debugmodel", tp_gemm_backend="dist_gemm").model,
 }
 

@@ -90,6 +90,7 @@ def check_settings(config, tree: ReductionTree, forward_only: bool) -> None:
 
 
 def _block(config: TransformerBlock.Config, tree: ReductionTree, forward_only: bool) -> TransformerBlock.Config:
+    _of_torchtitan(config)
     parts = {name: getattr(config, name) for name in config.__dataclass_fields__ if isinstance(getattr(config, name), Module.Config)}
     if config.moe is not None:
         raise ValueError("mixture of experts is not covered; use a dense model")
@@ -104,6 +105,7 @@ def _attention(config, tree: ReductionTree, forward_only: bool):
     _exactly(config, attention.GQAttention.Config)
     if isinstance(config.qkv_linear, (layers.FusedQKVLinear.Config, layers.QKVLinear.Config)):
         return config
+    _of_torchtitan(config.rope)
     enable_sp = _sharded_sequence(config.sharding_config, "x_BLD")
     qkv, qk_norm = config.qkv_linear, config.qk_norm
     fused = isinstance(qkv, attention.FusedQKVLinear.Config)
@@ -231,6 +233,12 @@ def _sharded(layout: SpmdLayout | None) -> bool:
 def _exactly(config, kind: type) -> None:
     if type(config) is not kind:
         raise ValueError(f"{_name(config)} is not covered where tpinv replaces {kind.__qualname__}; build the model with the stock one")
+
+
+def _of_torchtitan(config) -> None:
+    """Of a block, whose parts may be known while what it does with them is not, and of rope."""
+    if not type(config).__module__.startswith("torchtitan."):
+        raise ValueError(f"{_name(config)} is not covered: nobody has looked at what its forward adds up; use one of torchtitan's own")
 
 
 def _name(config) -> str:
