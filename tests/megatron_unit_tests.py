@@ -2,6 +2,7 @@
 
     git clone --branch core_v0.16.1 https://github.com/NVIDIA/Megatron-LM    # the version of the installed megatron-core
     python tests/megatron_unit_tests.py Megatron-LM                          # both, and what passes with stock and fails with tpinv
+    make test-megatron-lm MEGATRON_LM=Megatron-LM                            # the same as a test
 
 Exit status 0 only if every test that passes with the stock layers passes with tpinv's, but for those in ``EXPECTED``, each with its reason.
 As a pytest plugin (``-p megatron_unit_tests``, with ``--tpinv`` or without) this file
@@ -104,6 +105,7 @@ def pytest_sessionfinish(session) -> None:
 
 
 def _stand_in() -> None:
+    import megatron.core.parallel_state
     import megatron.core.tensor_parallel.random as megatron_random
     import megatron.core.utils
     import torch
@@ -140,6 +142,15 @@ def _stand_in() -> None:
     def model_parallel_cuda_manual_seed(seed: int, *_, **__) -> None:
         torch.manual_seed(seed)
 
+    destroy = megatron.core.parallel_state.destroy_model_parallel
+
+    def destroy_model_parallel() -> None:
+        destroy()  # which leaves the groups: hundreds of gloo's, with threads that poll
+        for group in [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]:
+            dist.destroy_process_group(group)
+
+    _replace(destroy, destroy_model_parallel)
+    megatron.core.parallel_state.destroy_model_parallel = destroy_model_parallel
     for name in ("get_te_version", "get_fa_version"):  # compared with numbers, also where neither is installed
         setattr(megatron.core.utils, name, lambda: Version("0.0"))
     # TransformerEngine is not there: what asks for its layers gets the local ones, and a test that asks about fp8 hears no.
@@ -286,11 +297,19 @@ def main() -> int:
     parser.add_argument("paths", nargs="*", default=list(PATHS), help="under tests/unit_tests")
     arguments = parser.parse_args()
     checkout, leaves = arguments.checkout.resolve(), arguments.leaves or max(2, arguments.ranks)
+    if not (checkout / "tests" / "unit_tests").is_dir():
+        parser.error(f"{checkout} has no tests/unit_tests; clone Megatron-LM at the tag of the installed version")
     stock, ours = (run(checkout, tpinv=tpinv, leaves=leaves, ranks=arguments.ranks, paths=arguments.paths) for tpinv in (False, True))
     passing = [name for name, outcome in stock["outcomes"].items() if outcome == "passed"]
     failing = [name for name in passing if ours["outcomes"].get(name) != "passed"]
     reached = set(ours["reached"])
     named = {name: why for name in failing for end, why in EXPECTED.items() if name.endswith(end)}
+    print(f"{'':40}{'tests':>7}{'stock':>7}{'reached':>9}{'tpinv':>7}")
+    for path in arguments.paths:
+        here = [name for name in stock["outcomes"] if f"unit_tests/{path}" in name]
+        good = [name for name in here if name in set(passing)]
+        row = len(here), len(good), len(reached & set(good)), len(set(good) - set(failing))
+        print("{:40}{:7}{:7}{:9}{:7}".format(path, *row))
     print(
         f"{len(stock['outcomes'])} tests; with stock layers {len(passing)} pass, of which {len(reached & set(passing))} reach tpinv's layers"
     )

@@ -21,6 +21,8 @@ from tpinv.testing import record
 def empty_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
+    # The first pool of this process starts the fork server, which imports what any pool of these tests has named: Megatron warns there.
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
 
 
 @pytest.fixture

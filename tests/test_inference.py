@@ -80,10 +80,10 @@ def test_noise_is_gumbel_and_keyed_by_seed_and_position():
 
 
 def test_samples_follow_the_distribution():
-    x = torch.tensor([0.0, 1.0, 2.0, -torch.inf]).expand(20_000, 4)
+    x = torch.tensor([0.0, 1.0, 2.0, -torch.inf]).expand(5_000, 4)
     drawn = inference.sample(x, [5] * len(x), list(range(len(x))))
     frequencies = torch.bincount(drawn, minlength=4) / len(x)
-    torch.testing.assert_close(frequencies, x[0].softmax(-1), atol=0.012, rtol=0)
+    torch.testing.assert_close(frequencies, x[0].softmax(-1), atol=0.024, rtol=0)
     assert frequencies[3] == 0
 
 
