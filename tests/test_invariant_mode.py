@@ -102,6 +102,30 @@ def test_an_upper_left_mask_is_torchs():
     torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
+@pytest.mark.parametrize("queries, keys", [(6, 6), (3, 7), (7, 3)])
+def test_a_mask_and_is_causal_hold_together(queries, keys):
+    """The mask alone was taken."""
+    q, k, v = (torch.randn(2, 2, n, 8, generator=torch.Generator().manual_seed(n)) for n in (queries, keys, keys))
+    mask = torch.ones(2, 1, 1, keys, dtype=torch.bool)
+    mask[1, ..., -2:] = False
+    together = mask & torch.ones(queries, keys, dtype=torch.bool).tril()
+    with invariant_mode():
+        found = F.scaled_dot_product_attention(q, k, v, mask, is_causal=True)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, together))
+    assert not torch.allclose(found, F.scaled_dot_product_attention(q, k, v, mask.expand(2, 1, queries, keys)))
+
+
+@pytest.mark.parametrize("dim", [3, -4, (0, 3), (0, 0), (1, -2)])
+@pytest.mark.parametrize("function", [torch.sum, torch.mean])
+def test_dimensions_that_torch_refuses(function, dim):
+    """They were taken modulo the number of dimensions."""
+    x = torch.ones(2, 3, 4)
+    with pytest.raises((IndexError, RuntimeError)) as stock:
+        function(x, dim)
+    with invariant_mode(), pytest.raises(stock.type):
+        function(x, dim)
+
+
 def test_gradients_pass():
     x, w = rows().requires_grad_(), weight(48, WIDTH).requires_grad_()
     expected = torch.autograd.grad(F.silu(F.linear(x, w)).sum(), (x, w))

@@ -92,7 +92,11 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor, dim=None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
-    dims = sorted({d % max(x.dim(), 1) for d in ([dim] if isinstance(dim, int) else dim or range(x.dim()))})
+    dims, most = [dim] if isinstance(dim, int) else list(dim or range(x.dim())), max(x.dim(), 1)
+    if odd := [d for d in dims if not -most <= d < most]:
+        raise IndexError(f"Dimension out of range (expected to be in range of [{-most}, {most - 1}], but got {odd[0]})")
+    if len(dims := sorted(d % most for d in dims)) > len(set(dims)):
+        raise RuntimeError(f"a dim appears multiple times in the list of dims {dim}")
     if not x.dim():
         return x.to(dtype or x.dtype, copy=True)
     flat = x.movedim(dims, list(range(-len(dims), 0))).flatten(x.dim() - len(dims))
@@ -243,8 +247,10 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
     for b in range(len(query)):
         q, k, v = query[b], key[b], value[b]
         mask = _seen(attn_mask, b, q, k) if attn_mask is not None else None
-        if mask is None and is_causal and q.shape[1] != k.shape[1]:  # torch counts from the first query, not from the last
-            mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
+        if is_causal and (q.shape[1] != k.shape[1] or (mask is not None and mask.dim() == 2)):
+            # torch counts from the first query, not from the last, and takes both masks together
+            causal = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
+            mask = causal if mask is None else mask & causal
         one = _one_sequence(q, k, v, mask, is_causal, scale)
         if one is None:
             return None
