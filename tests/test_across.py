@@ -21,7 +21,7 @@ def checkpoints(tmp_path_factory):
     return paths
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("llama", "bf16"), ("qwen3", "bf16"), ("qwen3", "fp32")])
+@pytest.mark.parametrize(("kind", "dtype"), [("llama", "bf16"), ("llama", "fp32"), ("qwen3", "bf16"), ("qwen3", "fp32")])
 def test_frameworks_agree(kind, dtype, checkpoints, torchtitan_pool):
     rows = across.compare_frameworks(FRAMEWORKS, (1, 4), across.Task(checkpoints[kind], "tpinv", dtype), pool=torchtitan_pool)
     assert len(rows) == 8 and {row.tensors for row in rows} == {2}
