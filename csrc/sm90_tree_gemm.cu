@@ -72,11 +72,11 @@ struct Params {
 
 // Descriptor of a 128-byte swizzled operand. `leading` is the distance of 64-element blocks along rows when rows are
 // contiguous (unused when k is); the next 8 lines follow after 1024 bytes either way. Its low word holds the address in units of 16 bytes:
-// what lies further on is had by adding to it.
+// what lies further on is had by adding to it. In a cluster, a shared address has the block's number above the bits that are kept.
 __device__ __forceinline__ u32 low_word(u32 address, u32 leading) { return (address & 0x3ffff) >> 4 | leading >> 4 << 16; }
 __device__ __forceinline__ u64 operand(u32 low) { return (u64)(1024 >> 4 | 1u << 30) << 32 | low; }
 // What every lane has the same of, said so that the compiler knows it too: descriptors are then made where it costs no vector register
-// and no move between register files, which at 128 columns takes as long as the matrix instructions themselves.
+// and no move between register files (attempts 9 and 10 of docs/benchmarks.md).
 __device__ __forceinline__ int same_in_warp(int x) { return __shfl_sync(~0u, x, 0); }
 // The compiler would rather compute some values anew at every use.
 __device__ __forceinline__ u32 keep(u32 x) {
