@@ -64,7 +64,7 @@ def test_the_reference_is_the_kernel(kind, length, monkeypatch):
     assert (found[1] - lse).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("window", [None, 1, 64, 65, 500, 512, 600, 1100, 2000, 3000])
+@pytest.mark.parametrize("window", [None, 1, 65, 512, 1100, 2000])
 def test_the_tree_of_nodes_is_the_references(window, monkeypatch):
     """Leaves of 64 keys make nodes of 512, five of them and a piece: windows that begin in each of them, at their edges, and in none."""
     through_numpy(monkeypatch)
@@ -84,8 +84,7 @@ def test_the_tree_of_nodes_is_the_references(window, monkeypatch):
     assert_bitwise_equal(out, expected[:, 0], "a prefill over pages")
 
 
-@pytest.mark.parametrize("kind", ["window", "all"])
-@pytest.mark.parametrize("size", [16, 128])
+@pytest.mark.parametrize("kind, size", [("window", 128), ("all", 16)])
 def test_paged_requests_have_the_bytes_of_one_prefill(kind, size, monkeypatch):
     options = KINDS[kind]
     q, k, v = exact(210, 2, 1)
@@ -116,12 +115,12 @@ def test_chunks_heads_and_packs():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("queries", [170, 50])
+@pytest.mark.parametrize("queries", [130, 50])
 def test_gradients_are_the_references(kind, queries):
     """Within rounding: products are NumPy's here. Windows skip blocks on both sides; with fewer queries than keys too."""
     g = torch.Generator().manual_seed(3)
     q, dout = (torch.randn(queries, 2, 2, WIDTH, generator=g) for _ in range(2))
-    k, v = (torch.randn(170, 2, 1, WIDTH, generator=g) for _ in range(2))
+    k, v = (torch.randn(130, 2, 1, WIDTH, generator=g) for _ in range(2))
     out, lse = reference.forward(q, k, v, 0.25, True, None, KINDS[kind])
     expected = reference_backward.backward(q, k, v, out, lse, dout, 0.25, True, None, KINDS[kind])
     found = backward.backward(q, k, v, out, lse, dout, 0.25, True, None, KINDS[kind])
