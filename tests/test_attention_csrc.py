@@ -1,5 +1,6 @@
 """csrc/sm90_attention.cu and its host side agree, and the source compiles to what it was written for. No GPU needed."""
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -104,3 +105,24 @@ def test_products_run_on_without_waiting_for_each_other(form, tmp_path):
     said = done.stdout + done.stderr
     assert "C75" not in said, said
     assert int(re.search(r"(\d+) bytes spill loads", said).group(1)) <= (400 if tree or packed else 0), said
+
+
+def test_an_early_launch_asks_for_programmatic_serialization(monkeypatch):
+    """Structures as the driver's header has them: CUlaunchConfig of 56 bytes, CUlaunchAttribute of 72."""
+    asked = []
+
+    class Driver:
+        def cuLaunchKernelEx(self, config, function, pointers, extra):
+            launch, attribute = config._obj, config._obj.attributes[0]
+            asked.append((launch.grid_x, launch.threads_x, launch.shared_bytes, launch.stream, launch.count, attribute.id, attribute.value))
+            return 0
+
+        def cuLaunchKernel(self, function, *sizes):
+            asked.append(sizes[0])
+            return 0
+
+    monkeypatch.setattr(cuda, "_driver", Driver)
+    cuda.launch(None, 7, 384, 1000, 5, ctypes.c_int(3), early=True)
+    cuda.launch(None, 7, 384, 1000, 5, ctypes.c_int(3))
+    assert asked == [(7, 384, 1000, 5, 1, 6, 1), 7]
+    assert (ctypes.sizeof(cuda._Launch), ctypes.sizeof(cuda._Attribute)) == (56, 72)
