@@ -121,7 +121,7 @@ def test_a_kernel_that_disagrees_is_not_used(monkeypatch):
     state = device_state(q.device.index)
     state.forget()
     honest = forward.triton_forward
-    monkeypatch.setattr(forward, "triton_forward", lambda *a: tuple(t + 1e-3 for t in honest(*a)))
+    monkeypatch.setattr(forward, "triton_forward", lambda *a, **k: tuple(t + 1e-3 for t in honest(*a, **k)))
     out, _ = forward.forward(q, k, v, 0.1, True)
     assert_bitwise_equal(out, honest(q, k, v, 0.1, True)[0] + 1e-3)  # the other kernel's
     state.forget()
