@@ -41,6 +41,17 @@ OPERATORS = {
     "softplus": F.softplus,
     "pow": lambda x: x.abs().pow(1.7),
     "rsqrt": lambda x: x.abs().rsqrt(),
+    "celu": F.celu,
+    "logsigmoid": F.logsigmoid,
+    "softshrink": F.softshrink,
+    "sinh": lambda x: x.mul(0.3).sinh(),
+    "cosh": lambda x: x.mul(0.3).cosh(),
+    "atanh": lambda x: x.tanh().mul(0.9).atanh(),
+    "atan2": lambda x: torch.atan2(x, weight(x.shape[1], dtype=x.dtype)),
+    "ldexp": lambda x: torch.ldexp(x, weight(x.shape[1], dtype=x.dtype)),
+    "logaddexp": lambda x: torch.logaddexp(weight(x.shape[1], dtype=x.dtype), x),
+    "power of a number": lambda x: 1.3**x,
+    "pow_": lambda x: x.abs().pow_(0.7),
     "silu_": lambda x: F.silu(x.clone(), inplace=True),
     "out": lambda x: torch.mm(x, weight(x.shape[1], 48, dtype=x.dtype), out=x.new_empty(len(x), 48)),
 }
@@ -124,6 +135,15 @@ def test_dimensions_that_torch_refuses(function, dim):
         function(x, dim)
     with invariant_mode(), pytest.raises(stock.type):
         function(x, dim)
+
+
+def test_elementwise_operands_are_broadcast():
+    """To the shape of the first of them, which had to be the largest."""
+    wide, narrow = rows().abs(), rows()[0].abs()
+    for base, exponent in ((narrow, wide), (wide, narrow), (torch.tensor(1.3), wide), (narrow[:, None], narrow)):
+        with invariant_mode():
+            found = torch.pow(base, exponent)
+        torch.testing.assert_close(found, torch.pow(base, exponent))
 
 
 def test_gradients_pass():

@@ -142,26 +142,30 @@ def _logsumexp(x: Tensor, dim, keepdim: bool = False) -> Tensor:
 # -- elementwise, on a CPU ----------------------------------------------------------------------------------------------------------
 
 
-def _in_pieces(operator, x: Tensor, *others, **keywords) -> Tensor:
-    """``operator`` of x, and of tensors among ``others`` that have its shape, in contiguous pieces of one size, the last filled up."""
-    size, count = _PIECE, x.numel()
+def _in_pieces(operator, *given, **keywords):
+    """``operator`` of tensors, broadcast to one shape, and of numbers, in contiguous pieces of one size, the last filled up."""
+    shape = torch.broadcast_shapes(*(t.shape for t in given if isinstance(t, Tensor)))
+    size, count = _PIECE, shape.numel()
+    if not count:
+        return operator(*given, **keywords)
     flat = []
-    for given in (x, *others):
-        if isinstance(given, Tensor) and given.dim():
-            padded = given.new_ones(-(-count // size) * size)
-            padded[:count] = given.expand(x.shape).reshape(-1)
-            given = padded.split(size)
-        flat.append(given)
-    pieces = [
-        operator(*(f[i] if isinstance(f, tuple) else f for f in flat), **keywords) for i in range(-(-count // size))
-    ]  # fmt: skip
-    return torch.cat(pieces)[:count].view(x.shape) if pieces else operator(x, *others, **keywords)
+    for t in given:
+        if isinstance(t, Tensor) and t.dim():
+            padded = t.new_ones(-(-count // size) * size)
+            padded[:count] = t.expand(shape).reshape(-1)
+            t = padded.split(size)
+        flat.append(t)
+    pieces = [operator(*(f[i] if isinstance(f, tuple) else f for f in flat), **keywords) for i in range(-(-count // size))]
+    whole = lambda parts: torch.cat([part.view(-1) for part in parts])[:count].view(shape)  # noqa: E731
+    return tuple(map(whole, zip(*pieces, strict=True))) if isinstance(pieces[0], tuple) else whole(pieces)
 
 
 _ELEMENTWISE = (
     aten.sigmoid, aten.silu, aten.gelu, aten.tanh, aten.exp2, aten.softplus, aten.pow, aten.rsqrt, aten.erf, aten.mish, aten.elu,
     aten.log1p, aten.expm1, aten.log_sigmoid_forward, aten.sigmoid_backward, aten.silu_backward, aten.gelu_backward,
-    aten.tanh_backward, aten.softplus_backward,
+    aten.tanh_backward, aten.softplus_backward, aten.log_sigmoid_backward, aten.celu, aten.sinh, aten.cosh, aten.atanh, aten.atan2,
+    aten.logaddexp, aten.logaddexp2, aten.xlogy, aten.igamma, aten.igammac, aten.special_i0e, aten.softshrink,
+    aten.ldexp,
 )  # fmt: skip
 _COVERED: dict[object, Callable] = {
     aten.mm: _mm,
@@ -182,7 +186,7 @@ _UNCOVERED = {
     "embedding_dense_backward", "var", "std", "var_mean", "linalg_vector_norm", "_scaled_mm", "cumsum", "_int_mm", "addmv", "addbmm",
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention", "_flash_attention_forward", "_efficient_attention_forward", "_fused_rms_norm",
-    "native_layer_norm", "native_group_norm", "native_batch_norm", "linalg_vecdot",
+    "native_layer_norm", "native_group_norm", "native_batch_norm", "linalg_vecdot", "_trilinear", "_cdist_forward", "_euclidean_dist",
 }  # fmt: skip
 
 
@@ -200,9 +204,9 @@ class _Operators(TorchDispatchMode):
         inplace = packet.__name__.endswith("_") and not packet.__name__.startswith("_")
         base = getattr(aten, packet.__name__[:-1], packet) if inplace else packet
         compute = _COVERED.get(base)
-        if compute is None and base in _ELEMENTWISE and isinstance(args[0], Tensor) and args[0].device.type == "cpu":
-            overload = operator if not inplace and out is None else getattr(base, _plain(operator))
-            compute = lambda x, *others, **keywords: _in_pieces(overload, x, *others, **keywords)  # noqa: E731
+        if compute is None and base in _ELEMENTWISE and all(t.device.type == "cpu" for t in args if isinstance(t, Tensor)):
+            plain = base if inplace or out is not None else operator  # the packet picks the overload that returns a new tensor
+            compute = lambda *given, **keywords: _in_pieces(plain, *given, **keywords)  # noqa: E731
         if compute is None or any(isinstance(x, Tensor) and x.dtype not in _FLOATS for x in args):
             self._warn(packet.__name__)
             return operator(*args, **kwargs) if out is None else operator(*args, out=out, **kwargs)
@@ -214,12 +218,6 @@ class _Operators(TorchDispatchMode):
         if name in _UNCOVERED and name not in self.warned:
             self.warned.add(name)
             warnings.warn(f"aten.{name} may follow the batch and is not covered by tpinv's invariant_mode", stacklevel=3)
-
-
-def _plain(operator) -> str:
-    """The overload that returns a new tensor, of one that writes: pow.Tensor_Scalar_out -> Tensor_Scalar, sigmoid_.default -> default."""
-    name = operator._overloadname.removesuffix("_out").removesuffix("out")
-    return name or "default"
 
 
 # -- functions ----------------------------------------------------------------------------------------------------------------------
