@@ -174,7 +174,7 @@ def test_right(kind, width):
     doubles = {} if given["sinks"] is None else {"sinks": given["sinks"].double()}
     expected = gradients(*(t.double() for t in inputs), function=exact, **doubles)
     for name, a, b in zip(("out", "dq", "dk", "dv", "dsinks"), gradients(*inputs, **given), expected, strict=False):
-        assert (a - b).norm() <= 6e-3 * b.norm(), f"{name}: {float((a - b).norm() / b.norm())}"
+        assert (a - b).norm() <= 1e-2 * b.norm(), f"{name}: {float((a - b).norm() / b.norm())}"
 
 
 def test_a_graph_serves_other_lengths():
