@@ -16,6 +16,7 @@ from torch import Tensor
 from tpinv import reference
 from tpinv.contract import ATTENTION_LEAF, ATTENTION_NODE
 from tpinv.ops import attention, products
+from tpinv.ops.attention_options import check_options, option_numbers, options_of, probed
 from tpinv.ops.shapes import unit_stride
 from tpinv.reference import attention as reference_attention
 from tpinv.reference.attention import PLAIN
@@ -79,7 +80,7 @@ def paged_attention(
     arguments = block_table, seq_lens, query_start_loc, max_query_len, max_seq_len or 0, scale, causal
     options = ()
     if sliding_window is not None or softcap is not None or sinks is not None:
-        options = (sinks, *attention.option_numbers(sliding_window, softcap))
+        options = (sinks, *option_numbers(sliding_window, softcap))
     if out is None:
         return torch.ops.tpinv.paged_attention(query, key_cache, value_cache, *arguments, *options)
     torch.ops.tpinv.paged_attention_out(query, key_cache, value_cache, *arguments, out, *options)
@@ -228,8 +229,8 @@ def _paged_out(
     sliding_window=0, softcap=0.0,
 ):  # fmt: skip
     check(query, key_cache, value_cache, block_table, seq_lens, query_start_loc, scale, out)
-    attention.check_options(query, sinks, scale, causal, sliding_window, softcap)
-    options = attention.options_of(sinks, sliding_window, softcap)
+    check_options(query, sinks, scale, causal, sliding_window, softcap)
+    options = options_of(sinks, sliding_window, softcap)
     where = query.device, query.dtype, query.shape[2]
     require_paged(*where, options.kinds) if options.given else require_paged(*where)  # what an engine asked ahead must be found
     numbers = block_table, seq_lens, query_start_loc, max_query_len, max_seq_len
@@ -300,7 +301,7 @@ def require_paged(device: torch.device, dtype: torch.dtype, width: int, options:
     length = (4 * ATTENTION_NODE + 2) * ATTENTION_LEAF + 333 if device.type == "cuda" else ATTENTION_LEAF + 70
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = (torch.randn(length, heads, width, device=device, generator=generator).to(dtype) for heads in (4, 2, 2))
-    given = attention.probed(options, 4, device)
+    given = probed(options, 4, device)
 
     def prefill(length: int) -> Tensor:
         return attention.backend(q)[0](*(t[:length].unsqueeze(1) for t in (q, k, v)), 1.0, True, None, given)[0].squeeze(1)
