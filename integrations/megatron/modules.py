@@ -59,6 +59,7 @@ PASSING = (
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 TRUSTED = ("megatron.core", "tpinv")  # whose hooks are known: DistributedDataParallel's, and tpinv's own
 LIBRARIES = (*TRUSTED, "torch", "transformer_engine", "apex")  # whose classes have methods of their own
+ADDED = {"smart_apply": "transformers.modeling_utils"}  # to nn.Module, by who initialises any of transformers' models: in no one's place
 
 
 def check_modules(plan: list[tuple[str, nn.Module]], tree: ReductionTree, accept: Collection = ()) -> None:
@@ -152,7 +153,12 @@ def _foreign_methods(module: nn.Module, accept: Collection) -> list[str]:
     found = []
     for where, key, method in (*own, *of_classes):
         origin = getattr(method, "__module__", None) or type(method).__module__
-        if not _is_of(origin, LIBRARIES) and method not in accept and getattr(method, "__func__", None) not in accept:
+        if (
+            not _is_of(origin, LIBRARIES)
+            and ADDED.get(key) != origin
+            and method not in accept
+            and getattr(method, "__func__", None) not in accept
+        ):
             method_name = getattr(method, "__qualname__", type(method).__name__)
             found.append(
                 f"{origin}.{method_name} stands in the place of {key} of {where}, and nobody has looked at what it adds up; take it away, or pass "
