@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-# Two files at a time, in their order: the last ones, TorchTitan's, use both cores by themselves.
+# Two files at a time, in their order (tests/conftest.py): the last ones, TorchTitan's, use both cores by themselves.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 COMPILE := $(BIN)/python -m compileall -qq -j 0  # on all cores; pip would use one
 MEGATRON_NEW := $(VENV)/megatron-core-0.19.2

@@ -19,6 +19,14 @@ PRELOAD = {
 }
 
 
+# Long files that keep one core busy: first, so that none of them is left for the end, when the other worker has nothing to do.
+FIRST = ["test_kernels_interpreter.py", "test_verified_elsewhere.py", "test_transformers.py", "test_verified.py", "test_across.py"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def framework_pools(request):
     """Workers that have imported a framework, which takes seconds, once for all tests: made before any other pool has started one."""

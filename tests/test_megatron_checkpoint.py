@@ -75,6 +75,7 @@ def test_saved_by_a_stock_model_and_loaded_by_a_converted_one(name, tp, checkpoi
     assert_same(converted, saved(name, "tpinv", 2)[1], logits=True)
 
 
+@pytest.mark.one_version
 @EVERY
 def test_stock_logits_move_with_the_size(name, checkpoints):
     """The twin: one checkpoint, stock layers, two sizes."""

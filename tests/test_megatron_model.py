@@ -81,6 +81,7 @@ def test_hybrid_model(name, tp, sp, hybrid_step):
             assert_bitwise_equal(found[tensor], expected, tensor)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_stock_hybrid_model_differs(name, hybrid_step):
     alone, found = hybrid_step(name, "stock")[0], hybrid_step(name, "stock", 4, False)[0]

@@ -191,6 +191,7 @@ def stock_norm(run: Run) -> float:
     return float(prepared(run, converts=False)[2].step()[1])
 
 
+@pytest.mark.one_version
 def test_stock_norm_differs(megatron_pool):
     assert on(megatron_pool, stock_norm, 1, RUN)[0] != on(megatron_pool, stock_norm, 4, replace(RUN, tp=4))[0]
 

@@ -89,6 +89,7 @@ def test_the_same_bytes(name, padded, tp, sp, step):
         assert not {tensor: str(d) for tensor in alone if (d := compare(found[tensor], alone[tensor]))}
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("name", ["llama", pytest.param("gpt", marks=pytest.mark.one_version)])
 def test_stock_differs(name, step):
     alone, found = step(name, "stock")[0], step(name, "stock", 4)[0]

@@ -75,7 +75,8 @@ def test_every_tensor_is_that_of_one_rank(case, megatron_pool):
             assert_bitwise_equal(together[name], expected, f"{name} at TP={tp}{' SP' if sp else ''}")
 
 
-@EVERY
+@pytest.mark.one_version
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_stock_layers_differ(case, megatron_pool):
     """The twin, at the last layout: from the same weights, most of what the stock layers compute is not TP=1's."""
     alone = recording(megatron_pool, at(case, "stock"))

@@ -136,6 +136,17 @@ class Operator:
             return self._apply((key, None, fused, ranks), *tensors)
         return self._compute_known(key, arguments, ranks)
 
+    def of_one(self, x):
+        """The call of a function of one tensor and nothing else, straight away: where there is anything to look at, ``__call__`` does."""
+        plain = not is_compiling() and type(x) in _PLAIN and x.layout is _STRIDED and not x.is_meta and not x.is_neg()
+        if not plain or _modes() or _profiled() or _transforms() or forward_ad._current_level >= 0:
+            return self(x)
+        requires_grad = x.requires_grad
+        key = self.name, (x.shape, x.dtype, x.device, requires_grad), ()
+        if requires_grad and is_grad_enabled():
+            return self._apply((key, None, None, None), x)
+        return self._compute_alone(key, (x,))
+
     @torch.compiler.disable
     def _outside_graphs(self, *arguments, fused):
         return self(*arguments, fused=fused)
@@ -161,6 +172,10 @@ class Operator:
                 check = self._check_values and (lambda: self._check_values(*arguments))
                 agree(ranks, self.name, lambda: self._checked_signature(*arguments), check, key)
                 return self.forward(*arguments)
+        return self._compute_alone(key, arguments)
+
+    def _compute_alone(self, key: tuple, arguments: tuple, _: Ranks | None = None):
+        """The same for one rank."""
         if key not in self._checked:
             self._check_tensors(*arguments)
             self.check(*arguments)
@@ -246,7 +261,8 @@ class Operator:
     # -- its gradient ------------------------------------------------------------------------------------------------------------
 
     def _autograd_function(self) -> type:
-        operator, kept, several, first, compute = self, self._kept, self._several, self._first, self._compute_known
+        operator, kept, several, first = self, self._kept, self._several, self._first
+        compute = self._compute_known if self._ranks else self._compute_alone
         everything, no_gradient, has_settings = first and len(kept) == self._tensors, self.backward is None, bool(self._setting_types)
 
         class Differentiable(torch.autograd.Function):

@@ -11,7 +11,7 @@ from tpinv.ops.registry import register
 def silu(x: Tensor) -> Tensor:
     """x / (1 + exp(-x)), elementwise; any shape, result and gradient in x's dtype: float32, bfloat16 or float16 (else ValueError).
     Autocast changes neither. RuntimeError in a backward pass with create_graph=True."""
-    return OPERATOR(x)
+    return OPERATOR.of_one(x)
 
 
 def _check(x) -> None:

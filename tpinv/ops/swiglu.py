@@ -12,7 +12,7 @@ def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up of x = [gate, up] side by side in the last dimension: [..., 2 F] -> [..., F]. silu is rounded to x's dtype before
     it is multiplied, as in the two steps, whose bits these are. ValueError for an odd last dimension or another dtype than silu takes;
     RuntimeError in a backward pass with create_graph=True. Autocast changes nothing."""
-    return OPERATOR(x)
+    return OPERATOR.of_one(x)
 
 
 def _check(x) -> None:
