@@ -24,7 +24,10 @@ WAIVED = {"extra_args": {"deterministic": False}}
         ),
         ({}, False),
         ({"extra_args": {"deterministic": True}}, False),
-        ({"extra_args": {"deterministic": 0}}, False),
+        ({"extra_args": {"deterministic": 0}}, True),  # what HTTP makes of false
+        ({"extra_args": {"deterministic": 0.0}}, False),
+        ({"extra_args": {"deterministic": 1}}, False),
+        ({"extra_args": {"deterministic": []}}, False),
         ({"extra_args": {"deterministic": None}}, False),
         ({"extra_args": {"deterministic": "false"}}, False),
         ({"extra_args": {"deterministic": False, "other": 1}}, False),
@@ -65,6 +68,17 @@ def test_who_waives_behind_the_front_end():
         assert not is_waived(params)
     else:
         assert is_waived(params)
+
+
+def test_who_waives_over_http():
+    from vllm import SamplingParams
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    from tpinv.integrations.vllm.waived import is_waived
+
+    for text, waived in (("false", True), ("true", False), ('"false"', False), ("0.0", False)):
+        request = CompletionRequest.model_validate_json(f'{{"prompt": "a", "vllm_xargs": {{"deterministic": {text}}}}}')
+        assert is_waived(SamplingParams(extra_args=request.vllm_xargs)) is waived, text
 
 
 def blocks_of(params, salt=None):

@@ -13,8 +13,8 @@ Requests may waive the guarantee: ``SamplingParams(extra_args={"deterministic": 
 Their drafts are committed as they stand, with the draft's keys and values, and only the last is a row of the invariant step, which so takes
 one row of such a request where it takes k + 1 of another (:class:`Drafting`). What they leave in the prefix cache is found by their like
 alone. It is a permission: a request that asks for log-probabilities, penalties or anything else that a draft has not is decided like all
-others, and any value but False is none. Steps in which every request is deterministic are not drafted in bfloat16, which would cost what it
-saves; with fp8 they are.
+others, and any value but False (0, as HTTP has it) is none. Steps in which every request is deterministic are not drafted in bfloat16,
+which would cost what it saves; with fp8 they are.
 
 Drafts are drawn with the request's own noise of (seed, position), temperature, top-k and top-p, so that sampled requests accept as greedy
 ones do. On a GPU a draft step is one CUDA graph for each batch size that vLLM captures (none with enforce_eager), sampling behind it.

@@ -12,7 +12,6 @@ import importlib
 
 from vllm.sampling_params import SamplingParams
 
-WAIVED = {"deterministic": False}
 SALT = "tpinv: not deterministic"
 # What a draft takes into account, or what is looked at after it: all else must stand at vLLM's default for a draft to be committed.
 _TAKEN = {
@@ -24,9 +23,12 @@ _RESOLVED = {"watermarking": False}  # what vLLM's front end makes of a default
 
 
 def is_waived(params: SamplingParams | None) -> bool:
-    """Whether a request takes drafts as they are: ``extra_args={"deterministic": False}``, and nothing asked for that drafts have not."""
+    """Whether a request takes drafts as they are: ``extra_args={"deterministic": False}``, and nothing asked for that drafts have not. Over
+    HTTP, where vLLM's ``vllm_xargs`` knows no booleans, False arrives as 0."""
     extra = params.extra_args if params is not None else None
-    if not isinstance(extra, dict) or extra.keys() != WAIVED.keys() or extra["deterministic"] is not False:
+    if not isinstance(extra, dict) or extra.keys() != {"deterministic"}:
+        return False
+    if type(extra["deterministic"]) not in (bool, int) or extra["deterministic"]:
         return False
     usual = SamplingParams()
     given = {name: getattr(params, name) for name in params.__struct_fields__ if name not in _TAKEN}
