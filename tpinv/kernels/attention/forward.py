@@ -327,12 +327,14 @@ def forward(
     """q [sq, b, h, d], k and v [sk, b, g, d], unit stride in d, any others -> out [sq, b, h, d], lse fp32 [b, h, sq]. b is 1 in a pack.
 
     By csrc/sm90_attention.cu where it can, and was seen to have the bytes of the Triton kernel. It knows no options."""
-    if not options.given and sm90.admits(q, k, v, causal, pack, triton_forward):
+    if options.given:
+        return triton_forward(q, k, v, scale, causal, pack, options=options)
+    if sm90.admits(q, k, v, causal, pack, triton_forward):
         _check_keys(len(k) if pack is None else pack.longest_k)
         out, lse = empty_results(q, pack)
         sm90.run(q, k, v, out, lse, scale, causal, pack)
         return out, lse
-    return triton_forward(q, k, v, scale, causal, pack, options=options)
+    return triton_forward(q, k, v, scale, causal, pack)
 
 
 def empty_results(q: Tensor, pack: Pack | None) -> tuple[Tensor, Tensor]:
