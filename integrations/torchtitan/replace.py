@@ -237,7 +237,7 @@ def _exactly(config, kind: type) -> None:
 
 def _of_torchtitan(config) -> None:
     """Of a block, whose parts may be known while what it does with them is not, and of rope."""
-    if not type(config).__module__.startswith("torchtitan."):
+    if not type(config).__module__.startswith(("torchtitan.", "tpinv.")):
         raise ValueError(f"{_name(config)} is not covered: nobody has looked at what its forward adds up; use one of torchtitan's own")
 
 
