@@ -78,11 +78,10 @@ def test_bench_host_reports_each_part(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     write = "import json, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(sys.argv[2]); raise SystemExit(int(sys.argv[3]))"
-    rows = {
-        "rows": [{"layers": "tpinv", "tp": 2, "tensors": 10, "differing": 3}, {"layers": "stock", "tp": 2, "tensors": 10, "differing": 9}]
-    }
+    reference = {"layers": "tpinv", "tp": 1, "tensors": 10, "differing": 0}
+    rows = {"rows": [reference, reference | {"tp": 2, "differing": 3}, {"layers": "stock", "tp": 2, "tensors": 10, "differing": 9}]}
     killed = {"ok": True, "limit": 30, "ranks": [{"rank": 0, "error": "RuntimeError", "seconds": 1.5}]}
-    late = {"ok": True, "ranks": [{"calls": 100, "wrong": 0, "seconds": 1.0}] * 2}
+    late = {"ok": True, "asked": 120, "ranks": [{"calls": 100, "wrong": 0, "seconds": 1.0}] * 2}
 
     def commands(out, gpus, sizes, installed, steps, calls, seconds):
         assert sizes == [1, 2, 4, 8] and (steps, calls, seconds) == (20, 10_000, 3600)
@@ -95,7 +94,7 @@ def test_bench_host_reports_each_part(monkeypatch, tmp_path, capsys):
     assert main(["bench", "host", "--out", str(tmp_path)]) == 1, "bytes differed"
     said = capsys.readouterr().out
     assert "serve: not run, vllm is not installed" in said and "verify-megatron: 3 of 10 differ" in said
-    assert "killed-rank: raised after [1.5] s, limit 30" in said and "delays: 0 of 200 results differ" in said
+    assert "killed-rank: raised after [1.5] s, limit 30" in said and "delays: 0 of 200 results differ, 100 of 120 calls in the time" in said
     parts_of = [("delays", late, "0"), ("step", {}, "1")]
     assert main(["bench", "host", "--out", str(tmp_path)]) == 2, "what has no bytes to differ has failed"
     capsys.readouterr()

@@ -58,7 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.parts:
         parts, missing = ({part: what for part, what in of.items() if _kind(part) in arguments.parts} for of in (parts, missing))
     about = describe_machine() | {"gpu_count": gpus, "sizes": sizes, "not_run": missing}
-    console.print(f"{about['gpu']} x {gpus}, TP {sizes}, commit {about['commit']}{', changed' if about['changed'] else ''}; writing {out}")
+    console.print(
+        f"{about['gpu']} x {gpus}, TP {sizes}, commit {about['commit']}{', changed' if about['changed'] else ''}; writing {out}",
+        soft_wrap=True,
+    )
     for part, why in missing.items():
         console.print(f"{part}: not run, {why}")
     if max(sizes) > gpus:
@@ -130,10 +133,13 @@ def summary(out: Path, ran: list[dict]) -> list[dict]:
     for part in ran:
         name, found = part["part"], f"status {part['status']}"
         if (file := out / f"{name}.json").exists() and isinstance(data := json.loads(file.read_text()), dict):
-            if rows := [row for row in data.get("rows", ()) if row.get("layers") == "tpinv" and "differing" in row]:
+            rows = [row for row in data.get("rows", ()) if row.get("layers") == "tpinv" and "differing" in row]
+            if rows := [row for row in rows if row.get("tp") != 1 or "tensors" not in row]:  # TP = 1 of a training is the reference
                 found = f"{sum(row['differing'] for row in rows)} of {sum(row.get('tensors', row.get('tokens', 0)) for row in rows)} differ"
             elif "wrong" in str(data):
+                calls, asked = data["ranks"][0]["calls"], data.get("asked")
                 found = f"{sum(rank['wrong'] for rank in data['ranks'])} of {sum(rank['calls'] for rank in data['ranks'])} results differ"
+                found += f", {calls} of {asked} calls in the time" if asked and calls < asked else ""
             elif "seconds" in str(data):
                 seconds = [rank["seconds"] for rank in data.get("ranks", [data])]
                 found = f"raised after {seconds} s, limit {data['limit']:g}" if data["ok"] else f"did not raise everywhere: {seconds}"

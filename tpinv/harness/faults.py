@@ -85,7 +85,7 @@ def run_delays(arguments) -> dict:
         found = pool.run(
             delay, arguments.ranks, arguments.calls, arguments.device, arguments.seconds, timeout=arguments.timeout, device=arguments.device
         )
-    return {"ok": not any(rank["wrong"] for rank in found), "ranks": found}
+    return {"ok": not any(rank["wrong"] for rank in found), "asked": arguments.calls, "ranks": found}
 
 
 # -- a killed rank --------------------------------------------------------------------------------------------------------------------
