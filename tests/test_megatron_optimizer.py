@@ -82,7 +82,7 @@ def others(run: Run) -> None:
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     torch.optim.RMSprop(model.parameters(), lr=0.1).step()
     matrices = [p for p in model.parameters() if p.dim() == 2]
-    with pytest.raises(ValueError, match="Muon updates parameters of a converted model, and is not known to treat every element alike"):
+    with pytest.raises(ValueError, match="Muon updates .*, and is not known to treat every element alike"):
         torch.optim.Muon(matrices, lr=0.1).step()
     own = nn.Linear(4, 4, bias=False)
     own.weight.grad = torch.ones(4, 4)

@@ -150,6 +150,17 @@ def find_shardings(parameters: Iterable[Tensor]) -> list[Holder | None]:
     return [_last_said.get(p) for p in wanted]
 
 
+def grads_of_parts() -> set[int]:
+    """The ids of the gradients, as they are now, of parameters that modules cut over several ranks."""
+    return {
+        id(module._parameters[name].grad)
+        for module in list(_living)
+        if hasattr(module, "_parameters")
+        for name, sharding in module.parameter_shardings().items()
+        if sharding.dim is not None and sharding.ranks.size > 1 and module._parameters[name].grad is not None
+    }
+
+
 def global_ranks(ranks: Ranks) -> tuple[int, ...]:
     """The default group's ranks that ``ranks`` consists of: what one group is known by, whatever object stands for it."""
     if ranks.group is None:

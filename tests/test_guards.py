@@ -1,0 +1,112 @@
+"""torch's clipping and optimizers that add up elements are refused where a rank holds parts, and nowhere else."""
+
+import pytest
+import torch
+from torch import nn
+
+from tpinv import ColumnParallelLinear, LayerNorm, ReductionTree, RowParallelLinear, clip_grad_norm_
+from tpinv.testing import run_ranks
+
+TREE = ReductionTree(8)
+
+
+class Lion(torch.optim.Optimizer):
+    """Elementwise, and unknown."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad.sign(), alpha=0.01)
+
+
+class Said(Lion):
+    elementwise = True
+
+
+class MyAdamW(torch.optim.AdamW):
+    """Who knows what it does."""
+
+
+KINDS = {
+    "Muon": lambda ps: torch.optim.Muon([p for p in ps if p.dim() == 2]),
+    "Adafactor": torch.optim.Adafactor,
+    "Lion": Lion,
+    "MyAdamW": MyAdamW,
+}
+FINE = (Said, torch.optim.AdamW, lambda ps: torch.optim.SGD(ps, 0.1), lambda ps: torch.optim.RMSprop(ps, 0.1))
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(ColumnParallelLinear(8, 16, tree=TREE), RowParallelLinear(16, 8, tree=TREE), LayerNorm(8, tree=TREE))
+    (model(torch.randn(4, 8)) * torch.randn(4, 8)).sum().backward()
+    return model
+
+
+def refused(call) -> str:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def outcomes() -> dict:
+    model, found = net(), {}
+    for name, kind in KINDS.items():
+        found[name] = refused(kind(list(model.parameters())).step)
+    for kind in FINE:
+        assert not refused(kind(list(model.parameters())).step)
+    found["clip"] = refused(lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    clip_grad_norm_(model, 1.0)
+    stock = nn.Linear(4, 4, bias=False)
+    stock.weight.grad = torch.ones(4, 4)
+    nn.utils.clip_grad_norm_(stock.parameters(), 1.0)
+    nn.utils.clip_grad_norm_(model[2].parameters(), 1.0)  # whole on every rank
+    torch.optim.Muon(stock.parameters()).step()
+    Lion(model[2].parameters()).step()
+    return found
+
+
+@pytest.mark.parametrize("p", [2, 4])
+def test_what_takes_a_part_for_the_whole_is_refused(p):
+    for found in run_ranks(outcomes, p):
+        assert all(f"{name} updates " in found[name] and "is not known to treat every element alike" in found[name] for name in KINDS), (
+            found
+        )
+        assert "tpinv.clip_grad_norm_" in found["clip"]
+
+
+def test_nothing_is_refused_on_one_rank():
+    (found,) = run_ranks(outcomes, 1)
+    assert not any(found.values())
+
+
+def test_muon_of_parts_is_another():
+    """The twin: what would have been silent. AdamW's parts are those of the whole."""
+    torch.manual_seed(1)
+    grad = torch.randn(8, 8)
+
+    def step(kind, rows):
+        p = nn.Parameter(torch.ones(8, 8)[rows].clone())
+        p.grad = grad[rows].clone()
+        kind([p]).step()
+        return p.detach()
+
+    for kind, same in ((torch.optim.Muon, False), (torch.optim.AdamW, True)):
+        parts = torch.cat([step(kind, slice(0, 4)), step(kind, slice(4, 8))])
+        assert torch.equal(parts, step(kind, slice(0, 8))) == same
+
+
+def all_norms_differ() -> float:
+    model = net()
+    return float(nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+
+
+def test_torchs_norm_is_another_on_every_rank():
+    norms = run_ranks(all_norms_differ, 4)
+    assert len(set(norms)) > 1
