@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from tpinv import ColumnParallelLinear, LayerNorm, ReductionTree, RowParallelLinear, clip_grad_norm_
+from tpinv import ColumnParallelLinear, LayerNorm, ReductionTree, RowParallelLinear, ShardedModule, clip_grad_norm_
+from tpinv.collectives import resolve
 from tpinv.testing import run_ranks
 
 TREE = ReductionTree(8)
@@ -53,6 +54,27 @@ def refused(call) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+class Table(ShardedModule, nn.Module):
+    shards = {"table": 0}
+
+    def __init__(self):
+        super().__init__()
+        self.ranks = resolve()
+        self.table = nn.Parameter(torch.ones(4, 4))
+        self.table.grad = torch.ones(4, 4)
+
+
+def of_ones_own() -> list[str]:
+    table = Table()
+    return [refused(lambda: nn.utils.clip_grad_norm_(table.parameters(), 1.0)), refused(torch.optim.Muon(table.parameters()).step)]
+
+
+def test_a_module_of_ones_own():
+    for clip, muon in run_ranks(of_ones_own, 2):
+        assert "tpinv.clip_grad_norm_" in clip and "Muon updates Table.table, cut on dimension 0 over 2 ranks [0, 1]" in muon
+    assert run_ranks(of_ones_own, 1) == [["", ""]]
 
 
 def outcomes() -> dict:

@@ -22,7 +22,7 @@ ELEMENTWISE = {
 
 
 def install() -> None:
-    """Once per process; the layers call it when there are parts to guard. What belongs to other modules is left alone."""
+    """Once per process; the first ShardedModule among ranks calls it. What belongs to other modules is left alone."""
     if not hasattr(clip_grad._get_total_norm, "tpinv_parts"):
         clip_grad._get_total_norm = _refused_for_parts(clip_grad._get_total_norm)
         register_optimizer_step_pre_hook(_refuse_what_is_not_elementwise)

@@ -14,7 +14,7 @@ import operator
 import torch
 from torch import Tensor, nn
 
-from tpinv import guards, ops
+from tpinv import ops
 from tpinv.collectives import agree, resolve
 from tpinv.sharding import digest, local, shard, unshard
 from tpinv.state_dict import ShardedModule
@@ -33,8 +33,6 @@ class _Layer(ShardedModule, nn.Module):
         self.ranks, self.tree = resolve(group), tree
         self._drawn: dict[str, tuple] = {}  # name -> parameter, its version when drawn, digest of the whole
         self._compared = self.ranks.size == 1
-        if self.ranks.size > 1:
-            guards.install()
 
     def _draw(self, name: str, shape, bound: float, device, dtype) -> None:
         """Registers this rank's part of a uniform(-bound, bound) parameter of global ``shape``."""

@@ -26,12 +26,19 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from tpinv import guards
 from tpinv.sharding import Sharded, Sharding, find_shardings, global_ranks, shard, unshard
 
 
 class ShardedModule(Sharded):
     """Mixin, before nn.Module, for a module that holds parts of parameters: ``shards`` names them and the dimension each is cut on, ``ranks``
-    the group. The gradient norm, state dicts and checkpoints follow."""
+    the group. The gradient norm, state dicts and checkpoints follow; torch's clipping and optimizers that are not elementwise are refused
+    (guards.py)."""
+
+    def __new__(cls, *args, **kwargs):
+        if dist.is_available() and dist.is_initialized():
+            guards.install()
+        return super().__new__(cls, *args, **kwargs)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
