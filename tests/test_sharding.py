@@ -493,6 +493,25 @@ def test_a_subclass_names_its_own_parameters():
         assert_bitwise_equal(norm, run_ranks(norm_of_a_subclass, 1)[0])
 
 
+class Misnamed(WithAdapter):
+    cut: object = 2
+
+    @property
+    def shards(self):
+        return {**ColumnParallelLinear.shards, "lora_b": self.cut}
+
+
+@pytest.mark.parametrize("cut", [2, -1, True, "0", 1.0])
+def test_a_dimension_that_a_parameter_has_not(cut):
+    """The norm took any; a state dict failed with torch's own words."""
+    layer = Misnamed(8, 16, tree=TREE)
+    layer.cut = cut
+    for asked in (grad_norm, nn.Module.state_dict):
+        with pytest.raises(ValueError, match=rf"shards of Misnamed says lora_b: {cut!r}; \(16, 2\) is cut on a dimension from 0 to 1"):
+            asked(layer)
+    layer.cut = 0
+
+
 def test_find_shardings():
     alone = Ranks(None, 0, 1)
     layer, other = ColumnParallelLinear(8, 16, tree=TREE, stride=2), nn.Linear(2, 2)

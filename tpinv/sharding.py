@@ -77,12 +77,15 @@ class Sharded:
         return module
 
     def parameter_shardings(self) -> dict[str, Sharding]:
-        """Name -> sharding, of the parameters that the module holds now."""
-        return {
-            name: Sharding(self.ranks, dim, 1 if dim is None else self.stride)
-            for name, dim in self.shards.items()
-            if self._parameters.get(name) is not None
-        }
+        """Name -> sharding, of the parameters that the module holds now. ValueError for a dimension that one has not."""
+        held = {name: (self._parameters[name], dim) for name, dim in self.shards.items() if self._parameters.get(name) is not None}
+        for name, (parameter, dim) in held.items():
+            if dim is not None and not (type(dim) is int and 0 <= dim < parameter.dim()):
+                raise ValueError(
+                    f"shards of {type(self).__name__} says {name}: {dim!r}; {tuple(parameter.shape)} is cut on a dimension from 0 to "
+                    f"{parameter.dim() - 1}, or None where every rank holds all of it"
+                )
+        return {name: Sharding(self.ranks, dim, 1 if dim is None else self.stride) for name, (_, dim) in held.items()}
 
     def refuse_unknown_parameters(self) -> None:
         """ValueError if something was registered on the module that ``shards`` does not name: parameters, or modules that hold some."""
