@@ -12,7 +12,6 @@ pytest.importorskip("vllm")
 pytest.importorskip("megatron.core")
 
 from tpinv.cli import main
-from tpinv.harness import across
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 EXAMPLE = Path(__file__).parents[1] / "examples" / "rollout_kl.py"
@@ -23,8 +22,11 @@ SIZES = [(1, []), (2, []), (2, ["--sequence-parallel"]), (4, []), (4, ["--sequen
 def rollout(tmp_path_factory):
     """A directory with the checkpoint and answers.jsonl of the plugin, answers-stock.jsonl of vLLM as it is."""
     path = tmp_path_factory.mktemp("rollout")
-    across.make_checkpoint("qwen3", str(path / "model"))
-    settings = ["--model", str(path / "model"), "--out", str(path), "--tp", "2", "--answers", "5", "--tokens", "12"]
+    sys.path.insert(0, str(EXAMPLE.parent))
+    import smollm2
+
+    smollm2.write_random(str(path / "model"))
+    settings = ["--model", str(path / "model"), "--out", str(path), "--tp", "2", "--answers", "3", "--tokens", "8"]
     done = subprocess.run(
         [sys.executable, str(EXAMPLE), *settings], capture_output=True, text=True, timeout=1000, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
@@ -37,5 +39,5 @@ def rollout(tmp_path_factory):
 def test_megatron_scores_what_the_rollout_returned(tp, more, rollout, capsys):
     arguments = ["--model", str(rollout / "model"), "--framework", "megatron", "--tp", str(tp), *more]
     assert main(["audit", str(rollout / "answers.jsonl"), *arguments]) == 0
-    assert f"60 tokens: all equal (megatron, TP = {tp}" in capsys.readouterr().out
+    assert f"24 tokens: all equal (megatron, TP = {tp}" in capsys.readouterr().out
     assert main(["audit", str(rollout / "answers-stock.jsonl"), *arguments]) == 1
