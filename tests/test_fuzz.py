@@ -10,5 +10,5 @@ def test_random_cases_have_the_bytes_of_one_rank():
 
 
 def test_stock_functions_differ_in_the_same_comparison():
-    differing = {line.split("function='")[1].split("'")[0] for line in fuzz(0, CASES, stock=True)}
+    differing = {line.split("function='")[1].split("'")[0] for line in fuzz(0, CASES // 2, stock=True)}
     assert {"column", "row", "layer_norm", "cross_entropy", "activation", "tree_all_reduce"} <= differing
