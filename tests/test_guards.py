@@ -1,5 +1,7 @@
 """torch's clipping and optimizers that add up elements are refused where a rank holds parts, and nowhere else."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -84,6 +86,7 @@ def outcomes() -> dict:
     for kind in FINE:
         assert not refused(kind(list(model.parameters())).step)
     found["clip"] = refused(lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    found["norm"] = refused(lambda: nn.utils.get_total_norm([p.grad for p in model.parameters()]))
     clip_grad_norm_(model, 1.0)
     stock = nn.Linear(4, 4, bias=False)
     stock.weight.grad = torch.ones(4, 4)
@@ -100,7 +103,7 @@ def test_what_takes_a_part_for_the_whole_is_refused(p):
         assert all(f"{name} updates " in found[name] and "is not known to treat every element alike" in found[name] for name in KINDS), (
             found
         )
-        assert "tpinv.clip_grad_norm_" in found["clip"]
+        assert "tpinv.clip_grad_norm_" in found["clip"] and "tpinv.grad_norm" in found["norm"]
 
 
 def test_nothing_is_refused_on_one_rank():
@@ -126,7 +129,7 @@ def test_muon_of_parts_is_another():
 
 def all_norms_differ() -> float:
     model = net()
-    return float(nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+    return float(inspect.unwrap(nn.utils.get_total_norm)([p.grad for p in model.parameters()]))
 
 
 def test_torchs_norm_is_another_on_every_rank():

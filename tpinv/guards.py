@@ -1,6 +1,6 @@
 """What takes this rank's part of a parameter for the whole of it is refused: torch's gradient clipping, and optimizers that add up elements.
 
-``torch.nn.utils.clip_grad_norm_`` counts the elements that a rank holds, so that every rank scales its gradients by a norm of its own, and
+``torch.nn.utils.clip_grad_norm_`` (and ``get_total_norm``) counts the elements that a rank holds, so that every rank scales its gradients by a norm of its own, and
 what is whole on all of them drifts apart. An optimizer that looks at a parameter as a matrix (Muon, Adafactor, Shampoo), or at its norm (LAMB),
 updates a part otherwise than the whole. Neither says a word, and both give other weights at every number of ranks.
 """
@@ -8,7 +8,7 @@ updates a part otherwise than the whole. Neither says a word, and both give othe
 import functools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -24,7 +24,7 @@ ELEMENTWISE = {
 def install() -> None:
     """Once per process; the first ShardedModule among ranks calls it. What belongs to other modules is left alone."""
     if not hasattr(clip_grad._get_total_norm, "tpinv_parts"):
-        clip_grad._get_total_norm = _refused_for_parts(clip_grad._get_total_norm)
+        nn.utils.get_total_norm = clip_grad._get_total_norm = _refused_for_parts(clip_grad._get_total_norm)
         register_optimizer_step_pre_hook(_refuse_what_is_not_elementwise)
 
 
@@ -35,8 +35,8 @@ def _refused_for_parts(stock):
         parts = grads_of_parts()
         if any(id(tensor) in parts for tensor in tensors):
             raise ValueError(
-                "torch's clip_grad_norm_ takes this rank's part of a gradient for the whole: every rank would scale by another norm; use "
-                "tpinv.clip_grad_norm_(model, max_norm)"
+                "torch's gradient norm takes this rank's part of a gradient for the whole: every rank would scale by another one; use "
+                "tpinv.clip_grad_norm_(model, max_norm) or tpinv.grad_norm(model)"
             )
         return stock(tensors, *args, **kwargs)
 

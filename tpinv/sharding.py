@@ -70,6 +70,7 @@ class Sharded:
     ranks: Ranks
     shards: Mapping[str, int | None] = {}
     stride = 1
+    guarded = False  # whether guards.py looks after it
 
     def __new__(cls, *args, **kwargs):  # not __init__, which copies and pickles do not call
         module = super().__new__(cls)
@@ -154,11 +155,12 @@ def find_shardings(parameters: Iterable[Tensor]) -> list[Holder | None]:
 
 
 def grads_of_parts() -> set[int]:
-    """The ids of the gradients, as they are now, of parameters that modules cut over several ranks."""
+    """The ids of the gradients, as they are now, of parameters that modules cut over several ranks; not those of integrations, which have
+    guards of their own."""
     return {
         id(module._parameters[name].grad)
         for module in list(_living)
-        if hasattr(module, "_parameters")
+        if hasattr(module, "_parameters") and module.guarded
         for name, sharding in module.parameter_shardings().items()
         if sharding.dim is not None and sharding.ranks.size > 1 and module._parameters[name].grad is not None
     }

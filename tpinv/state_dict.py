@@ -35,6 +35,8 @@ class ShardedModule(Sharded):
     the group. The gradient norm, state dicts and checkpoints follow; torch's clipping and optimizers that are not elementwise are refused
     (guards.py)."""
 
+    guarded = True
+
     def __new__(cls, *args, **kwargs):
         if dist.is_available() and dist.is_initialized():
             guards.install()
