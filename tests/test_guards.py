@@ -4,7 +4,11 @@ import inspect
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from tpinv import ColumnParallelLinear, LayerNorm, ReductionTree, RowParallelLinear, ShardedModule, clip_grad_norm_
 from tpinv.collectives import resolve
@@ -135,3 +139,43 @@ def all_norms_differ() -> float:
 def test_torchs_norm_is_another_on_every_rank():
     norms = run_ranks(all_norms_differ, 4)
     assert len(set(norms)) > 1
+
+
+def wrapped(make) -> str:
+    return refused(lambda: make(net()))
+
+
+def data_parallel() -> dict:
+    world = list(range(dist.get_world_size()))
+    alone, _ = dist.new_subgroups_by_enumeration([[rank] for rank in world])
+    mesh = init_device_mesh("cpu", (1, len(world)), mesh_dim_names=("dp", "tp"))
+    found = {
+        "ddp": wrapped(DistributedDataParallel),
+        "ddp, mesh": wrapped(lambda m: DistributedDataParallel(m, device_mesh=mesh["tp"])),
+        "fsdp1": wrapped(lambda m: FullyShardedDataParallel(m, device_id=torch.device("cpu"))),
+        "fsdp2": wrapped(fully_shard),
+        "fsdp2 of a layer": wrapped(lambda m: fully_shard(m[0], mesh=mesh["tp"])),
+        "hsdp": wrapped(lambda m: fully_shard(m, mesh=mesh)),
+    }
+    fine = {
+        "ddp": wrapped(lambda m: DistributedDataParallel(m, process_group=alone)),
+        "whole": wrapped(lambda m: DistributedDataParallel(m[2])),
+        "fsdp2": wrapped(lambda m: fully_shard(m, mesh=mesh["dp"])),
+        "stock": wrapped(lambda m: DistributedDataParallel(nn.Linear(2, 2))),
+    }
+    x, model = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)), net()
+    before = model(x)
+    twin = DistributedDataParallel.__new__(DistributedDataParallel)
+    inspect.unwrap(DistributedDataParallel.__init__)(twin, model)
+    return {"found": found, "fine": fine, "twin": torch.equal(twin(x), before)}
+
+
+@pytest.mark.parametrize("p", [2, 4])
+def test_data_parallelism_over_ranks_that_hold_other_parts_is_refused(p):
+    """And the twin: unrefused, every rank has the first one's parts, and another output."""
+    for outcome in run_ranks(data_parallel, p):
+        assert all(f"cut on dimension 0 over {p} ranks" in said and "hold other parts" in said for said in outcome["found"].values()), (
+            outcome
+        )
+        assert not any(outcome["fine"].values()), outcome
+        assert not outcome["twin"]
