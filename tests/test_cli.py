@@ -110,12 +110,12 @@ def test_verify_fails_when_tpinv_differs(options, fake, tmp_path, capsys):
 
 def test_verify_refuses_an_unfair_start(fake, capsys):
     assert fake("--micro-batches", 2) == 2
-    assert "stock TP=2 did not start from the weights of TP=1: ['initial/weight']" in capsys.readouterr().err
+    assert "stock TP=4 did not start from the weights of TP=1: ['initial/weight']" in capsys.readouterr().err
 
 
 def test_verify_refuses_to_compare_other_tensors(fake, capsys):
     assert fake("--micro-batches", 3) == 2
-    assert "stock TP=2 recorded other tensors than TP=1: ['another']" in capsys.readouterr().err
+    assert "stock TP=4 recorded other tensors than TP=1: ['another']" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
