@@ -203,78 +203,21 @@ def dkv_kernel(
             end = tl.maximum(whole, tl.minimum(until, tl.maximum(block * KEYS - offset + window, 0) // ROWS * ROWS))
         for at in range(first, whole, ROWS):
             dk, dv = _dkv_step(
-                k,
-                v,
-                dk,
-                dv,
-                q_ptr,
-                dout_ptr,
-                lse_ptr,
-                delta_ptr,
-                q_s,
-                d_s,
-                at,
-                key,
-                queries,
-                offset,
-                dim,
-                scale,
-                inner,
-                window,
-                True,
-                DIM,
-                ROWS,
-            )
+                k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_s, d_s, at, key, queries, offset, dim, scale, inner, window, True,
+                DIM, ROWS
+            )  # fmt: skip
         first = max(first, whole)
     for at in range(first, end, ROWS):
         dk, dv = _dkv_step(
-            k,
-            v,
-            dk,
-            dv,
-            q_ptr,
-            dout_ptr,
-            lse_ptr,
-            delta_ptr,
-            q_s,
-            d_s,
-            at,
-            key,
-            queries,
-            offset,
-            dim,
-            scale,
-            inner,
-            window,
-            False,
-            DIM,
-            ROWS,
-        )
+            k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_s, d_s, at, key, queries, offset, dim, scale, inner, window, False, DIM,
+            ROWS
+        )  # fmt: skip
     if window is not None:
         for at in range(tl.maximum(first, end), until, ROWS):
             dk, dv = _dkv_step(
-                k,
-                v,
-                dk,
-                dv,
-                q_ptr,
-                dout_ptr,
-                lse_ptr,
-                delta_ptr,
-                q_s,
-                d_s,
-                at,
-                key,
-                queries,
-                offset,
-                dim,
-                scale,
-                inner,
-                window,
-                True,
-                DIM,
-                ROWS,
-            )
+                k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_s, d_s, at, key, queries, offset, dim, scale, inner, window, True,
+                DIM, ROWS
+            )  # fmt: skip
     inside = (key < keys)[:, None] & (dim < DIM)[None, :]
     out = batch * o_b + head * o_h + (k_at + key[:, None].to(tl.int64)) * o_s + dim[None, :]
     tl.store(dk_ptr + out, (dk * out_scale).to(dk_ptr.dtype.element_ty), mask=inside)
