@@ -1,6 +1,8 @@
 """torch's clipping and optimizers that add up elements are refused where a rank holds parts, and nowhere else."""
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -179,3 +181,9 @@ def test_data_parallelism_over_ranks_that_hold_other_parts_is_refused(p):
         )
         assert not any(outcome["fine"].values()), outcome
         assert not outcome["twin"]
+
+
+def test_fsdp_is_imported_with_tpinv():
+    """However late a script imports fully_shard: what is not imported when a layer is made would not be looked at."""
+    code = "import sys, tpinv, tpinv.guards; assert all(hasattr(sys.modules[module], name) for module, name, _ in tpinv.guards._FSDP)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)

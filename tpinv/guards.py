@@ -6,7 +6,7 @@ what is whole on all of them drifts apart. An optimizer that looks at a paramete
 updates a part otherwise than the whole. DistributedDataParallel, whose default are all ranks, sends the first rank's parts to everyone, and FSDP
 gathers pieces of different parts into one. None says a word, and all give other weights at every number of ranks.
 
-FSDP is looked at if it was imported before the last layer was made: importing it here would cost every process half a second.
+FSDP's constructors are found where torch has them: torch.distributed.checkpoint, which state_dict.py needs, imports it.
 """
 
 import functools
